@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. Both install into .venv the first time.
+PYTHON ?= python3
+DATA ?= digits
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install run lint type test test-all clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+install: .venv/installed ## install into .venv (run and test do it by themselves)
+
+run: .venv/installed ## the main job: proposed against personalized; DATA=fmnist, ARGS="rounds=10 seed=1"
+	$(BIN)/fedprune compare data=$(DATA) $(ARGS)
+
+lint: .venv/installed ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: .venv/installed ## mypy, strict
+	$(BIN)/mypy
+
+test: .venv/installed ## the default tests, under five minutes on two cores
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-all: .venv/installed lint type ## everything, with the slow proofs
+	$(BIN)/python -m pytest -n 2
+
+clean: ## remove what was installed and cached; outputs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

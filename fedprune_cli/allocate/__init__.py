@@ -1,0 +1,21 @@
+"""Who gets what: the joint choice of pruning ratio and bandwidth (numpy; cvxpy only in reference.py)."""
+
+from __future__ import annotations
+
+from fedprune_cli.allocate import baselines
+from fedprune_cli.allocate.baselines import Allocator
+
+ALLOCATORS: dict[str, type[Allocator]] = {
+    "kkt": baselines.Kkt,
+    "minmax": baselines.MinMax,
+    "minlatency": baselines.MinLatency,
+    "dense": baselines.Dense,
+    "dense_equal": baselines.DenseEqual,
+    "fixed": baselines.Fixed,
+    "equal": baselines.Equal,
+    "uniform": baselines.Uniform,
+    "alternating": baselines.Alternating,
+    "greedy": baselines.Greedy,
+    "random": baselines.Random,
+    "cvxpy": baselines.Cvxpy,
+}

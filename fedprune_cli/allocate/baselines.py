@@ -1,0 +1,222 @@
+"""The allocators by name: the exact ones, and what they are compared with. Each is a frozen dataclass whose fields are its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fedprune_cli.allocate.kkt import (
+    TIGHT, Policy, allocate, build_allocation, least_feasible, min_latency, min_max, settle, solve_p1,
+)  # fmt: skip
+from fedprune_cli.allocate.problem import Allocation, Problem, kept_fraction, latency, least_deadline, rate, required_bandwidth
+from fedprune_cli.errors import require
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
+
+
+class Allocator(Protocol):
+    """An allocator plug-in. `prunes` is False where no device ever drops anything."""
+
+    name: str
+    prunes: ClassVar[bool]
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        """Returns the allocation of round `number`; raises InfeasibleError under the policy `fail`."""
+
+
+@dataclass(frozen=True)
+class _WithPolicy:
+    """An allocator that aims at a deadline, and what it does when the deadline cannot be met."""
+
+    name: str
+    on_infeasible: str
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.on_infeasible in ("stretch", "drop", "fail"), "on_infeasible", self.on_infeasible, "'stretch', 'drop' or 'fail'")
+
+    @property
+    def policy(self) -> Policy:
+        return self.on_infeasible  # type: ignore[return-value]  # checked above
+
+
+@dataclass(frozen=True)
+class Kkt(_WithPolicy):
+    """P1 exactly: the least weighted sum of ratios, with its certificate."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return allocate(problem, self.policy, solve_p1, least_feasible, exact=True)
+
+
+@dataclass(frozen=True)
+class MinMax(_WithPolicy):
+    """The largest ratio as small as possible: fairness between devices."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return allocate(problem, self.policy, min_max, least_feasible, exact=False)
+
+
+@dataclass(frozen=True)
+class MinLatency:
+    """P2: the smallest deadline at which the weighted mean ratio stays within `mean_ratio`; the round's own deadline is not looked at."""
+
+    name: str
+    mean_ratio: float
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.mean_ratio <= 1, "mean_ratio", self.mean_ratio, "in [0, 1]")
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        at = replace(problem, deadline_s=min_latency(problem, self.mean_ratio))
+        return allocate(at, "stretch", solve_p1, least_feasible, exact=True)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One given ratio for all, on the bandwidth that ends such a round soonest; the deadline is not looked at."""
+
+    name: str
+    ratio: float
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio <= 1, "ratio", self.ratio, "in [0, 1]")
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        kept = np.full(len(problem.weight), 1 - self.ratio)
+        deadline_s, bandwidth_hz = least_deadline(problem, kept)
+        return _everyone(replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Latency-optimal bandwidth without pruning: P1's honest baseline. The deadline is not looked at."""
+
+    name: str
+    prunes: ClassVar[bool] = False
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return Fixed(self.name, 0.0).solve(problem, seed, number)
+
+
+@dataclass(frozen=True)
+class DenseEqual:
+    """Equal bandwidth without pruning: the naive baseline. The deadline is not looked at."""
+
+    name: str
+    prunes: ClassVar[bool] = False
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        kept, bandwidth_hz = np.ones(len(problem.weight)), equal_share(problem)
+        return _everyone(replace(problem, deadline_s=float(latency(problem, kept, bandwidth_hz).max())), kept, bandwidth_hz)
+
+
+def _everyone(problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
+    return build_allocation(problem, kept, bandwidth_hz, np.ones(len(kept), dtype=bool), 0.0, None, "feasible", "")
+
+
+def equal_share(problem: Problem) -> Array:
+    """Returns B / K for every device [K]."""
+    return np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
+
+
+def _least_equal(problem: Problem) -> float:
+    """The smallest deadline at which every device can keep its least on an equal share."""
+    return float(latency(problem, problem.min_kept, equal_share(problem)).max())
+
+
+@dataclass(frozen=True)
+class Equal(_WithPolicy):
+    """Equal bandwidth; each device drops the least that meets the deadline."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return allocate(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal, exact=False)
+
+
+@dataclass(frozen=True)
+class Uniform(_WithPolicy):
+    """Equal bandwidth and one ratio for all: the least with which the slowest device meets the deadline."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        feasible, admitted, status, message = settle(problem, self.policy, _least_equal)
+        if not admitted.any():
+            return build_allocation(problem, np.zeros(0), np.zeros(0), admitted, 0.0, None, status, message)
+        bandwidth_hz = equal_share(feasible)
+        kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
+        common = np.full(len(kept), kept.min())
+        return build_allocation(replace(problem, deadline_s=feasible.deadline_s), common, bandwidth_hz, admitted, 0.0, None, status, message)
+
+
+@dataclass(frozen=True)
+class Alternating(_WithPolicy):
+    """The literature's alternation from an equal split: fix b, solve rho; fix rho, solve b. A warning, not advice.
+
+    With rho tight every b_k is forced to what it was, so only what dense devices do not need ever moves: it stalls where it starts.
+    """
+
+    iterations: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.iterations <= 10_000, "iterations", self.iterations, "in 1..10000")
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return allocate(problem, self.policy, self._alternate, _least_equal, exact=False)
+
+    def _alternate(self, problem: Problem) -> tuple[Array, float]:
+        bandwidth_hz = equal_share(problem)
+        for _ in range(self.iterations):
+            kept = np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), problem.min_kept, 1.0)
+            needed = np.minimum(required_bandwidth(problem, kept), bandwidth_hz)
+            bandwidth_hz = needed + (problem.bandwidth_hz - needed.sum()) / len(needed)
+        return bandwidth_hz, 0.0
+
+
+@dataclass(frozen=True)
+class Greedy(_WithPolicy):
+    """Best channel first: everybody gets its least, then the strongest devices get all they can use until the band is full."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return allocate(problem, self.policy, self._fill, least_feasible, exact=False)
+
+    def _fill(self, problem: Problem) -> tuple[Array, float]:
+        floor = required_bandwidth(problem, problem.min_kept)
+        useful = np.minimum(required_bandwidth(problem, np.ones(len(floor))), problem.bandwidth_hz)
+        wants = np.where((problem.payload_bits > 0) & (problem.snr_hz > 0), np.maximum(useful - floor, 0.0), 0.0)
+        order = np.lexsort((problem.payload_bits, problem.shared_compute_s, -problem.weight, -problem.snr_hz))
+        left = max(problem.bandwidth_hz - floor.sum(), 0.0)
+        before = np.concatenate([[0.0], np.cumsum(wants[order])[:-1]])
+        extra = np.zeros(len(floor))
+        extra[order] = np.clip(left - before, 0.0, wants[order])
+        return _within_budget(problem, floor + extra), 0.0
+
+
+@dataclass(frozen=True)
+class Random(_WithPolicy):
+    """Everybody gets its least and a random share of the rest, from stream (seed, "allocator", round)."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        def shares(p: Problem) -> tuple[Array, float]:
+            floor = required_bandwidth(p, p.min_kept)
+            share = stream(seed, "allocator", number).dirichlet(np.ones(len(floor)))
+            return _within_budget(p, floor + share * max(p.bandwidth_hz - floor.sum(), 0.0)), 0.0
+
+        return allocate(problem, self.policy, shares, least_feasible, exact=False)
+
+
+def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
+    """Takes back what rounding handed out too much."""
+    return bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0) if bandwidth_hz.sum() > 0 else bandwidth_hz
+
+
+@dataclass(frozen=True)
+class Cvxpy(_WithPolicy):
+    """P1 by cvxpy and Clarabel: the independent reference, slower and less exact than `kkt`."""
+
+    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        from fedprune_cli.allocate.reference import solve_p1_cvxpy
+
+        return allocate(problem, self.policy, lambda p: (solve_p1_cvxpy(p), 0.0), least_feasible, exact=False)

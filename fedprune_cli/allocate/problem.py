@@ -1,0 +1,261 @@
+"""The allocation problem, its equations, and what an answer consists of (model.md, sections 3 and 4).
+
+    t_k = x_k (a_k + c_k / r_k(b_k)) + d_k        x_k = 1 - rho_k
+    r_k(b) = b log2(1 + s_k / b)
+
+Everything is written in L = ln(1 + s/b), which is well scaled from a flood of bandwidth (L -> 0) to a trickle (L ~ 700):
+    b = s / (e^L - 1),   r = R g(L),   R = s / ln 2,   g(L) = L / (e^L - 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+
+from fedprune_cli.errors import ConfigError
+from fedprune_cli.state import Array
+
+LN2 = float(np.log(2.0))
+MAX_LOG_SNR = 700.0  # e^L stays finite; a device at this end has no bandwidth to speak of
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One round's problem, float64 [K] and SI.
+
+    shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
+    fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
+    bandwidth_hz B; deadline_s T, infinite when open.
+    Raises ConfigError naming the first bad entry.
+    """
+
+    shared_compute_s: Array
+    payload_bits: Array
+    fixed_s: Array
+    snr_hz: Array
+    weight: Array
+    max_ratio: Array
+    bandwidth_hz: float
+    deadline_s: float
+
+    def __post_init__(self) -> None:
+        size = len(self.weight)
+        if size == 0:
+            raise ConfigError("an allocation problem needs at least one device")
+        for field in fields(self):
+            values = np.atleast_1d(getattr(self, field.name))
+            if field.name not in ("bandwidth_hz", "deadline_s") and values.shape != (size,):
+                raise ConfigError(f"{field.name}: {values.shape} entries for {size} devices")
+            top = 1.0 if field.name == "max_ratio" else np.inf
+            good = (values >= 0) & (values <= top) & (np.isfinite(values) | (field.name == "deadline_s"))
+            if not good.all():
+                at = int(np.flatnonzero(~good)[0])
+                where = f"device {at}, " if len(values) == size and field.name not in ("bandwidth_hz", "deadline_s") else ""
+                allowed = "in [0, 1]" if top == 1.0 else "finite and >= 0"
+                raise ConfigError(f"{where}{field.name}={values[at]}: must be {allowed}")
+        if self.bandwidth_hz == 0:
+            raise ConfigError("bandwidth_hz=0: must be > 0")
+
+    @property
+    def min_kept(self) -> Array:
+        """The least fraction each device may keep, 1 - rho_max [K]."""
+        return 1.0 - self.max_ratio
+
+    def take(self, index: Array) -> Problem:
+        """Returns the problem of some of the devices, in that order."""
+        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s")}
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far an allocation is from the KKT conditions of P1, each as its largest relative residual.
+
+    primal: the budget, the deadline and the bounds; stationarity: w phi' = price where neither bound holds;
+    dual: the price's sign, and w phi' on the right side of it where a bound holds; slackness: price times unused bandwidth;
+    gap: (g(price) - sum w x) / sum w, the distance from an upper bound that follows from the price alone.
+    """
+
+    primal: float
+    stationarity: float
+    dual: float
+    slackness: float
+    gap: float
+
+    @property
+    def residual(self) -> float:
+        """The largest of the four residuals."""
+        return max(self.primal, self.stationarity, self.dual, self.slackness)
+
+
+Status = Literal["optimal", "feasible", "stretched", "dropped"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Who gets what.
+
+    prune_ratio rho, bandwidth_hz b, rate_bps r, latency_s t: [K], of no meaning where not `admitted`;
+    deadline_s: the deadline that holds, later than asked when status is `stretched`;
+    binds: for each device `deadline`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `compute` or `dropped`;
+    price_per_hz: what one more hertz adds to sum w x, 0 for allocators without a price;
+    objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
+    message: who was dropped, what was missing and which knob helps, or empty.
+    """
+
+    prune_ratio: Array
+    bandwidth_hz: Array
+    rate_bps: Array
+    latency_s: Array
+    deadline_s: float
+    admitted: Array
+    binds: tuple[str, ...]
+    price_per_hz: float
+    objective: float
+    certificate: Certificate | None
+    status: Status
+    message: str
+
+
+def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:
+    """Returns r = b log2(1 + s/b), bits/s; 0 for b = 0."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = snr_hz / bandwidth_hz
+        bits = np.where(ratio > 1e300, bandwidth_hz * (np.log2(snr_hz) - np.log2(bandwidth_hz)), bandwidth_hz * np.log1p(ratio) / LN2)
+    return np.where((bandwidth_hz > 0) & (snr_hz > 0), bits, 0.0)
+
+
+def latency(problem: Problem, kept: Array, bandwidth_hz: Array) -> Array:
+    """Returns t [K], seconds; infinite where a device must send and has no rate. A device that keeps nothing sends nothing."""
+    bits = kept * problem.payload_bits
+    with np.errstate(divide="ignore"):
+        upload_s = np.where(bits > 0, bits / np.where(bits > 0, rate(bandwidth_hz, problem.snr_hz), 1.0), 0.0)
+    return kept * problem.shared_compute_s + upload_s + problem.fixed_s
+
+
+def kept_fraction(problem: Problem, rate_bps: Array) -> Array:
+    """Returns phi = (T - d) r / (a r + c), the most a device can keep within the deadline, not capped at 1; 0 when T < d."""
+    time_s = np.maximum(problem.deadline_s - problem.fixed_s, 0.0)
+    work = problem.shared_compute_s * rate_bps + problem.payload_bits
+    free = problem.payload_bits == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        phi = np.where(free, time_s / problem.shared_compute_s, time_s * rate_bps / work)
+    return np.where(np.isnan(phi), np.where(free, 1.0, 0.0), phi)
+
+
+def log_snr_for_rate(rate_bps: Array, snr_hz: Array) -> Array:
+    """Returns L with R g(L) = rate: 0 where the rate is the limit R = s / ln 2 or beyond reach, MAX_LOG_SNR where it is 0.
+
+    This is the root that model.md writes with the Lambert W function, e^L - 1 = -W_{-1}(-eta e^-eta)/eta - 1, eta = rate / R,
+    by Newton on ln((e^L - 1) / L) = -ln eta, which is convex and loses no digits near eta = 1 (where W's argument meets its branch point).
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        target = np.log(snr_hz / LN2) - np.log(rate_bps)
+    target = np.clip(np.where(np.isnan(target), 0.0, target), 0.0, MAX_LOG_SNR - 10.0)
+    L = np.minimum(2 * target, target + np.log1p(target) + 1.0)  # right of the root, from where Newton is monotone
+    for _ in range(8):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            L = np.where(L > 0, np.maximum(L - (_log_ratio(L) - target) / _log_ratio_slope(L), 0.0), 0.0)
+    return np.where(rate_bps > 0, L, MAX_LOG_SNR)
+
+
+def bandwidth_of(log_snr: Array, snr_hz: Array) -> Array:
+    """Returns b = s / (e^L - 1); 0 at MAX_LOG_SNR, infinite at 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(log_snr >= MAX_LOG_SNR, 0.0, snr_hz / np.expm1(log_snr))
+
+
+def _log_ratio(L: Array) -> Array:
+    """ln((e^L - 1) / L) = -ln g(L)."""
+    small = L < 0.02
+    series = L * (0.5 + L * (1 / 24 - L**2 / 2880))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(small, series, L + np.log(-np.expm1(-L)) - np.log(L))
+
+
+def _log_ratio_slope(L: Array) -> Array:
+    """d ln((e^L - 1) / L) / dL, between 1/2 and 1."""
+    small = L < 0.02
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(small, 0.5 + L / 12 - L**3 / 720, -1 / np.expm1(-L) - 1 / L)
+
+
+def required_rate(problem: Problem, kept: Array) -> Array:
+    """Returns the rate [K] at which a device that keeps `kept` ends just at the deadline; infinite where no rate suffices."""
+    time_s = problem.deadline_s - problem.fixed_s - kept * problem.shared_compute_s
+    bits = kept * problem.payload_bits
+    with np.errstate(divide="ignore", invalid="ignore"):
+        needed = np.where(time_s > 0, bits / time_s, np.inf)
+    return np.where((bits == 0) & (time_s >= 0), 0.0, needed)
+
+
+def required_bandwidth(problem: Problem, kept: Array) -> Array:
+    """Returns the bandwidth [K] at which a device that keeps `kept` ends just at the deadline; infinite where none suffices."""
+    needed = required_rate(problem, kept)
+    reachable = needed < problem.snr_hz / LN2
+    bandwidth_hz = bandwidth_of(log_snr_for_rate(needed, problem.snr_hz), problem.snr_hz)
+    return np.where(needed == 0, 0.0, np.where(reachable, bandwidth_hz, np.inf))
+
+
+def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
+    """Returns the smallest deadline at which all devices can keep `kept` [K], and the bandwidths [K] that reach it.
+
+    All devices that send end at that deadline together: sum b_k(T) = B, solved for T by Newton with bisection as its guard.
+    Infinite, with equal bandwidths, when a device that must send has no signal.
+    """
+    bits, work_s = kept * problem.payload_bits, problem.fixed_s + kept * problem.shared_compute_s
+    sends = bits > 0
+    share = np.where(sends, problem.bandwidth_hz / max(int(sends.sum()), 1), 0.0)
+    if (sends & (problem.snr_hz == 0)).any():
+        return np.inf, share
+    if not sends.any():
+        return float(work_s.max()), share
+    bits, work_s, snr_hz = bits[sends], work_s[sends], problem.snr_hz[sends]
+    limit_s = bits * LN2 / snr_hz  # with infinite bandwidth
+    low = float(np.max(work_s + limit_s))
+    high = float(np.max(work_s + bits / rate(share[sends], snr_hz)))
+    floor = float((problem.fixed_s + kept * problem.shared_compute_s).max())
+
+    def used(deadline_s: float) -> tuple[float, float, Array]:
+        """Total bandwidth, its derivative by the deadline, and the bandwidths."""
+        time_s = deadline_s - work_s
+        L = log_snr_for_rate(bits / time_s, snr_hz)
+        b = bandwidth_of(L, snr_hz)
+        # r' = (L - (1 - e^-L)) / ln 2 and dr/dT = -r / time
+        slope = -(bits / time_s**2) * LN2 / _rate_slope(L)
+        return float(b.sum()), float(slope.sum()), b
+
+    deadline_s = high
+    total, slope, b = used(deadline_s)
+    for _ in range(200):
+        excess = total / problem.bandwidth_hz - 1
+        if abs(excess) <= 1e-14 or high - low <= 2e-16 * high:
+            break
+        low, high = (deadline_s, high) if excess > 0 else (low, deadline_s)
+        # Newton on ln(total) in ln(T - low limit) would be smoother; on 1/total it is nearly straight and stays inside
+        step = deadline_s + total * (total / problem.bandwidth_hz - 1) / -slope if np.isfinite(total) and slope < 0 else np.nan
+        deadline_s = step if low < step < high else 0.5 * (low + high)
+        total, slope, b = used(deadline_s)
+    if total > problem.bandwidth_hz:
+        total, slope, b = used(high)
+        deadline_s = high
+    if floor > deadline_s:  # a device that sends nothing is the slowest
+        deadline_s = floor
+        _, _, b = used(deadline_s)
+    bandwidth_hz = np.zeros(len(kept))
+    bandwidth_hz[sends] = b * (problem.bandwidth_hz / b.sum())  # the rest is shared: nobody ends later for it
+    return deadline_s, bandwidth_hz
+
+
+def _rate_slope(L: Array) -> Array:
+    """h(L) = L - (1 - e^-L) = r'(b) ln 2."""
+    small = L < 0.02
+    series = L**2 * (0.5 - L * (1 / 6 - L * (1 / 24 - L * (1 / 120 - L / 720))))
+    return np.where(small, series, L + np.expm1(-L))
+
+
+def dense_deadline(problem: Problem) -> tuple[float, Array]:
+    """Returns the latency of the latency-optimal round without pruning, and its bandwidths [K] (model.md, section 4)."""
+    return least_deadline(problem, np.ones(len(problem.weight)))

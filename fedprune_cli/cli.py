@@ -1,0 +1,303 @@
+"""The commands. Imports nothing heavy at the top: `fedprune --help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from fedprune_cli import __version__
+from fedprune_cli.errors import ConfigError, FedpruneError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from fedprune_cli.config import Experiment
+    from fedprune_cli.run import Record, Setup
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning on wireless edge devices: personalized, pruned, and allocated with a certificate.",
+    epilog="Exit codes: 0 done, 2 configuration, 3 infeasible, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
+    "130 interrupted.",
+)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as data=fmnist partition.alpha=0.3."),
+]
+
+
+def main() -> NoReturn:
+    """Runs the command line; a user's mistake is one line on stderr and an exit code of its own."""
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        app(standalone_mode=True)
+    except FedpruneError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(error: FedpruneError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"fedprune {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool,
+        typer.Option("-m", "--multirun", help="Run every combination of comma-separated values (Hydra's sweeper)."),
+    ] = False,
+    cfg: Annotated[
+        str | None, typer.Option("--cfg", help="Show the configuration instead of running: job, hydra or all.")
+    ] = None,
+    package: Annotated[str | None, typer.Option("-p", "--package", help="With --cfg: show only this part.")] = None,
+    resolve: Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve interpolations.")] = False,
+    info: Annotated[
+        str | None,
+        typer.Option(
+            "--info", help="Show Hydra's information: all, config, defaults, defaults-tree, plugins, searchpath."
+        ),
+    ] = None,
+    config_dir: Annotated[
+        str | None, typer.Option("--config-dir", help="A folder of further configuration files.")
+    ] = None,
+    config_name: Annotated[str | None, typer.Option("--config-name", help="Another primary configuration.")] = None,
+) -> None:
+    """Train one experiment: allocate, prune, train, aggregate, meter, record, and report."""
+    flags = ["-m"] * multirun + ["--resolve"] * resolve
+    for flag, value in (
+        ("--cfg", cfg),
+        ("-p", package),
+        ("--info", info),
+        ("--config-dir", config_dir),
+        ("--config-name", config_name),
+    ):
+        flags += [flag, value] if value is not None else []
+    _hydra(flags + (overrides or []))
+
+
+def _hydra(arguments: list[str]) -> None:
+    """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedprune_cli.config import CONF, explain
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["fedprune train", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_train)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from None
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _train(config: DictConfig) -> None:
+    from fedprune_cli.config import build_experiment
+
+    _start(build_experiment(config), config)
+
+
+def _start(experiment: Experiment, config: DictConfig) -> None:
+    """Makes a new run and takes it to its end."""
+    from fedprune_cli.run import create, prepare
+
+    run_dir = experiment.run_dir
+    with _status("loading data and building the world"):
+        setup = prepare(experiment)
+    create(setup, config, run_dir)
+    _continue(setup, run_dir)
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")]) -> None:
+    """Continue an interrupted run; it ends with the bytes of one that was never interrupted."""
+    _resume(run_dir)
+
+
+def _resume(run_dir: Path) -> None:
+    from fedprune_cli.run import reopen
+
+    with _status("loading data and building the world"):
+        setup = reopen(run_dir)
+    _continue(setup, run_dir)
+
+
+def _continue(setup: Setup, run_dir: Path) -> None:
+    """Runs the remaining rounds under a progress display, then writes and names the report."""
+    from fedprune_cli.report import read_run, run_table, write_report
+    from fedprune_cli.run import run
+
+    try:
+        with _progress(setup.experiment) as show:
+            for record in run(setup, run_dir):
+                show(record)
+    except KeyboardInterrupt:
+        print(f"interrupted; every finished round is safe: fedprune resume {run_dir}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    with _status("drawing the report"):
+        page = write_report(run_dir)
+    _print(run_table(read_run(run_dir)))
+    print(f"report: {page}")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where a comparison goes; default: comparison/ beside the first run.")
+    ] = None,
+) -> None:
+    """Draw the report of a run, or compare several runs."""
+    if len(run_dirs) == 1:
+        from fedprune_cli.report import read_run, run_table, write_report
+
+        page = write_report(run_dirs[0])
+        _print(run_table(read_run(run_dirs[0])))
+        print(f"report: {page}")
+    else:
+        _compare(run_dirs, out or run_dirs[0].parent / "comparison")
+
+
+@app.command()
+def compare(
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Methods to compare, joined by commas.")] = "proposed,personalized",
+    seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each is run with every method.")] = "0",
+    out: Annotated[Path | None, typer.Option(help="Where the comparison goes; default: beside the runs.")] = None,
+) -> None:
+    """Run several methods on the same data, devices and channel draws, and report what each gains.
+
+    Finished runs are read and not run again; interrupted ones are continued.
+    """
+    from fedprune_cli.config import build_experiment, compose_config
+
+    if not seeds.replace(",", "").isdigit():
+        raise ConfigError(f"--seeds {seeds}: must be whole numbers joined by commas")
+    if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides or []):
+        raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
+    members = [(method, seed) for seed in seeds.split(",") for method in methods.split(",")]
+    configs = [compose_config([*(overrides or []), f"method={method}", f"seed={seed}"]) for method, seed in members]
+    experiments = [build_experiment(config) for config in configs]  # all are checked before the first one runs
+    for (method, seed), config, experiment in zip(members, configs, experiments, strict=True):
+        if (experiment.run_dir / "summary.json").exists():
+            print(f"{method}, seed {seed}: finished before, {experiment.run_dir}")
+            continue
+        print(f"{method}, seed {seed}: {experiment.run_dir}", flush=True)
+        if experiment.run_dir.exists():
+            _resume(experiment.run_dir)
+        else:
+            _start(experiment, config)
+    run_dirs = [experiment.run_dir for experiment in experiments]
+    digest = hashlib.sha256(" ".join(str(path) for path in run_dirs).encode()).hexdigest()[:8]
+    _compare(run_dirs, out or run_dirs[0].parent / f"comparison-{digest}")
+
+
+def _compare(run_dirs: list[Path], out: Path) -> None:
+    """Writes the comparison of finished runs and prints its table and its answer."""
+    from fedprune_cli import report as reports
+
+    comparison = reports.compare([reports.read_run(path) for path in run_dirs])
+    with _status("drawing the comparison"):
+        page = reports.write_comparison(comparison, out)
+    _print(reports.comparison_table(comparison))
+    print(reports.headline(comparison))
+    print(f"report: {page}")
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """Says what is going on while it takes long, on a terminal only."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextlib.contextmanager
+def _progress(experiment: Experiment) -> Iterator[Callable[[Record], None]]:
+    """Yields a function that shows a record: a live bar on a terminal, else a line every two seconds at most."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(experiment.method.name, total=experiment.rounds, figures="")
+            yield lambda record: bar.update(task, completed=record["round"], figures=_figures(record))
+        return
+    started = shown = time.monotonic()
+    first = 0
+
+    def line(record: Record) -> None:
+        nonlocal shown, first
+        first = first or record["round"] - 1
+        now, left = time.monotonic(), experiment.rounds - record["round"]
+        if now - shown >= 2 or not left:
+            shown = now
+            eta = (now - started) / (record["round"] - first) * left
+            print(
+                f"round {record['round']}/{experiment.rounds}  {_figures(record)}  ETA {eta:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield line
+
+
+def _figures(record: Record) -> str:
+    """Returns a round's figures in a few words."""
+    accuracy = "" if record["accuracy"] is None else f"accuracy {100 * record['accuracy']:.1f} %  "
+    ratio = "" if record["mean_ratio"] is None else f"  ratio {record['mean_ratio']:.2f}"
+    return f"{accuracy}simulated {record['simulated_s']:.4g} s{ratio}"

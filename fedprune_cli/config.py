@@ -1,0 +1,291 @@
+"""Hydra's configuration -> one frozen, checked Experiment. Every configuration error is born here.
+
+YAML keys carry human units (`_mhz`, `_dbm`, `_km`); the classes see SI (`_hz`, `_w`, `_m`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedprune_cli.allocate import ALLOCATORS, Allocator
+from fedprune_cli.errors import ConfigError, require, unknown
+from fedprune_cli.execute import Execution
+from fedprune_cli.learn.client import EVALUATION_BATCH, Training
+from fedprune_cli.learn.models import MODELS, ModelConfig
+from fedprune_cli.learn.personalize import METHODS, Method
+from fedprune_cli.learn.prune import PRUNERS, Pruner
+from fedprune_cli.meter import Meter
+from fedprune_cli.world.channel import CHANNELS, Channel
+from fedprune_cli.world.datasets import DATASETS, DatasetConfig
+from fedprune_cli.world.devices import FLEETS, Devices
+from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The round's latency threshold T: seconds, or a fraction of the round's latency-optimal dense time."""
+
+    fraction: float | None
+    seconds: float | None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("fraction", "seconds") if getattr(self, name) is not None]
+        require(bool(given), "fraction", self.fraction, "a number when deadline.seconds is null")
+        for name in given:
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "> 0")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are tested: each device's test share, every how many rounds, personal steps on a fresh device."""
+
+    test_fraction: float
+    every: int
+    fresh_steps: int
+    target_accuracy: float | None
+
+    def __post_init__(self) -> None:
+        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
+        require(self.every >= 1, "every", self.every, ">= 1")
+        require(0 <= self.fresh_steps <= 10**6, "fresh_steps", self.fresh_steps, "in 0..1000000")
+        target = self.target_accuracy
+        require(target is None or 0 < target <= 1, "target_accuracy", target, "in (0, 1] or null")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run, complete and checked. What `execution`, `out` and `data.root` say does not change its numbers."""
+
+    name: str
+    seed: int
+    rounds: int
+    out: str | None
+    data: DatasetConfig
+    partition: PartitionConfig
+    devices: Devices
+    channel: Channel
+    model: ModelConfig
+    method: Method
+    pruner: Pruner
+    allocator: Allocator
+    training: Training
+    deadline: Deadline
+    evaluation: Evaluation
+    meter: Meter
+    execution: Execution
+
+    def __post_init__(self) -> None:
+        pattern = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+        require(
+            bool(re.fullmatch(pattern, self.name)), "name", self.name, "letters, digits, '.', '_' and '-', at most 100"
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
+        require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for key in ("seed", "out", "execution"):
+            del fields[key]
+        fields["data"].pop("root", None)
+        numerics = {
+            "torch": version("torch"),
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 1,
+            "evaluation_batch": EVALUATION_BATCH,
+        }
+        return fields | {"numerics": numerics}
+
+    @functools.cached_property
+    def config_hash(self) -> str:
+        """The first 12 hexadecimal digits of the identity's SHA-256."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is kept: `out`, or outputs/<name>/<config hash>-s<seed>."""
+        return Path(self.out) if self.out else Path("outputs") / self.name / f"{self.config_hash}-s{self.seed}"
+
+
+# A group is a folder of conf/ whose `name` picks the class; a section is a fixed class.
+GROUPS: dict[str, Mapping[str, type]] = {
+    "data": DATASETS,
+    "partition": PARTITIONS,
+    "devices": FLEETS,
+    "channel": CHANNELS,
+    "model": MODELS,
+    "method": METHODS,
+    "pruner": PRUNERS,
+    "allocator": ALLOCATORS,
+}
+SECTIONS: dict[str, type] = {
+    "training": Training,
+    "deadline": Deadline,
+    "evaluation": Evaluation,
+    "meter": Meter,
+    "execution": Execution,
+}
+
+# Human units, longest suffix first, and how they become SI.
+UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
+    ("_dbm_per_hz", "_w_per_hz", lambda dbm: 10 ** (dbm / 10 - 3)),
+    ("_dbm", "_w", lambda dbm: 10 ** (dbm / 10 - 3)),
+    ("_ghz", "_hz", lambda ghz: ghz * 1e9),
+    ("_mhz", "_hz", lambda mhz: mhz * 1e6),
+    ("_km", "_m", lambda km: km * 1e3),
+)
+
+
+def _to_si(values: Any, where: str) -> Any:
+    """Returns nested `values` with human units converted, and the keys renamed."""
+    if isinstance(values, list):
+        return [_to_si(value, f"{where}[{i}]") for i, value in enumerate(values)]
+    if not isinstance(values, dict):
+        return values
+    converted = {}
+    for key, value in values.items():
+        suffix, si, convert = next((unit for unit in UNITS if str(key).endswith(unit[0])), ("", "", lambda x: x))
+        if suffix and isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                value = convert(value)
+            except OverflowError:
+                raise ConfigError(f"{where}.{key}={value}: too large") from None
+        converted[str(key).removesuffix(suffix) + si] = _to_si(value, f"{where}.{key}")
+    return converted
+
+
+def _yaml_key(key: str, values: Mapping[str, Any]) -> str:
+    """Returns the key as the user wrote it for the SI name `key`."""
+    spellings = [key.removesuffix(si) + suffix for suffix, si, _ in UNITS if key.endswith(si)]
+    return next((spelling for spelling in spellings if spelling in values), key)
+
+
+def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
+    si = _to_si(values, where)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key, name in zip(values, si, strict=True):
+        if name not in names:
+            raise unknown(f"key {where!r} has", str(key), names)
+    for name in names:
+        if name not in si:
+            raise ConfigError(f"{where}.{name}: missing value")
+    try:
+        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si))
+    except ConfigError as error:
+        key = _yaml_key(error.key, values) if error.key else None
+        raise ConfigError(
+            f"{where}.{key}={values.get(key)}: {_without_value(error)}" if key else f"{where}: {error}"
+        ) from None
+    except OmegaConfBaseException as error:
+        key = _yaml_key(str(error.full_key or "").split(".")[0].split("[")[0], values)
+        raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from None
+    return instance
+
+
+def _without_value(error: ConfigError) -> str:
+    """The message without the SI value: the user's own spelling stands before it already."""
+    return str(error).split(" is not allowed: ")[-1]
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """Returns the checked experiment; raises ConfigError naming the key, its value and what is allowed."""
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    values.pop("hydra", None)
+    fields = [field.name for field in dataclasses.fields(Experiment)]
+    for key in values:
+        if key not in fields:
+            raise unknown("configuration key", str(key), fields)
+    for key in fields:
+        if key not in values:
+            raise ConfigError(f"{key}: missing from the configuration")
+    parts = {}
+    for group, table in GROUPS.items():
+        chosen = values[group]
+        if not isinstance(chosen, dict) or chosen.get("name") not in table:
+            raise unknown(group, str(chosen.get("name") if isinstance(chosen, dict) else chosen), table)
+        parts[group] = _construct(table[chosen["name"]], chosen, group)
+    for section, cls in SECTIONS.items():
+        if not isinstance(values[section], dict):
+            raise ConfigError(f"{section}={values[section]}: must be a group of values, such as {section}.KEY=VALUE")
+        parts[section] = _construct(cls, values[section], section)
+    scalars = {key: value for key, value in values.items() if key not in parts}
+    checked = OmegaConf.structured(_Scalars)
+    try:
+        scalars = OmegaConf.to_container(OmegaConf.merge(checked, scalars))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    try:
+        return Experiment(**scalars, **parts)
+    except ConfigError as error:
+        raise ConfigError(f"{error.key}={values.get(error.key)}: {_without_value(error)}") from None
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    """The types of the top-level values, for OmegaConf."""
+
+    name: str
+    seed: int
+    rounds: int
+    out: str | None
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Returns the configuration that the command line `overrides` select from conf/; raises ConfigError."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from None
+
+
+def explain(error: Exception) -> ConfigError:
+    """Returns Hydra's error as one line, with the nearest valid name."""
+    text = str(error)
+    if found := re.search(
+        r"Could not find '(?P<group>[^']+)/(?P<name>[^'/]+)'\n\nAvailable options in '[^']*':\n(?P<options>(\t.*\n)*)",
+        text,
+    ):
+        return unknown(f"{found['group']} option", found["name"], found["options"].split())
+    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            keys = list(_leaves(OmegaConf.to_container(compose("config"), resolve=False)))
+        near = difflib.get_close_matches(found["key"], keys, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else " `fedprune train --cfg job` shows all keys."
+        return ConfigError(f"unknown configuration key {found['key']!r}.{hint}")
+    return ConfigError(text.splitlines()[0])
+
+
+def _leaves(values: Any, prefix: str = "") -> list[str]:
+    """Returns the dotted paths of all nested keys."""
+    paths = []
+    for key, value in values.items():
+        paths.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            paths += _leaves(value, f"{prefix}{key}.")
+    return paths

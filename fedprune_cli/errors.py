@@ -1,0 +1,75 @@
+"""Errors as part of the interface: one line each, and an exit code of its own.
+
+A plug-in checks its own numbers with `require`; config.py adds where the number was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedpruneError(Exception):
+    """Something the user can act on. The message is the whole story, on one line."""
+
+    exit_code = 1
+
+
+class ConfigError(FedpruneError):
+    """A configuration value is wrong; `key` names it when the raiser knows it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class InfeasibleError(FedpruneError):
+    """No allocation meets the deadline and the policy is `fail`."""
+
+    exit_code = 3
+
+
+class CertificateError(FedpruneError):
+    """An allocation's certificate is above its tolerance."""
+
+    exit_code = 4
+
+
+class CheckpointError(FedpruneError):
+    """A run folder cannot be used: it exists, is damaged, or belongs to another configuration."""
+
+    exit_code = 5
+
+
+class DataError(FedpruneError):
+    """A dataset, fleet table or trace is missing, truncated or malformed."""
+
+    exit_code = 6
+
+
+class DeviceError(FedpruneError):
+    """The work of one simulated device failed; names round, device and stage."""
+
+    exit_code = 7
+
+
+class OutputError(FedpruneError):
+    """Results cannot be written (full disk, read-only folder)."""
+
+    exit_code = 8
+
+
+def require(ok: bool, key: str, value: object, allowed: str) -> None:
+    """Raises ConfigError naming `key`, its `value` and what is `allowed`, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{value!r} is not allowed: must be {allowed}", key=key)
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str], key: str | None = None) -> ConfigError:
+    """Returns the error for a `name` that no table entry has, with the nearest valid one."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(names)}", key=key)

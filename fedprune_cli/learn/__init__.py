@@ -1,0 +1,1 @@
+"""What is learnt: models, personalization, pruning, a device's work and the server's (torch)."""

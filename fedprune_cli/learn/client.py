@@ -1,0 +1,208 @@
+"""A device's half of a round: local steps on its two parts, and the test of its own model.
+
+The unit of arithmetic is one device's work with fixed batch shapes, so that its bits depend on nothing but its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedprune_cli.errors import DeviceError, require
+from fedprune_cli.learn.models import Parts, set_trained
+from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
+
+EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's identity because it fixes shapes
+
+
+@dataclass(frozen=True)
+class Training:
+    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size)."""
+
+    batch_size: int
+    shared_steps: int
+    personal_steps: int
+    lr: float
+    personal_lr: float
+    momentum: float
+    weight_decay: float
+    epochs: float | None
+
+    def __post_init__(self) -> None:
+        require(1 <= self.batch_size <= 10**6, "batch_size", self.batch_size, "in 1..1000000")
+        require(0 < self.lr < math.inf, "lr", self.lr, "> 0")
+        require(0 < self.personal_lr < math.inf, "personal_lr", self.personal_lr, "> 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, ">= 0")
+        require(self.epochs is None or 0 < self.epochs < 10**6, "epochs", self.epochs, "> 0 or null")
+
+    def plan(self, phases: tuple[Phase, ...], num_samples: int) -> tuple[Phase, ...]:
+        """Returns the phases with the steps (tau of model.md) that a device with `num_samples` training samples takes."""
+        if self.epochs is None:
+            return phases
+        return tuple(Phase(phase.kind, math.ceil(self.epochs * num_samples / self.batch_size)) for phase in phases)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All that a worker needs to do any device's work: the model, the pooled data and who owns which samples.
+
+    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device.
+    """
+
+    seed: int
+    training: Training
+    parts: Parts
+    images: Array
+    labels: Array
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: tuple[Array, ...]
+    test: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One device's task: its id, the round, u [U] as broadcast, v_k [V], the packed mask (None keeps all), its phases.
+
+    stage names the work in error messages.
+    """
+
+    stage: str
+    round: int
+    device: int
+    shared: Array
+    personal: Array
+    packed_mask: Array | None
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What device k sends, and what it keeps: the kept entries of u [n_k]; v_k [V]; its mean training loss (last phase)."""
+
+    device: int
+    shared: Array
+    personal: Array
+    train_loss: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Correct predictions of device k's own model on its own test samples."""
+
+    device: int
+    correct: int
+    total: int
+
+
+def pack(mask: Array) -> Array | None:
+    """Returns the mask as bits, an eighth of its size, or None when it keeps everything."""
+    return None if mask.all() else np.packbits(mask)
+
+
+def train(learner: Learner, unit: Unit) -> Update:
+    """Returns the device's update after its local steps from (u * m_k, v_k) (model.md, section 2, step 3).
+
+    A dropped entry is zero and its gradient is zeroed: it never moves. Raises DeviceError when the loss is not finite.
+    """
+    mask = _load(learner, unit)
+    keep = None if mask is None else learner.parts.shared_views(torch.from_numpy(mask).float())
+    loss = math.nan
+    for index, phase in enumerate(unit.phases):
+        loss = _run_phase(learner, unit, index, phase, keep, loss)
+    shared = learner.parts.shared.numpy()
+    return Update(
+        unit.device, shared.copy() if mask is None else shared[mask], learner.parts.personal.numpy().copy(), loss
+    )
+
+
+def evaluate(learner: Learner, unit: Unit) -> Score:
+    """Returns how the device's model (u * m_k, v_k), after the unit's phases if any, does on its own test samples."""
+    if unit.phases:
+        train(learner, unit)
+    else:
+        _load(learner, unit)
+    indices, correct = learner.test[unit.device], 0
+    with torch.inference_mode():
+        for start in range(0, len(indices), EVALUATION_BATCH):
+            x, y = _samples(learner, indices[start : start + EVALUATION_BATCH])
+            correct += int((learner.parts.model(x).argmax(1) == y).sum())
+    return Score(unit.device, correct, len(indices))
+
+
+def _load(learner: Learner, unit: Unit) -> Array | None:
+    """Sets the model to (u * m_k, v_k); returns m_k, or None when it keeps everything."""
+    parts = learner.parts
+    parts.shared.copy_(torch.from_numpy(unit.shared))
+    parts.personal.copy_(torch.from_numpy(unit.personal))
+    if unit.packed_mask is None:
+        return None
+    mask = np.unpackbits(unit.packed_mask, count=unit.shared.size).astype(bool)
+    parts.shared.mul_(torch.from_numpy(mask))
+    return mask
+
+
+def _run_phase(
+    learner: Learner, unit: Unit, index: int, phase: Phase, keep: tuple[Tensor, ...] | None, previous_loss: float
+) -> float:
+    """Takes the phase's SGD steps in place; returns their mean loss, or the previous one when there was nothing to do."""
+    config, parts = learner.training, learner.parts
+    shared = parts.shared_params if phase.kind != "personal" else ()
+    personal = parts.personal_params if phase.kind != "shared" else ()
+    own = learner.train[unit.device]
+    if phase.steps == 0 or not (shared or personal):
+        return previous_loss
+    set_trained(parts, shared + personal)
+    x, y = _samples(learner, own[_batches(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
+    velocity: list[Tensor] = []
+    total_loss = torch.zeros(())
+    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+        loss = cross_entropy(parts.model(xb), yb)
+        grads = list(torch.autograd.grad(loss, shared + personal))
+        with torch.no_grad():
+            total_loss += loss
+            if config.weight_decay:
+                torch._foreach_add_(grads, shared + personal, alpha=config.weight_decay)
+            if keep is not None and shared:
+                grads[: len(shared)] = torch._foreach_mul(grads[: len(shared)], keep)
+            if config.momentum:
+                velocity = (
+                    grads if not velocity else torch._foreach_add(grads, torch._foreach_mul(velocity, config.momentum))
+                )
+                grads = velocity
+            if shared:
+                torch._foreach_add_(shared, grads[: len(shared)], alpha=-config.lr)
+            if personal:
+                torch._foreach_add_(personal, grads[len(shared) :], alpha=-config.personal_lr)
+    mean_loss = float(total_loss) / phase.steps
+    if not math.isfinite(mean_loss):
+        raise DeviceError(
+            f"round {unit.round + 1}, device {unit.device}, {unit.stage}, {phase.kind} steps: the training loss is {mean_loss} "
+            f"(batches {list(x.shape[1:])} of {config.batch_size}); lower training.lr={config.lr} or "
+            f"training.personal_lr={config.personal_lr}"
+        )
+    return mean_loss
+
+
+def _batches(seed: int, unit: Unit, phase: int, num_samples: int, count: int) -> Array:
+    """Returns `count` positions: epoch after epoch, each a new permutation; a batch may straddle two epochs."""
+    rng = stream(seed, "batch", unit.round, unit.device, phase)
+    epochs = math.ceil(count / num_samples)
+    return np.concatenate([rng.permutation(num_samples) for _ in range(epochs)])[:count]
+
+
+def _samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:
+    """Returns normalised images, float32 [n, C, H, W] in channels-last memory, and labels [n]."""
+    images = torch.from_numpy(learner.images[indices]).float().div_(learner.scale)
+    mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (learner.mean, learner.std))
+    x = images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    return x, torch.from_numpy(learner.labels[indices])

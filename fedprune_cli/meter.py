@@ -1,0 +1,198 @@
+"""The meter: FLOPs and bits -> modelled seconds and joules; predictions -> accuracies. Nothing here is measured wall time.
+
+Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
+    t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
+    t_up,k   = bits of the encoded payload / r_k(b_k)
+    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
+Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
+Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune_cli.allocate.problem import Problem, rate
+from fedprune_cli.errors import require
+from fedprune_cli.learn.client import Score
+from fedprune_cli.learn.models import ModelCost
+from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.state import Array
+from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.devices import Fleet
+
+BITS_PER_PARAM = 32
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What a round's latency includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`."""
+
+    name: str
+    mask_overhead: bool
+    downlink: bool
+
+    def __post_init__(self) -> None:
+        require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a round asks of its devices before anything is pruned, float64 [K].
+
+    shared_flops F, personal_flops G; cycles_per_flop, cpu_hz, energy_coefficient and tx_power_w of the devices.
+    """
+
+    shared_flops: Array
+    personal_flops: Array
+    cycles_per_flop: Array
+    cpu_hz: Array
+    energy_coefficient: Array
+    tx_power_w: Array
+
+    def take(self, index: Array) -> Load:
+        """Returns the load of some of the devices."""
+        return Load(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+
+    def compute_s(self, kept: Array) -> Array:
+        """Returns t_comp [K] when the fraction `kept` [K] of u remains."""
+        return self.cycles(kept) / self.cpu_hz
+
+    def cycles(self, kept: Array) -> Array:
+        """Returns the CPU cycles [K] of the round."""
+        return self.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
+
+
+def build_load(fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], cost: ModelCost, batch_size: int) -> Load:
+    """Returns the load of the devices `ids`, device i following the phases plans[i]."""
+    flops = np.array(
+        [
+            [sum(phase.steps * batch_size * cost.flops[phase.kind][part] for phase in plan) for part in (0, 1)]
+            for plan in plans
+        ],
+        dtype=float,
+    )
+    return Load(
+        flops[:, 0], flops[:, 1], fleet.cycles_per_flop[ids], fleet.cpu_hz[ids], fleet.energy_coefficient[ids], fleet.tx_power_w[ids]
+    )  # fmt: skip
+
+
+def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
+    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst gain; 0 if not metered."""
+    if not meter.downlink or payload_bits == 0:
+        return 0.0
+    snr_hz = channel.bs_power_w * gain.min() / channel.noise_w_per_hz
+    return float(payload_bits / rate(np.array(channel.bandwidth_hz), np.array(snr_hz)))
+
+
+def build_problem(
+    load: Load, channel: Channel, gain: Array, samples: Array, shared_params: int, t_down_s: float, max_ratio: float
+) -> Problem:
+    """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI."""
+    ones, zeros = np.ones(len(gain)), np.zeros(len(gain))
+    fixed_s = load.compute_s(zeros) + t_down_s
+    return Problem(
+        shared_compute_s=load.cycles_per_flop * load.shared_flops / load.cpu_hz,
+        payload_bits=ones * BITS_PER_PARAM * shared_params,
+        fixed_s=fixed_s,
+        snr_hz=load.tx_power_w * gain / channel.noise_w_per_hz,
+        weight=samples / samples.sum(),
+        bandwidth_hz=channel.bandwidth_hz,
+        deadline_s=np.inf,
+        max_ratio=ones * max_ratio,
+    )
+
+
+def encode_mask(mask: Array) -> bytes:
+    """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which."""
+    bitmap = b"\xff" + np.packbits(mask).tobytes()
+    kept = np.flatnonzero(mask)
+    gaps = np.diff(kept, prepend=-1) - 1
+    parameter = int(np.log2(max(gaps.mean(), 1.0))) if len(gaps) else 0
+    quotient = gaps >> parameter
+    if int(quotient.sum()) + len(gaps) * (1 + parameter) >= 8 * len(bitmap):
+        return bitmap
+    ends = np.cumsum(quotient + 1 + parameter)
+    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+    starts = ends - quotient - 1 - parameter
+    bits[np.repeat(starts, quotient) + _within(quotient)] = 1  # the quotient in unary, closed by a zero
+    for bit in range(parameter):
+        bits[ends - 1 - bit] = (gaps >> bit) & 1
+    return bytes([parameter]) + np.packbits(bits).tobytes()
+
+
+def decode_mask(code: bytes, size: int, kept: int) -> Array:
+    """Returns the mask [size] with `kept` entries that `encode_mask` coded."""
+    bits = np.unpackbits(np.frombuffer(code[1:], dtype=np.uint8))
+    if code[0] == 0xFF:
+        return bits[:size].astype(bool)
+    mask, position, cursor = np.zeros(size, dtype=bool), -1, 0
+    for _ in range(kept):
+        gap = 0
+        while bits[cursor]:
+            gap, cursor = gap + 1, cursor + 1
+        cursor += 1
+        for _ in range(code[0]):
+            gap, cursor = 2 * gap + int(bits[cursor]), cursor + 1
+        position += gap + 1
+        mask[position] = True
+    return mask
+
+
+def _within(counts: Array) -> Array:
+    """Returns 0..n-1 for each n of `counts`, concatenated."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Modelled figures of one round, [K] for the devices that took part: seconds, joules, FLOPs, bytes; bytes_down is the broadcast's."""
+
+    compute_s: Array
+    uplink_s: Array
+    downlink_s: Array
+    joules: Array
+    flops: Array
+    bytes_up: Array
+    bytes_down: float
+
+    @property
+    def latency_s(self) -> Array:
+        """t_k [K]; the round lasts as long as its slowest device."""
+        return self.downlink_s + self.compute_s + self.uplink_s
+
+
+def measure(
+    load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, bits_down: float, t_down_s: float
+) -> Measurement:
+    """Returns what the round costs, from the fraction of u really kept [K] and the payloads really encoded [K].
+
+    Energy: kappa f^2 a cycle and the radio's power while it sends; receiving and idling are ignored.
+    """
+    uplink_s = np.zeros(len(kept))
+    sends = payload_bytes > 0
+    uplink_s[sends] = 8 * payload_bytes[sends] / rate_bps[sends]
+    return Measurement(
+        compute_s=load.compute_s(kept),
+        uplink_s=uplink_s,
+        downlink_s=np.full(len(kept), t_down_s),
+        joules=load.energy_coefficient * load.cpu_hz**2 * load.cycles(kept) + load.tx_power_w * uplink_s,
+        flops=kept * load.shared_flops + load.personal_flops,
+        bytes_up=payload_bytes,
+        bytes_down=bits_down / 8,
+    )
+
+
+def accuracies(scores: Mapping[int, Score], samples: Array) -> dict[str, float]:
+    """Returns the devices' accuracy averaged with weights D_k = samples[k], unweighted, and its 10th percentile over devices."""
+    each = np.array([score.correct / score.total for score in scores.values()])
+    weights = samples[list(scores)]
+    return {
+        "accuracy": float(each @ weights / weights.sum()),
+        "accuracy_mean": float(each.mean()),
+        "accuracy_p10": float(np.percentile(each, 10)),
+    }

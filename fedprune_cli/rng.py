@@ -1,0 +1,33 @@
+"""All randomness: named streams of (seed, purpose, ids). No other module makes a generator."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal, get_args
+
+import numpy as np
+
+Purpose = Literal[
+    "allocator",  # random baseline allocator
+    "batch",  # minibatch order of (round, device, phase)
+    "dataset",  # generated datasets in tests
+    "fading",  # block fading of (round)
+    "fleet",  # clocks, powers and distances
+    "importance",  # random pruner, of (round)
+    "init",  # initial model parameters
+    "los",  # line-of-sight state of each device
+    "outage",  # Gilbert-Elliott state of (round)
+    "participants",  # devices of (round)
+    "partition",  # which device owns which sample
+    "shadowing",  # log-normal shadowing of each device
+    "split",  # train and test samples of (device)
+]
+_KEYS = {purpose: zlib.crc32(purpose.encode()) for purpose in get_args(Purpose)}
+
+
+def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
+    """Returns the generator of one purpose; equal arguments give equal draws, anything else independent ones.
+
+    A vector over devices is drawn in device-id order, so that more devices extend it and never change it.
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _KEYS[purpose], *ids])))

@@ -1,0 +1,407 @@
+"""THE PAGE TO READ FIRST: a round is allocate, prune, train, aggregate, meter, record."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from fedprune_cli import folder
+from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
+from fedprune_cli.config import Experiment, build_experiment
+from fedprune_cli.errors import CheckpointError, ConfigError
+from fedprune_cli.execute import Executor, executor
+from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, pack, train
+from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model
+from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.prune import Masks, build_masks
+from fedprune_cli.learn.server import aggregate
+from fedprune_cli.meter import (
+    BITS_PER_PARAM,
+    Load,
+    Measurement,
+    accuracies,
+    build_load,
+    build_problem,
+    downlink_s,
+    encode_mask,
+    measure,
+)
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array, State
+from fedprune_cli.world.scenario import Scenario, build_scenario
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rounds share: the experiment, its world, the model's counted cost and the state before round 1."""
+
+    experiment: Experiment
+    scenario: Scenario
+    cost: ModelCost
+    initial: State
+
+
+def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Record]:
+    """Returns the state after one more round, and the round's record: every figure modelled, none of them wall time."""
+    experiment, scenario = setup.experiment, setup.scenario
+    radio = scenario.at(state.round)
+    ids = participants(setup, radio.available, state.round)
+    if not len(ids):
+        return idle_round(setup, state, workers)
+
+    load, problem = round_problem(setup, ids, radio.gain_linear[ids])
+    allocation = experiment.allocator.solve(problem, experiment.seed, state.round)
+    taking = np.flatnonzero(allocation.admitted)
+    devices = ids[taking]
+
+    prune_ratio = state.slots["prune_ratio"].copy()
+    prune_ratio[devices] = allocation.prune_ratio[taking]
+    masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed)
+
+    updates = workers.map(train, [train_unit(setup, state, masks, device) for device in devices.tolist()])
+    shared, gradient = server_step(setup, state, masks, updates)
+    personal = state.personal.copy()
+    for update in updates:
+        personal[update.device] = update.personal
+
+    measured = measure_round(setup, load, allocation, masks, updates, radio.gain_linear[ids])
+    clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
+    slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
+    new = State(state.round + 1, shared, personal, slots | experiment.pruner.next_slots(state, gradient))
+
+    scores = test_models(setup, new, masks, workers)
+    return new, build_record(setup, state, new, problem, allocation, masks, updates, measured, gradient, scores)
+
+
+def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
+    """Continues the run in its folder to the last round; yields each record once it and its state are safe on disk."""
+    experiment = setup.experiment
+    with folder.locked(run_dir):
+        state = folder.load(run_dir, experiment.config_hash)
+        if state.round < experiment.rounds:
+            with executor(
+                experiment.execution, functools.partial(build_learner, experiment, setup.scenario)
+            ) as workers:
+                while state.round < experiment.rounds:
+                    started = time.perf_counter()
+                    state, record = round_step(setup, state, workers)
+                    timing = {"round": state.round, "wall_s": time.perf_counter() - started}
+                    folder.commit(
+                        run_dir, state, experiment.config_hash, {"rounds.jsonl": record, "timings.jsonl": timing}
+                    )
+                    yield record
+        folder.finish(run_dir, summarise(experiment, run_dir))
+
+
+def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
+    """Makes the folder of a new run, holding its configuration, manifest and first state."""
+    folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
+
+
+def reopen(run_dir: Path) -> Setup:
+    """Returns the setup that a run folder was made with; raises CheckpointError naming what differs."""
+    manifest = folder.read_json(run_dir / folder.MANIFEST)
+    try:
+        experiment = build_experiment(OmegaConf.create((run_dir / folder.CONFIG).read_text()))
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(f"{run_dir / folder.CONFIG}: {error}") from None
+    setup = prepare(experiment)
+    now, then = build_manifest(setup), manifest
+    for key in ("config", "config_hash", "seed", "dataset", "model", "histogram"):
+        if now[key] != then.get(key):
+            where = (
+                next((k for k in now[key] if now[key][k] != then.get(key, {}).get(k)), "")
+                if isinstance(now[key], dict)
+                else ""
+            )
+            raise CheckpointError(
+                f"{run_dir}: made with another {'.'.join(filter(None, (key, where)))} than this machine gives; resume it where it was made"
+            )
+    return setup
+
+
+# --- the steps of a round -------------------------------------------------------------------------------------------
+
+
+def participants(setup: Setup, available: Array, number: int) -> Array:
+    """Returns the ids of the training devices that take part, ascending: those not in outage, or `per_round` of them."""
+    ids = np.flatnonzero(available[: setup.scenario.num_devices])
+    wanted = setup.experiment.devices.per_round
+    if wanted is None or wanted >= len(ids):
+        return ids
+    return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
+
+
+def plan(setup: Setup, device: int) -> tuple[Phase, ...]:
+    """Returns the phases and steps of a device's round."""
+    experiment = setup.experiment
+    return experiment.training.plan(experiment.method.phases(), len(setup.scenario.partition.train[device]))
+
+
+def round_problem(setup: Setup, ids: Array, gain: Array) -> tuple[Load, Problem]:
+    """Returns the devices' load and the allocation problem with the round's deadline.
+
+    The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
+    """
+    experiment, scenario, size = setup.experiment, setup.scenario, setup.cost.shared_params
+    plans = [plan(setup, device) for device in ids]
+    load = build_load(scenario.fleet, ids, plans, setup.cost, experiment.training.batch_size)
+    bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(size) % 2 == 0))
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
+    samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
+    problem = build_problem(load, experiment.channel, gain, samples, size, t_down_s, experiment.pruner.max_ratio)
+    deadline = experiment.deadline
+    deadline_s = deadline.seconds or (deadline.fraction or 1.0) * dense_deadline(problem)[0]
+    return load, replace(problem, deadline_s=deadline_s)
+
+
+def sends_masks(setup: Setup) -> bool:
+    """Whether the server has to send masks, and the meter counts them."""
+    return (
+        setup.experiment.meter.mask_overhead
+        and setup.experiment.allocator.prunes
+        and not setup.experiment.pruner.derivable
+    )
+
+
+def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
+    """Returns a device's training task."""
+    return Unit(
+        "training", state.round, device, state.shared, state.personal[device], pack(masks[device]), plan(setup, device)
+    )
+
+
+def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Update]) -> tuple[Array, Array]:
+    """Returns the new u [U], and the mean gradient that the updates imply: the way each entry went, per unit of step size."""
+    kept = [masks[update.device] for update in updates]
+    values = [update.shared for update in updates]
+    weights = [len(setup.scenario.partition.train[update.device]) for update in updates]
+    shared = aggregate(state.shared, kept, values, weights)
+    lr = setup.experiment.training.lr
+    steps = [sum(phase.steps for phase in plan(setup, update.device) if phase.kind != "personal") for update in updates]
+    slopes = [(state.shared[m] - v) / (lr * max(n, 1)) for m, v, n in zip(kept, values, steps, strict=True)]
+    return shared, aggregate(np.zeros_like(state.shared), kept, slopes, weights)
+
+
+def measure_round(
+    setup: Setup, load: Load, allocation: Allocation, masks: Masks, updates: Sequence[Update], gain: Array
+) -> Measurement:
+    """Returns the modelled cost of what was really kept and encoded, for the admitted devices."""
+    size, taking = setup.cost.shared_params, np.flatnonzero(allocation.admitted)
+    codes = [encode_mask(masks[update.device]) for update in updates] if sends_masks(setup) else []
+    bits_down = BITS_PER_PARAM * size + 8 * sum(map(len, codes))
+    return measure(
+        load.take(taking),
+        rate_bps=allocation.rate_bps[taking],
+        kept=np.array([len(update.shared) for update in updates]) / max(size, 1),
+        payload_bytes=np.array([len(update.shared.tobytes()) for update in updates], dtype=float),
+        bits_down=bits_down,
+        t_down_s=downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down),
+    )
+
+
+def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> dict[int, Score]:
+    """Returns each device's score with its own model (u * m_k, v_k), in the rounds that are tested; else nothing.
+
+    Fresh devices, which never train, fine-tune v on the unpruned u first.
+    """
+    scenario, evaluation = setup.scenario, setup.experiment.evaluation
+    if new.round % evaluation.every and new.round != setup.experiment.rounds:
+        return {}
+    own = [
+        Unit("test", new.round, device, new.shared, new.personal[device], pack(masks[device]), ())
+        for device in range(scenario.num_devices)
+    ]
+    fresh = [
+        Unit(
+            "fresh-device test",
+            new.round,
+            device,
+            new.shared,
+            setup.initial.personal[0],
+            None,
+            (Phase("personal", evaluation.fresh_steps),),
+        )
+        for device in range(scenario.num_devices, len(scenario.partition.train))
+    ]
+    return {score.device: score for score in workers.map(evaluate, own + fresh)}
+
+
+def build_record(
+    setup: Setup, state: State, new: State, problem: Problem, allocation: Allocation, masks: Masks,
+    updates: Sequence[Update], measured: Measurement, gradient: Array, scores: Mapping[int, Score],
+) -> Record:  # fmt: skip
+    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`."""
+    scenario, admitted = setup.scenario, allocation.admitted
+    samples = np.array([len(indices) for indices in scenario.partition.train])
+    ids = [update.device for update in updates]
+    weights = samples[ids] / max(samples[ids].sum(), 1)
+    errors = [float(np.square(state.shared[~masks[device]], dtype=np.float64).sum()) for device in ids]
+    equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
+    certificate = allocation.certificate
+    tested = accuracy_figures(setup, scores)
+    return {
+        "round": new.round,
+        "simulated_s": float(new.slots["simulated_s"]),
+        "latency_s": float(measured.latency_s.max(initial=0.0)),
+        "deadline_s": allocation.deadline_s,
+        **tested,
+        "train_loss": float(np.dot(weights, [update.train_loss for update in updates])) if updates else None,
+        "mean_ratio": float(allocation.prune_ratio[admitted].mean()) if updates else None,
+        "max_ratio": float(allocation.prune_ratio[admitted].max()) if updates else None,
+        "bytes_up": int(measured.bytes_up.sum()),
+        "bytes_down": int(measured.bytes_down),
+        "joules": float(measured.joules.sum()),
+        "flops": float(measured.flops.sum()),
+        "grad_norm": float(np.linalg.norm(gradient.astype(np.float64))),
+        "pruning_error": float(np.dot(weights, errors)) if updates else None,
+        "dense_latency_s": dense_deadline(problem)[0],
+        "equal_dense_latency_s": float(latency(problem, np.ones(len(equal)), equal).max()),
+        "price_per_hz": allocation.price_per_hz,
+        "residual": certificate.residual if certificate else None,
+        "gap": certificate.gap if certificate else None,
+        "status": allocation.status,
+        "message": allocation.message,
+        "devices": {
+            "id": ids,
+            "prune_ratio": allocation.prune_ratio[admitted].tolist(),
+            "bandwidth_hz": allocation.bandwidth_hz[admitted].tolist(),
+            "compute_s": measured.compute_s.tolist(),
+            "uplink_s": measured.uplink_s.tolist(),
+            "downlink_s": measured.downlink_s.tolist(),
+            "latency_s": measured.latency_s.tolist(),
+            "joules": measured.joules.tolist(),
+            "bytes_up": [int(size) for size in measured.bytes_up],
+            "train_loss": [update.train_loss for update in updates],
+            "accuracy": [scores[device].correct / scores[device].total for device in ids] if scores else None,
+        },
+    }
+
+
+def accuracy_figures(setup: Setup, scores: Mapping[int, Score]) -> Record:
+    """Returns the accuracy keys of a record, null in a round that was not tested."""
+    count = setup.scenario.num_devices
+    own = {device: score for device, score in scores.items() if device < count}
+    fresh = [score.correct / score.total for device, score in scores.items() if device >= count]
+    samples = np.array([len(indices) for indices in setup.scenario.partition.train])
+    figures = accuracies(own, samples) if own else dict.fromkeys(("accuracy", "accuracy_mean", "accuracy_p10"))
+    return figures | {"fresh_accuracy": float(np.mean(fresh)) if fresh else None}
+
+
+def idle_round(setup: Setup, state: State, workers: Executor) -> tuple[State, Record]:
+    """Returns a round in which every device is in outage: nothing is trained, sent or waited for."""
+    new = replace(state, round=state.round + 1)
+    masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed)
+    unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "pruning_error", "dense_latency_s",
+               "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
+    zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
+    return new, {
+        "round": new.round,
+        "simulated_s": float(state.slots["simulated_s"]),
+        **accuracy_figures(setup, test_models(setup, new, masks, workers)),
+        **dict.fromkeys(unknown),
+        **dict.fromkeys(zero, 0.0),
+        "status": "idle",
+        "message": "every device is in outage",
+        "devices": {"id": []},
+    }
+
+
+# --- before the first round and after the last ----------------------------------------------------------------------
+
+
+def prepare(experiment: Experiment) -> Setup:
+    """Returns the setup of an experiment; raises DataError or ConfigError when its world cannot be built."""
+    scenario = build_scenario(
+        experiment.data, experiment.partition, experiment.devices, experiment.channel,
+        experiment.evaluation.test_fraction, experiment.seed, experiment.rounds,
+    )  # fmt: skip
+    parts = build_parts(experiment, scenario)
+    cost = count_cost(parts, scenario.dataset.images.shape[1:])
+    slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
+    slots |= experiment.pruner.slots(cost.shared_params)
+    personal = np.tile(parts.personal.numpy(), (scenario.num_devices, 1))
+    return Setup(experiment, scenario, cost, State(0, parts.shared.numpy().copy(), personal, slots))
+
+
+def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
+    """Returns the initial model, split by the method's personalized part."""
+    dataset = scenario.dataset
+    model = build_model(experiment.model, dataset.images.shape[1:], dataset.num_classes, experiment.seed)
+    return split_model(model, experiment.method.personal_part)
+
+
+def build_learner(experiment: Experiment, scenario: Scenario) -> Learner:
+    """Returns what a worker needs; every worker builds its own, since a model is scratch memory."""
+    dataset, partition = scenario.dataset, scenario.partition
+    return Learner(
+        experiment.seed, experiment.training, build_parts(experiment, scenario), dataset.images, dataset.labels,
+        dataset.scale, dataset.mean, dataset.std, partition.train, partition.test,
+    )  # fmt: skip
+
+
+def build_manifest(setup: Setup) -> Record:
+    """Returns what a run was made of: configuration, seed, versions, dataset hash, model counts and the data's split."""
+    experiment, scenario, cost = setup.experiment, setup.scenario, setup.cost
+    dataset, partition = scenario.dataset, scenario.partition
+    packages = ("fedprune", "torch", "torchvision", "numpy", "scipy", "hydra-core", "safetensors", "scikit-learn")
+    return {
+        "experiment": experiment.name,
+        "method": experiment.method.name,
+        "seed": experiment.seed,
+        "config_hash": experiment.config_hash,
+        "config": experiment.identity,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "dataset": {
+            "name": dataset.name,
+            "sha256": dataset.sha256,
+            "samples": len(dataset.labels),
+            "num_classes": dataset.num_classes,
+        },
+        "model": {
+            "name": experiment.model.name,
+            "shared_params": cost.shared_params,
+            "personal_params": cost.personal_params,
+            "shared_bits": BITS_PER_PARAM * cost.shared_params,
+            "personal_bits": BITS_PER_PARAM * cost.personal_params,
+            "flops_per_sample": {kind: {"shared": u, "personal": v} for kind, (u, v) in cost.flops.items()},
+        },
+        "fresh_devices": len(partition.train) - scenario.num_devices,
+        "train_samples": [len(indices) for indices in partition.train],
+        "test_samples": [len(indices) for indices in partition.test],
+        "histogram": partition.histogram.tolist(),
+    }
+
+
+def summarise(experiment: Experiment, run_dir: Path) -> Record:
+    """Returns the run's summary: figures of the last round (never of the best), sums, and the state's hash."""
+    records = folder.read_log(run_dir / "rounds.jsonl")
+    last = next(record for record in reversed(records) if record["accuracy"] is not None)
+    target = experiment.evaluation.target_accuracy
+    reached = [r["simulated_s"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]
+    return {
+        "method": experiment.method.name,
+        "seed": experiment.seed,
+        "rounds": len(records),
+        "final_accuracy": last["accuracy"],
+        "final_accuracy_p10": last["accuracy_p10"],
+        "fresh_accuracy": last["fresh_accuracy"],
+        "simulated_s": records[-1]["simulated_s"],
+        "time_to_target_s": reached[0] if reached else None,
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "joules": sum(record["joules"] for record in records),
+        "state_sha256": hashlib.sha256((run_dir / folder.STATE).read_bytes()).hexdigest(),
+    }

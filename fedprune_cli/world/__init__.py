@@ -1,0 +1,1 @@
+"""What is given: data, who owns it, devices and the channel (numpy)."""

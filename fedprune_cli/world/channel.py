@@ -1,0 +1,230 @@
+"""Channels: path loss, shadowing and block fading -> power gains; outages -> who is there."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedprune_cli.errors import DataError, require
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
+from fedprune_cli.world.devices import Fleet, read_table
+
+LIGHT_M_PER_S = 299_792_458.0
+
+
+class Channel(Protocol):
+    """A channel plug-in: a frozen dataclass whose fields are its configuration."""
+
+    name: str
+    bandwidth_hz: float
+    noise_w_per_hz: float
+    bs_power_w: float
+
+    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
+        """Returns the power gain of every device in round `number`, linear [N]."""
+
+    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
+        """Returns who can be reached, bool [rounds, N]; more rounds or devices change no earlier entry."""
+
+
+@dataclass(frozen=True)
+class Radio:
+    """The band and its outages, common to all channels.
+
+    bandwidth_hz B; noise_w_per_hz N0; bs_power_w: the base station's, for the downlink;
+    outage_enter, outage_leave: Gilbert-Elliott probabilities a round of losing and of regaining a device, 0 to enter: never.
+    """
+
+    name: str
+    bandwidth_hz: float
+    noise_w_per_hz: float
+    bs_power_w: float
+    outage_enter: float
+    outage_leave: float
+
+    def __post_init__(self) -> None:
+        for key in ("bandwidth_hz", "noise_w_per_hz", "bs_power_w"):
+            require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "> 0 and finite")
+        require(0 <= self.outage_enter <= 1, "outage_enter", self.outage_enter, "in [0, 1]")
+        require(0 < self.outage_leave <= 1, "outage_leave", self.outage_leave, "in (0, 1]")
+
+    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
+        """Gilbert-Elliott from its stationary distribution: in outage a fraction enter / (enter + leave) of the time."""
+        reachable = np.ones((rounds, num_devices), dtype=bool)
+        if self.outage_enter == 0:
+            return reachable
+        lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (self.outage_enter + self.outage_leave)
+        for number in range(rounds):
+            if number:
+                draw = stream(seed, "outage", number).random(num_devices)
+                lost = np.where(lost, draw >= self.outage_leave, draw < self.outage_enter)
+            reachable[number] = ~lost
+        return reachable
+
+
+@dataclass(frozen=True)
+class Faded(Radio):
+    """Path loss and log-normal shadowing, fixed for a device, times block fading, redrawn each round.
+
+    A fleet's own `path_gain_linear` stands in for path loss and shadowing where it is given.
+    """
+
+    fading: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.fading in ("rayleigh", "none"), "fading", self.fading, "'rayleigh' or 'none'")
+
+    def loss_db(self, seed: int, distance_m: Array) -> Array:
+        """Returns path loss plus shadowing, dB [N]."""
+        raise NotImplementedError
+
+    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
+        size = len(fleet.distance_m)
+        with np.errstate(invalid="ignore"):
+            large_scale = np.where(np.isnan(fleet.path_gain_linear), 10 ** (-self.loss_db(seed, fleet.distance_m) / 10), fleet.path_gain_linear)
+        if self.fading == "none":
+            return large_scale
+        return large_scale * stream(seed, "fading", number).exponential(size=size)
+
+
+@dataclass(frozen=True)
+class Urban(Faded):
+    """128.1 + 37.6 log10(d_km) dB, the field's usual urban macro cell at 2 GHz (model.md, section 5)."""
+
+    shadowing_db: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.shadowing_db <= 100, "shadowing_db", self.shadowing_db, "in [0, 100]")
+
+    def loss_db(self, seed: int, distance_m: Array) -> Array:
+        shadowing = self.shadowing_db * stream(seed, "shadowing").normal(size=len(distance_m))
+        return 128.1 + 37.6 * np.log10(distance_m / 1e3) + shadowing
+
+
+@dataclass(frozen=True)
+class Umi(Faded):
+    """3GPP TR 38.901 UMi street canyon: LOS probability (table 7.4.2-1), path loss and shadowing (table 7.4.1-1).
+
+    Ignored: indoor loss, blockage, spatial correlation of shadowing and of line of sight, fast fading's own clusters (block Rayleigh instead).
+    """
+
+    carrier_hz: float
+    bs_height_m: float
+    device_height_m: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0.5e9 <= self.carrier_hz <= 100e9, "carrier_hz", self.carrier_hz, "in 0.5..100 GHz, the range of TR 38.901")
+        require(2 <= self.bs_height_m <= 150, "bs_height_m", self.bs_height_m, "in [2, 150]")
+        require(1.5 <= self.device_height_m <= 22.5, "device_height_m", self.device_height_m, "in [1.5, 22.5] (table 7.4.1-1)")
+
+    def loss_db(self, seed: int, distance_m: Array) -> Array:
+        line_of_sight = stream(seed, "los").random(len(distance_m)) < self.los_probability(distance_m)
+        los_db, nlos_db = self.path_loss_db(distance_m)
+        los_sigma, nlos_sigma = self.shadowing_sigma_db()
+        normal = stream(seed, "shadowing").normal(size=len(distance_m))
+        return np.where(line_of_sight, los_db + los_sigma * normal, nlos_db + nlos_sigma * normal)
+
+    def los_probability(self, distance_m: Array) -> Array:
+        """Returns the probability of line of sight by the 2D distance (table 7.4.2-1)."""
+        far = np.maximum(distance_m, 18.0)
+        return 18 / far + np.exp(-far / 36) * (1 - 18 / far)
+
+    def shadowing_sigma_db(self) -> tuple[float, float]:
+        """Returns the standard deviations of shadowing with and without line of sight (table 7.4.1-1)."""
+        return 4.0, 7.82
+
+    def path_loss_db(self, distance_m: Array) -> tuple[Array, Array]:
+        """Returns the path loss with and without line of sight, dB [N], by the 2D distance (table 7.4.1-1)."""
+        d3, log_f = self._distance_3d(distance_m), math.log10(self.carrier_hz / 1e9)
+        near = 32.4 + 21 * np.log10(d3) + 20 * log_f
+        breakpoint_m = self._breakpoint_m()
+        height = self.bs_height_m - self.device_height_m
+        far = 32.4 + 40 * np.log10(d3) + 20 * log_f - 9.5 * math.log10(breakpoint_m**2 + height**2)
+        los = np.where(distance_m <= breakpoint_m, near, far)
+        nlos = 35.3 * np.log10(d3) + 22.4 + 21.3 * log_f - 0.3 * (self.device_height_m - 1.5)
+        return los, np.maximum(los, nlos)
+
+    def _distance_3d(self, distance_m: Array) -> Array:
+        """2D distances below the model's 10 m count as 10 m."""
+        return np.hypot(np.maximum(distance_m, 10.0), self.bs_height_m - self.device_height_m)
+
+    def _breakpoint_m(self) -> float:
+        """Returns d'_BP of note 1 under table 7.4.1-1, with the effective environment height of 1 m."""
+        return 4 * (self.bs_height_m - 1) * (self.device_height_m - 1) * self.carrier_hz / LIGHT_M_PER_S
+
+
+@dataclass(frozen=True)
+class Uma(Umi):
+    """3GPP TR 38.901 UMa: like UMi with its own LOS probability, path loss and shadowing; devices up to 13 m high."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.device_height_m <= 13, "device_height_m", self.device_height_m, "at most 13 (above, table 7.4.2-1 adds a term that is left out)")
+
+    def los_probability(self, distance_m: Array) -> Array:
+        far = np.maximum(distance_m, 18.0)
+        return 18 / far + np.exp(-far / 63) * (1 - 18 / far)
+
+    def shadowing_sigma_db(self) -> tuple[float, float]:
+        return 4.0, 6.0
+
+    def path_loss_db(self, distance_m: Array) -> tuple[Array, Array]:
+        d3, log_f = self._distance_3d(distance_m), math.log10(self.carrier_hz / 1e9)
+        near = 28 + 22 * np.log10(d3) + 20 * log_f
+        breakpoint_m = self._breakpoint_m()
+        height = self.bs_height_m - self.device_height_m
+        far = 28 + 40 * np.log10(d3) + 20 * log_f - 9 * math.log10(breakpoint_m**2 + height**2)
+        los = np.where(distance_m <= breakpoint_m, near, far)
+        nlos = 13.54 + 39.08 * np.log10(d3) + 20 * log_f - 0.6 * (self.device_height_m - 1.5)
+        return los, np.maximum(los, nlos)
+
+
+@dataclass(frozen=True)
+class Trace(Radio):
+    """Recorded gains: a CSV file with the columns round, device, gain_db and, if known, available (1 or 0).
+
+    It must hold every device in every round from 0 to its last one, and starts again after that.
+    """
+
+    file: str
+
+    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
+        gains, _ = _read_trace(self.file, len(fleet.distance_m))
+        return gains[number % len(gains)]
+
+    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
+        _, recorded = _read_trace(self.file, num_devices)
+        return recorded[np.arange(rounds) % len(recorded)] & super().available(seed, rounds, num_devices)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_trace(file: str, num_devices: int) -> tuple[Array, Array]:
+    """Returns linear gains and availability [rounds, devices]; raises DataError."""
+    columns = read_table(file, ("round", "device", "gain_db"), optional=("available",))
+    rounds, devices = columns["round"], columns["device"]
+    for name, values in (("round", rounds), ("device", devices)):
+        if (bad := np.flatnonzero((values < 0) | (values != np.floor(values)) | (values >= 10**7))).size:
+            raise DataError(f"{file}, row {bad[0] + 1}: {name}={values[bad[0]]:g} is not allowed: must be a whole number >= 0")
+    last = int(rounds.max()) + 1
+    if devices.max() < num_devices - 1 or len(rounds) < last * num_devices:
+        raise DataError(f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, it has {len(rounds)} for {int(devices.max()) + 1} devices")
+    gains = np.full((last, int(devices.max()) + 1), np.nan)
+    available = np.ones(gains.shape, dtype=bool)
+    at = rounds.astype(int), devices.astype(int)
+    gains[at] = 10 ** (columns["gain_db"] / 10)
+    if "available" in columns:
+        available[at] = columns["available"] != 0
+    if (missing := np.argwhere(np.isnan(gains[:, :num_devices]))).size:
+        raise DataError(f"{file}: round {missing[0][0]}, device {missing[0][1]} is missing")
+    return gains[:, :num_devices], available[:, :num_devices]
+
+
+CHANNELS: dict[str, type[Channel]] = {"urban": Urban, "umi": Umi, "uma": Uma, "trace": Trace}

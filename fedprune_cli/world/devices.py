@@ -1,0 +1,181 @@
+"""Fleets: the devices' clocks, powers and places, sampled or from a table."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fedprune_cli.errors import DataError, require
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
+
+MAX_DEVICES = 10**7
+MAX_TABLE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The devices, one array entry each [N].
+
+    cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (a cycle costs kappa f^2 joules);
+    path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it.
+    """
+
+    cpu_hz: Array
+    cycles_per_flop: Array
+    tx_power_w: Array
+    distance_m: Array
+    energy_coefficient: Array
+    path_gain_linear: Array
+
+
+class Devices(Protocol):
+    """A fleet plug-in: a frozen dataclass whose fields are its configuration."""
+
+    name: str
+    per_round: int | None
+    fresh: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that train; `fresh` more never do."""
+
+    def draw(self, seed: int) -> Fleet:
+        """Returns the training devices and then the fresh ones. Raises DataError for a bad table."""
+
+
+def _check_common(per_round: int | None, fresh: int, energy_coefficient: float) -> None:
+    require(per_round is None or per_round >= 1, "per_round", per_round, ">= 1 or null")
+    require(0 <= fresh <= MAX_DEVICES, "fresh", fresh, ">= 0")
+    require(0 <= energy_coefficient < math.inf, "energy_coefficient", energy_coefficient, ">= 0")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Clocks log-uniform, cycles per FLOP uniform, places uniform in a disk with a hole (model.md, section 5)."""
+
+    name: str
+    count: int
+    per_round: int | None
+    fresh: int
+    min_cpu_hz: float
+    max_cpu_hz: float
+    min_cycles_per_flop: float
+    max_cycles_per_flop: float
+    tx_power_w: float
+    min_distance_m: float
+    radius_m: float
+    energy_coefficient: float
+
+    def __post_init__(self) -> None:
+        require(1 <= self.count <= MAX_DEVICES, "count", self.count, f"in 1..{MAX_DEVICES}")
+        _check_common(self.per_round, self.fresh, self.energy_coefficient)
+        require(self.per_round is None or self.per_round <= self.count, "per_round", self.per_round, f"at most count={self.count}")
+        for low, high in (("min_cpu_hz", "max_cpu_hz"), ("min_cycles_per_flop", "max_cycles_per_flop"), ("min_distance_m", "radius_m")):
+            require(0 < getattr(self, low) < math.inf, low, getattr(self, low), "> 0")
+            require(getattr(self, low) <= getattr(self, high) < math.inf, high, getattr(self, high), "at least its minimum, and finite")
+        require(0 < self.tx_power_w < math.inf, "tx_power_w", self.tx_power_w, "a finite power")
+
+    @property
+    def num_devices(self) -> int:
+        return self.count
+
+    def draw(self, seed: int) -> Fleet:
+        # one row of draws a device: more devices change no earlier one
+        size = self.count + self.fresh
+        clock, cycles, place = stream(seed, "fleet").random((size, 3)).T
+        return Fleet(
+            cpu_hz=self.min_cpu_hz * (self.max_cpu_hz / self.min_cpu_hz) ** clock,
+            cycles_per_flop=self.min_cycles_per_flop + (self.max_cycles_per_flop - self.min_cycles_per_flop) * cycles,
+            tx_power_w=np.full(size, self.tx_power_w),
+            distance_m=np.sqrt(self.min_distance_m**2 + (self.radius_m**2 - self.min_distance_m**2) * place),
+            energy_coefficient=np.full(size, self.energy_coefficient),
+            path_gain_linear=np.full(size, np.nan),
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A fleet from a CSV file with the columns cpu_ghz, cycles_per_flop, tx_power_dbm and either distance_km or gain_db.
+
+    The last `fresh` rows never train. Other columns (an id, a remark) are passed over.
+    """
+
+    name: str
+    file: str
+    per_round: int | None
+    fresh: int
+    energy_coefficient: float
+
+    def __post_init__(self) -> None:
+        _check_common(self.per_round, self.fresh, self.energy_coefficient)
+
+    @property
+    def num_devices(self) -> int:
+        return len(self._rows()["cpu_ghz"]) - self.fresh
+
+    def _rows(self) -> dict[str, Array]:
+        place = "distance_km"
+        rows = read_table(self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"), positive=("cpu_ghz", "cycles_per_flop", place), either=(place, "gain_db"))
+        if len(rows["cpu_ghz"]) <= self.fresh:
+            raise DataError(f"{self.file}: {len(rows['cpu_ghz'])} devices, of which devices.fresh={self.fresh} never train: none is left")
+        return rows
+
+    def draw(self, seed: int) -> Fleet:
+        rows = self._rows()
+        size = len(rows["cpu_ghz"])
+        unknown = np.full(size, np.nan)
+        return Fleet(
+            cpu_hz=rows["cpu_ghz"] * 1e9,
+            cycles_per_flop=rows["cycles_per_flop"],
+            tx_power_w=10 ** (rows["tx_power_dbm"] / 10 - 3),
+            distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
+            energy_coefficient=np.full(size, self.energy_coefficient),
+            path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
+        )
+
+
+FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "table": Table}
+
+
+def read_table(file: str, columns: tuple[str, ...], *, positive: tuple[str, ...] = (), either: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Array]:
+    """Returns the numeric columns of a CSV file as float64 arrays [rows]; at least one of `either`, and those of `optional` that it has.
+
+    Raises DataError naming the file, the line, the column, the value and what is allowed.
+    """
+    path = Path(file)
+    try:
+        if path.stat().st_size > MAX_TABLE_BYTES:
+            raise DataError(f"{file}: {path.stat().st_size} bytes, at most {MAX_TABLE_BYTES} are read")
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: not a CSV text file ({error})") from None
+    header = [name.strip() for name in lines[0]] if lines else []
+    chosen = [name for name in either if name in header]
+    if missing := [name for name in columns if name not in header] or ([] if chosen or not either else [" or ".join(either)]):
+        raise DataError(f"{file}, line 1: column {missing[0]} is missing; the header is {','.join(header) or 'empty'}")
+    values: dict[str, list[float]] = {name: [] for name in (*columns, *chosen, *(name for name in optional if name in header))}
+    for number, row in enumerate(lines[1:], start=2):
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise DataError(f"{file}, line {number}: {len(row)} values for {len(header)} columns")
+        for name, column in values.items():
+            text = row[header.index(name)].strip()
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value) or (name in positive and value <= 0):
+                raise DataError(f"{file}, line {number}: {name}={text!r} is not allowed: must be a number{' > 0' if name in positive else ''}")
+            column.append(value)
+    if not values[columns[0]]:
+        raise DataError(f"{file}: has no rows")
+    return {name: np.array(column) for name, column in values.items()}

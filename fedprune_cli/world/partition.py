@@ -1,0 +1,180 @@
+"""Partitions: which device owns which sample, and each device's own train and test share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedprune_cli.errors import ConfigError, require
+from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
+
+
+class PartitionConfig(Protocol):
+    """A partition plug-in: a frozen dataclass whose fields are its configuration."""
+
+    name: str
+    min_samples: int
+
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
+
+
+@dataclass(frozen=True)
+class Iid:
+    """Samples dealt at random, equally many to every device."""
+
+    name: str
+    min_samples: int
+
+    def __post_init__(self) -> None:
+        require(2 <= self.min_samples <= 10**9, "min_samples", self.min_samples, ">= 2 (one to train on, one to test on)")
+
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        owner = np.empty(len(labels), dtype=np.int64)
+        owner[rng.permutation(len(labels))] = np.arange(len(labels)) % num_devices
+        return owner
+
+
+@dataclass(frozen=True)
+class Dirichlet(Iid):
+    """Each class is spread over the devices by its own draw from Dirichlet(alpha): the smaller alpha, the more skewed."""
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        owner = np.empty(len(labels), dtype=np.int64)
+        for label in np.unique(labels):
+            own = rng.permutation(np.flatnonzero(labels == label))
+            owner[own] = np.repeat(np.arange(num_devices), _apportion(_dirichlet(rng, self.alpha, num_devices), len(own)))
+        return owner
+
+
+@dataclass(frozen=True)
+class Quantity(Iid):
+    """Quantity skew: device sizes are one draw from Dirichlet(alpha), labels are mixed at random."""
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        sizes = _apportion(_dirichlet(rng, self.alpha, num_devices), len(labels))
+        owner = np.empty(len(labels), dtype=np.int64)
+        owner[rng.permutation(len(labels))] = np.repeat(np.arange(num_devices), sizes)
+        return owner
+
+
+@dataclass(frozen=True)
+class Shards(Iid):
+    """Pathological skew (McMahan et al. 2017): samples sorted by label are cut into equal shards, `classes_per_device` for each device."""
+
+    classes_per_device: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.classes_per_device <= 10**6, "classes_per_device", self.classes_per_device, "in 1..1000000")
+
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        classes = np.unique(labels)
+        if self.classes_per_device > len(classes):
+            raise ConfigError(f"{self.classes_per_device} is not allowed: the data has {len(classes)} classes", key="classes_per_device")
+        # deal the classes like cards, so that no device holds one twice and every class is held as long as there are cards for it
+        deck = np.concatenate([rng.permutation(classes) for _ in range(math.ceil(num_devices * self.classes_per_device / len(classes)) + 1)])
+        hands: list[list[int]] = []
+        cards = list(deck[::-1])
+        for _ in range(num_devices):
+            hand: list[int] = []
+            skipped = []
+            while len(hand) < self.classes_per_device:
+                card = cards.pop()
+                (skipped if card in hand else hand).append(card)
+            cards.extend(reversed(skipped))
+            hands.append(hand)
+        owner = np.empty(len(labels), dtype=np.int64)
+        for label in classes:
+            own = rng.permutation(np.flatnonzero(labels == label))
+            holders = np.array([device for device, hand in enumerate(hands) if label in hand])
+            if not len(holders):  # fewer cards than classes: the class goes to the device with the nearest ones
+                holders = np.array([int(rng.integers(num_devices))])
+            owner[own] = holders[np.arange(len(own)) * len(holders) // len(own)]
+        return owner
+
+
+PARTITIONS: dict[str, type[PartitionConfig]] = {"iid": Iid, "dirichlet": Dirichlet, "shards": Shards, "quantity": Quantity}
+
+
+def _dirichlet(rng: np.random.Generator, alpha: float, size: int) -> Array:
+    """Returns one Dirichlet(alpha) draw [size]; with a tiny alpha the gamma draws behind it all underflow, and one entry gets everything."""
+    draw = rng.dirichlet(np.full(size, alpha))
+    if np.isfinite(draw).all() and draw.sum() > 0:
+        return draw
+    return np.eye(size)[rng.integers(size)]
+
+
+def _apportion(shares: Array, count: int) -> Array:
+    """Returns whole numbers [K] in proportion to `shares` [K] that sum to `count`."""
+    edges = np.rint(np.cumsum(shares) / shares.sum() * count).astype(np.int64)
+    edges[-1] = count
+    return np.diff(edges, prepend=0)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """train, test: sample indices of every device, int64; histogram: samples of each class, int64 [devices, classes]."""
+
+    train: tuple[Array, ...]
+    test: tuple[Array, ...]
+    histogram: Array
+
+
+def build_partition(config: PartitionConfig, labels: Array, num_classes: int, num_devices: int, test_fraction: float, seed: int) -> Partition:
+    """Returns every device's train and test samples: a disjoint cover of the data with at least `min_samples` a device.
+
+    A device that the draw left short is filled up with random samples of the then largest devices: no retries.
+    Raises ConfigError when there are too few samples for that many devices.
+    """
+    if num_devices * config.min_samples > len(labels):
+        raise ConfigError(
+            f"{num_devices} devices with at least {config.min_samples} samples each need {num_devices * config.min_samples} samples, "
+            f"the data has {len(labels)}: lower devices.count, devices.fresh or partition.min_samples"
+        )
+    rng = stream(seed, "partition")
+    owner = config.assign(labels, num_devices, rng)
+    _fill_up(owner, num_devices, config.min_samples, rng)
+    train, test = [], []
+    order = np.argsort(owner, kind="stable")
+    for device, own in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
+        shuffled = stream(seed, "split", device).permutation(own)
+        cut = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+        test.append(np.sort(shuffled[:cut]))
+        train.append(np.sort(shuffled[cut:]))
+    histogram = np.zeros((num_devices, num_classes), dtype=np.int64)
+    np.add.at(histogram, (owner, labels), 1)
+    return Partition(tuple(train), tuple(test), histogram)
+
+
+def _fill_up(owner: Array, num_devices: int, least: int, rng: np.random.Generator) -> None:
+    """Moves samples in place from the largest devices to those with fewer than `least`."""
+    sizes = np.bincount(owner, minlength=num_devices)
+    missing = np.maximum(least - sizes, 0)
+    if not missing.any():
+        return
+    low, high = least, int(sizes.max())  # the largest level that gives enough when everything above it is given away
+    while low < high:
+        level = (low + high + 1) // 2
+        low, high = (level, high) if np.maximum(sizes - level, 0).sum() >= missing.sum() else (low, level - 1)
+    give = np.maximum(sizes - low, 0)
+    surplus = int(give.sum() - missing.sum())
+    give[np.flatnonzero(give)[:surplus]] -= 1
+    given = np.concatenate([rng.permutation(np.flatnonzero(owner == device))[: give[device]] for device in np.flatnonzero(give)])
+    owner[rng.permutation(given)] = np.repeat(np.arange(num_devices), missing)

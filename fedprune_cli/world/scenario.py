@@ -1,0 +1,51 @@
+"""A scenario: one seed's data, owners, devices and channel, ready to be asked for any round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprune_cli.state import Array
+from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.datasets import Dataset, DatasetConfig
+from fedprune_cli.world.devices import Devices, Fleet
+from fedprune_cli.world.partition import Partition, PartitionConfig, build_partition
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a round meets: gain_linear [N] and available, bool [N]."""
+
+    gain_linear: Array
+    available: Array
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The world of one seed. Devices 0..num_devices-1 train; those after them are fresh and never do.
+
+    available: bool [rounds, N].
+    """
+
+    seed: int
+    num_devices: int
+    dataset: Dataset
+    partition: Partition
+    fleet: Fleet
+    channel: Channel
+    available: Array
+
+    def at(self, number: int) -> Conditions:
+        """Returns the conditions of a round, counted from 0."""
+        return Conditions(self.channel.gain(self.seed, number, self.fleet), self.available[number])
+
+
+def build_scenario(
+    data: DatasetConfig, partition: PartitionConfig, devices: Devices, channel: Channel, test_fraction: float, seed: int, rounds: int
+) -> Scenario:
+    """Returns the scenario; raises ConfigError or DataError when a part cannot be had."""
+    fleet = devices.draw(seed)
+    size = len(fleet.cpu_hz)
+    available = channel.available(seed, rounds, size)
+    dataset = data.load()
+    owners = build_partition(partition, dataset.labels, dataset.num_classes, size, test_fraction, seed)
+    return Scenario(seed, devices.num_devices, dataset, owners, fleet, channel, available)

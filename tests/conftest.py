@@ -1,0 +1,44 @@
+"""Small experiments on real digits, built the way the command line builds them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from fedprune_cli import run
+from fedprune_cli.config import Experiment, build_experiment, compose_config
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+TINY = (
+    "rounds=3", "devices.count=4", "devices.fresh=1", "model.hidden=[16]", "training.batch_size=8",
+    "training.shared_steps=3", "training.personal_steps=2", "evaluation.fresh_steps=2", "execution.kind=serial",
+)  # fmt: skip
+
+
+def make_experiment(*overrides: str) -> Experiment:
+    """Returns a tiny experiment with some values changed."""
+    return build_experiment(compose_config([*TINY, *overrides]))
+
+
+@functools.cache
+def make_setup(*overrides: str) -> run.Setup:
+    """Returns the setup of a tiny experiment, built once."""
+    return run.prepare(make_experiment(*overrides))
+
+
+def run_to_end(run_dir: Path, *overrides: str) -> list[run.Record]:
+    """Returns the records of a tiny run in its own folder."""
+    setup = make_setup(*overrides)
+    run.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    return list(run.run(setup, run_dir))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test writes by a relative path lands in its own folder."""
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,183 @@
+"""The run as a whole: same bytes from every executor, after every interruption, and figures that add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, make_setup, run_to_end
+from omegaconf import OmegaConf
+
+from fedprune_cli import folder, run
+from fedprune_cli.allocate.problem import dense_deadline
+from fedprune_cli.errors import CheckpointError, InfeasibleError
+
+RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
+
+
+def results(run_dir: Path) -> dict[str, bytes]:
+    return {name: (run_dir / name).read_bytes() for name in RESULTS}
+
+
+def test_serial_and_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "serial", "pruner=taylor")
+    run_to_end(tmp_path / "processes", "pruner=taylor", "execution.kind=processes", "execution.workers=2")
+    assert results(tmp_path / "serial") == results(tmp_path / "processes")
+
+
+def test_a_run_stopped_after_any_round_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "whole")
+    for stop in (0, 1, 2):
+        stopped = tmp_path / f"stopped{stop}"
+        run.create(make_setup(), OmegaConf.load(tmp_path / "whole" / "config.yaml"), stopped)
+        records = run.run(make_setup(), stopped)
+        for _ in range(stop):
+            next(records)
+        records.close()
+        if stop == 2:  # killed between the record and the state, in the middle of a line
+            with (stopped / "rounds.jsonl").open("ab") as log:
+                log.write((tmp_path / "whole" / "rounds.jsonl").read_bytes().splitlines(keepends=True)[2] + b'{"round": 4, "la')
+        list(run.run(run.reopen(stopped), stopped))
+        assert results(stopped) == results(tmp_path / "whole")
+
+
+def test_records_add_up(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "run", "evaluation.every=2", "rounds=5", "channel.outage_enter=0.3", "channel.outage_leave=0.5")
+    setup = make_setup("evaluation.every=2", "rounds=5", "channel.outage_enter=0.3", "channel.outage_leave=0.5")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [r["round"] for r in records] == [1, 2, 3, 4, 5]
+    assert [r["accuracy"] is not None for r in records] == [False, True, False, True, True]
+    assert summary["final_accuracy"] == records[-1]["accuracy"]
+    assert summary["bytes_up"] == sum(r["bytes_up"] for r in records)
+    assert np.isclose(summary["simulated_s"], sum(r["latency_s"] for r in records))
+    for record in records:
+        devices = record["devices"]
+        if not devices["id"]:
+            continue
+        parts = np.array(devices["compute_s"]) + devices["uplink_s"] + devices["downlink_s"]
+        np.testing.assert_allclose(parts, devices["latency_s"])
+        assert record["latency_s"] == max(devices["latency_s"])
+        # the count of kept entries is whole: it may exceed the allocated share by half an entry
+        entry_s = 32 / (np.array(devices["bytes_up"]) * 8 / devices["uplink_s"])
+        assert (np.array(devices["latency_s"]) <= record["deadline_s"] * (1 + 1e-9) + entry_s).all()
+        kept = np.rint((1 - np.array(devices["prune_ratio"])) * setup.cost.shared_params)
+        np.testing.assert_array_equal(devices["bytes_up"], 4 * kept)
+        assert sum(devices["bandwidth_hz"]) <= setup.experiment.channel.bandwidth_hz * (1 + 1e-9)
+        assert record["dense_latency_s"] <= record["equal_dense_latency_s"]
+        assert np.isclose(record["deadline_s"], 0.5 * record["dense_latency_s"]) or record["status"] == "stretched"
+
+
+def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
+    """model.md section 3 by hand for one device, against the meter."""
+    setup = make_setup("method=personalized", "meter=paper")
+    ids, radio = np.arange(4), setup.scenario.at(0)
+    _, problem = run.round_problem(setup, ids, radio.gain_linear[ids])
+    fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
+    personal_steps, shared_steps, batch = 2, 3, 8
+    forward_backward_u = 2 * (64 * 16) * 2  # two products: forward, weight gradient (no input gradient in the first layer)
+    assert cost.flops["shared"][0] == forward_backward_u
+    for k in ids:
+        cycles = fleet.cycles_per_flop[k] * batch * (shared_steps * forward_backward_u + personal_steps * forward_backward_u / 2)
+        assert np.isclose(problem.shared_compute_s[k], cycles / fleet.cpu_hz[k])
+        assert problem.payload_bits[k] == 32 * (64 * 16 + 16)
+        assert np.isclose(problem.snr_hz[k], fleet.tx_power_w[k] * radio.gain_linear[k] / channel.noise_w_per_hz)
+    assert np.isclose(problem.deadline_s, 0.5 * dense_deadline(problem)[0])
+
+
+def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
+    tight = ("deadline.fraction=0.01", "pruner.max_ratio=0.3")
+    records = run_to_end(tmp_path / "stretch", *tight)
+    assert {r["status"] for r in records} == {"stretched"}
+    assert all(r["latency_s"] > 0.01 * r["dense_latency_s"] for r in records)
+    records = run_to_end(tmp_path / "drop", *tight, "allocator.on_infeasible=drop")
+    assert {r["status"] for r in records} == {"dropped"}
+    assert all(len(r["devices"]["id"]) < 4 for r in records)
+    with pytest.raises(InfeasibleError):
+        run_to_end(tmp_path / "fail", *tight, "allocator.on_infeasible=fail")
+
+
+def test_partial_participation_and_epochs(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "run", "devices.per_round=2", "training.epochs=1")
+    chosen = [tuple(r["devices"]["id"]) for r in records]
+    assert all(len(ids) == 2 for ids in chosen)
+    assert len(set(chosen)) > 1
+
+
+def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="exists: continue it with"):
+        run_to_end(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="belongs to configuration"):
+        list(run.run(make_setup("training.lr=0.01"), tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="No such file"):
+        run.reopen(tmp_path / "nothing")
+
+    damaged = tmp_path / "damaged"
+    for name, change, message in (
+        ("state.safetensors", lambda b: b[:-1], "damaged checkpoint"),
+        ("rounds.jsonl", lambda b: b.replace(b'"round": 2', b'"round": 7'), "line 2 is damaged"),
+        ("rounds.jsonl", lambda b: b"".join(b.splitlines(keepends=True)[:1]), "has 1 rounds, the checkpoint 3"),
+        ("manifest.json", lambda b: b[:100], "damaged"),
+        ("manifest.json", lambda b: b.replace(b'"sha256": "', b'"sha256": "0'), "dataset.sha256"),
+        ("config.yaml", lambda b: b.replace(b"lr: 0.05", b"lr: 0.06"), "made with another config"),
+        ("config.yaml", lambda b: b.replace(b"lr: 0.05", b"lr: -1"), "training.lr=-1"),
+    ):
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(tmp_path / "run", damaged)
+        (damaged / name).write_bytes(change((damaged / name).read_bytes()))
+        with pytest.raises(CheckpointError, match=message):
+            list(run.run(run.reopen(damaged), damaged))
+
+
+def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    with folder.locked(tmp_path / "run"), pytest.raises(CheckpointError, match="another process"), folder.locked(tmp_path / "run"):
+        pass
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fedprune_cli", *arguments]
+
+
+def kill_and_resume(tmp_path: Path, kind: str, kills: int) -> None:
+    """Kills a real run with SIGKILL at random moments until it is done; its bytes must be those of one that was never killed."""
+    overrides = [*TINY, "rounds=40", f"execution.kind={kind}", "execution.workers=2", "training.shared_steps=20"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command("train", *overrides, f"out={whole}"), check=True, capture_output=True)
+    rng, happened = random.Random(0), 0
+    while not (killed / "summary.json").exists() and happened < 50:
+        start = command("resume", str(killed)) if killed.exists() else command("train", *overrides, f"out={killed}")
+        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        begun = sum(1 for _ in (killed / "rounds.jsonl").open()) if killed.exists() else 0
+        if happened < kills:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:  # let it make some progress first
+                if killed.exists() and sum(1 for _ in (killed / "rounds.jsonl").open("rb")) > begun + rng.randrange(3):
+                    break
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            happened += 1
+        process.wait()
+    assert happened >= min(kills, 2)
+    assert results(killed) == results(whole)
+
+
+@pytest.mark.parametrize("kind", ["serial", "processes"])
+def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    kill_and_resume(tmp_path, kind, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["serial", "processes"])
+def test_runs_killed_ten_times_resume_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    kill_and_resume(tmp_path, kind, kills=10)

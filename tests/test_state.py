@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.state import State, decode, encode
+
+STATE = State(3, np.arange(10, dtype=np.float32), np.zeros((2, 0), np.float32), {"simulated_s": np.array(1.5), "prune_ratio": np.zeros(2)})
+
+
+def test_a_state_survives_the_disk_and_equal_states_have_equal_bytes() -> None:
+    data = encode(STATE, "abc")
+    state, config_hash = decode(data, "x")
+    assert config_hash == "abc"
+    assert state.round == 3
+    assert state.slots["simulated_s"].shape == ()
+    assert state.personal.shape == (2, 0)
+    np.testing.assert_array_equal(state.shared, STATE.shared)
+    assert encode(state, "abc") == data
+
+
+def test_every_flipped_bit_and_every_truncation_is_detected() -> None:
+    data = encode(STATE, "abc")
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CheckpointError, match="damaged"):
+            decode(bytes(damaged), "x")
+    for size in range(len(data)):
+        with pytest.raises(CheckpointError, match="damaged"):
+            decode(data[:size], "x")
