@@ -10,7 +10,15 @@ import numpy as np
 from fedprune_cli.allocate.kkt import (
     TIGHT, Policy, allocate, build_allocation, least_feasible, min_latency, min_max, settle, solve_p1,
 )  # fmt: skip
-from fedprune_cli.allocate.problem import Allocation, Problem, kept_fraction, latency, least_deadline, rate, required_bandwidth
+from fedprune_cli.allocate.problem import (
+    Allocation,
+    Problem,
+    kept_fraction,
+    latency,
+    least_deadline,
+    rate,
+    required_bandwidth,
+)
 from fedprune_cli.errors import require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
@@ -35,7 +43,12 @@ class _WithPolicy:
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.on_infeasible in ("stretch", "drop", "fail"), "on_infeasible", self.on_infeasible, "'stretch', 'drop' or 'fail'")
+        require(
+            self.on_infeasible in ("stretch", "drop", "fail"),
+            "on_infeasible",
+            self.on_infeasible,
+            "'stretch', 'drop' or 'fail'",
+        )
 
     @property
     def policy(self) -> Policy:
@@ -111,7 +124,9 @@ class DenseEqual:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         kept, bandwidth_hz = np.ones(len(problem.weight)), equal_share(problem)
-        return _everyone(replace(problem, deadline_s=float(latency(problem, kept, bandwidth_hz).max())), kept, bandwidth_hz)
+        return _everyone(
+            replace(problem, deadline_s=float(latency(problem, kept, bandwidth_hz).max())), kept, bandwidth_hz
+        )
 
 
 def _everyone(problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
@@ -147,7 +162,9 @@ class Uniform(_WithPolicy):
         bandwidth_hz = equal_share(feasible)
         kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
         common = np.full(len(kept), kept.min())
-        return build_allocation(replace(problem, deadline_s=feasible.deadline_s), common, bandwidth_hz, admitted, 0.0, None, status, message)
+        return build_allocation(
+            replace(problem, deadline_s=feasible.deadline_s), common, bandwidth_hz, admitted, 0.0, None, status, message
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +226,9 @@ class Random(_WithPolicy):
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
     """Takes back what rounding handed out too much."""
-    return bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0) if bandwidth_hz.sum() > 0 else bandwidth_hz
+    return (
+        bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0) if bandwidth_hz.sum() > 0 else bandwidth_hz
+    )
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,13 @@ class _Curves:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for _ in range(100):
                 error = self.log_value(L) - log_price
+                open_ = ~(tops | bottoms | (np.abs(error) <= 1e-13))
+                if not open_.any():
+                    break
                 low, high = np.where(error < 0, L, low), np.where(error > 0, L, high)
                 step = L * np.exp(-error / (L * self.slope(L)))
-                inside = (step >= low) & (step <= high)
-                new = np.where(inside, step, 0.5 * (low + high))
-                done = (np.abs(new - L) <= 4e-16 * L) | tops | bottoms
-                L = new
-                if done.all():
-                    break
+                step = np.where((step > low) & (step < high), step, 0.5 * (low + high))
+                L = np.where(open_, step, L)
         return np.where(tops, self.narrow, np.where(bottoms, self.wide, L))
 
 
@@ -83,7 +82,8 @@ def _curves(problem: Problem) -> _Curves:
         return _Curves(index, none, none, none, none, none)
     R = p.snr_hz / LN2
     dense_bps, least_bps = required_rate(p, np.ones(len(index))), required_rate(p, p.min_kept)
-    everything = np.log1p(p.snr_hz / p.bandwidth_hz)  # L of a device that has the whole band
+    # no device can have more than the whole band; twice that never binds, so the price stays that of the budget
+    everything = np.log1p(p.snr_hz / (2 * p.bandwidth_hz))
     wide = np.where(dense_bps < R, np.maximum(log_snr_for_rate(dense_bps, p.snr_hz), everything), everything)
     narrow = np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz), everything)
     with np.errstate(divide="ignore"):
@@ -104,7 +104,7 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
     worth = problem.weight[curves.index] > 0
     demand = np.where(worth, widest, narrowest)
     if demand.sum() <= problem.bandwidth_hz:
-        bandwidth_hz[curves.index] = demand * (problem.bandwidth_hz / demand.sum())
+        bandwidth_hz[curves.index] = demand * (problem.bandwidth_hz / demand.sum() if demand.any() else 0.0)
         return bandwidth_hz, 0.0
 
     low = float(curves.log_value(curves.wide)[worth].min())
@@ -122,23 +122,27 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
         free = (L > curves.wide) & (L < curves.narrow)
         # d ln b / dL = -1 / (1 - e^-L)
         slope = -float((b[free] / -np.expm1(-L[free]) / curves.slope(L)[free]).sum()) / b.sum()
-        step = log_price - np.log1p(excess) / slope if slope < 0 else np.nan
+        step = log_price - np.log1p(excess) / slope if slope < 0 and excess > -1 else np.nan
         log_price = step if low < step < high else 0.5 * (low + high)
-    # close the budget to the last digit with the bandwidth above the floors
-    above = b - narrowest
-    if above.sum() > 0:
-        b = narrowest + above * max((problem.bandwidth_hz - narrowest.sum()) / above.sum(), 0.0)
-    bandwidth_hz[curves.index] = np.minimum(b, np.where(np.isfinite(widest), widest, b))
+    # close the budget to the last digit with those that no bound holds
+    free = (L > curves.wide) & (L < curves.narrow)
+    if free.any():
+        b[free] *= 1 + (problem.bandwidth_hz - b.sum()) / b[free].sum()
+    bandwidth_hz[curves.index] = b
     return bandwidth_hz, float(np.exp(log_price))
 
 
 def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
     """Returns the certificate of x = `kept` [K], b [K] and a price for P1, from the definitions alone."""
     total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
-    floor, t = problem.min_kept, latency(problem, kept, bandwidth_hz)
+    floor = problem.min_kept
+    # t <= T as x <= phi(b): relative to the whole model, so that a device that keeps nearly nothing is judged like the rest
+    late = kept - np.where(
+        problem.deadline_s >= problem.fixed_s, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0
+    )
     primal = max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
-        float((t / problem.deadline_s - 1).max()),
+        float(late.max()),
         float((kept - 1).max()),
         float((floor - kept).max()),
         float(-bandwidth_hz.min()),
@@ -158,7 +162,9 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
         dual = max(float(error[least & ~dense].max(initial=0.0)), float(-error[dense & ~least].min(initial=0.0)), 0.0)
     else:
         # at no price everybody takes what there is to gain
-        stationarity = float(np.max((_most(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0))
+        stationarity = float(
+            np.max((_most(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
+        )
     slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / total_weight
     best, used = _best_response(problem, curves, price_per_hz)
     bound = float(problem.weight @ best) + price_per_hz * (problem.bandwidth_hz - used)
@@ -217,7 +223,12 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
             "raise the deadline, pruner.max_ratio or channel.bandwidth_mhz, or choose allocator.on_infeasible=stretch or drop"
         )
     if policy == "stretch":
-        return replace(problem, deadline_s=feasible_s), everyone, "stretched", f"{missing}: stretched to {feasible_s:.6g} s"
+        return (
+            replace(problem, deadline_s=feasible_s),
+            everyone,
+            "stretched",
+            f"{missing}: stretched to {feasible_s:.6g} s",
+        )
 
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = floor_hz / problem.weight
@@ -233,7 +244,11 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
     admitted[order[:fits]] = True
     next_one = order[fits]
     room_hz = problem.bandwidth_hz - floor_hz[admitted].sum()
-    more = problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0) if np.isfinite(floor_hz[next_one]) and floor_hz[next_one] > 0 else 0.0
+    more = (
+        problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0)
+        if np.isfinite(floor_hz[next_one]) and floor_hz[next_one] > 0
+        else 0.0
+    )
     message = (
         f"{missing}: dropped devices {_listed(np.flatnonzero(~admitted))} with {problem.weight[~admitted].sum():.3g} of the weight; "
         f"no other choice admits more than {max(more, 0.0):.3g} more"
@@ -257,10 +272,21 @@ def allocate(problem: Problem, policy: Policy, solve: Solve, least: Least, *, ex
     kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
     certificate = certify(feasible, kept, bandwidth_hz, price) if exact else None
     if certificate and not max(certificate.residual, abs(certificate.gap)) <= TOLERANCE:
-        raise CertificateError(f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}")
+        raise CertificateError(
+            f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
+        )
     if exact and status == "feasible":
         status = "optimal"
-    return build_allocation(replace(problem, deadline_s=feasible.deadline_s), kept, bandwidth_hz, admitted, price, certificate, status, message)
+    return build_allocation(
+        replace(problem, deadline_s=feasible.deadline_s),
+        kept,
+        bandwidth_hz,
+        admitted,
+        price,
+        certificate,
+        status,
+        message,
+    )
 
 
 def build_allocation(

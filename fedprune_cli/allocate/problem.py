@@ -52,7 +52,9 @@ class Problem:
             good = (values >= 0) & (values <= top) & (np.isfinite(values) | (field.name == "deadline_s"))
             if not good.all():
                 at = int(np.flatnonzero(~good)[0])
-                where = f"device {at}, " if len(values) == size and field.name not in ("bandwidth_hz", "deadline_s") else ""
+                where = (
+                    f"device {at}, " if len(values) == size and field.name not in ("bandwidth_hz", "deadline_s") else ""
+                )
                 allowed = "in [0, 1]" if top == 1.0 else "finite and >= 0"
                 raise ConfigError(f"{where}{field.name}={values[at]}: must be {allowed}")
         if self.bandwidth_hz == 0:
@@ -65,7 +67,9 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s")}
+        chosen = {
+            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s")
+        }
         return replace(self, **chosen)
 
 
@@ -123,7 +127,11 @@ def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:
     """Returns r = b log2(1 + s/b), bits/s; 0 for b = 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = snr_hz / bandwidth_hz
-        bits = np.where(ratio > 1e300, bandwidth_hz * (np.log2(snr_hz) - np.log2(bandwidth_hz)), bandwidth_hz * np.log1p(ratio) / LN2)
+        bits = np.where(
+            ratio > 1e300,
+            bandwidth_hz * (np.log2(snr_hz) - np.log2(bandwidth_hz)),
+            bandwidth_hz * np.log1p(ratio) / LN2,
+        )
     return np.where((bandwidth_hz > 0) & (snr_hz > 0), bits, 0.0)
 
 
@@ -216,7 +224,6 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
     limit_s = bits * LN2 / snr_hz  # with infinite bandwidth
     low = float(np.max(work_s + limit_s))
     high = float(np.max(work_s + bits / rate(share[sends], snr_hz)))
-    floor = float((problem.fixed_s + kept * problem.shared_compute_s).max())
 
     def used(deadline_s: float) -> tuple[float, float, Array]:
         """Total bandwidth, its derivative by the deadline, and the bandwidths."""
@@ -228,25 +235,21 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
         return float(b.sum()), float(slope.sum()), b
 
     deadline_s = high
-    total, slope, b = used(deadline_s)
-    for _ in range(200):
+    for _ in range(100):
+        total, slope, b = used(deadline_s)
         excess = total / problem.bandwidth_hz - 1
-        if abs(excess) <= 1e-14 or high - low <= 2e-16 * high:
+        if abs(excess) <= 1e-13 or high - low <= 4e-16 * high:
             break
         low, high = (deadline_s, high) if excess > 0 else (low, deadline_s)
-        # Newton on ln(total) in ln(T - low limit) would be smoother; on 1/total it is nearly straight and stays inside
-        step = deadline_s + total * (total / problem.bandwidth_hz - 1) / -slope if np.isfinite(total) and slope < 0 else np.nan
+        # 1 / total is nearly straight in T: Newton on it
+        step = deadline_s - total * excess / slope if np.isfinite(total) and slope < 0 else np.nan
         deadline_s = step if low < step < high else 0.5 * (low + high)
-        total, slope, b = used(deadline_s)
-    if total > problem.bandwidth_hz:
-        total, slope, b = used(high)
-        deadline_s = high
-    if floor > deadline_s:  # a device that sends nothing is the slowest
-        deadline_s = floor
-        _, _, b = used(deadline_s)
+    floor_s = float((problem.fixed_s + kept * problem.shared_compute_s).max())
+    if floor_s > deadline_s:  # a device that sends nothing is the slowest: the others may take their time
+        b = used(floor_s)[2]
     bandwidth_hz = np.zeros(len(kept))
-    bandwidth_hz[sends] = b * (problem.bandwidth_hz / b.sum())  # the rest is shared: nobody ends later for it
-    return deadline_s, bandwidth_hz
+    bandwidth_hz[sends] = b * (problem.bandwidth_hz / b.sum())
+    return float(latency(problem, kept, bandwidth_hz).max()), bandwidth_hz
 
 
 def _rate_slope(L: Array) -> Array:

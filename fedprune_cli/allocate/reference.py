@@ -32,7 +32,11 @@ def solve_p1_cvxpy(problem: Problem) -> Array:
         rate = -cp.rel_entr(b[k], b[k] + s[k]) / (LN2 * c[k])
         phi = time[k] * rate if a[k] == 0 else time[k] / a[k] * (1 - cp.inv_pos(1 + a[k] * rate))
         constraints.append(x[k] <= phi)
-    solution = cp.Problem(cp.Maximize(p.weight @ x / p.weight.max()), constraints) if p.weight.max() > 0 else cp.Problem(cp.Minimize(0), constraints)
+    solution = (
+        cp.Problem(cp.Maximize(p.weight @ x / p.weight.max()), constraints)
+        if p.weight.max() > 0
+        else cp.Problem(cp.Minimize(0), constraints)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

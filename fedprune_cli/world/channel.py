@@ -58,7 +58,9 @@ class Radio:
         reachable = np.ones((rounds, num_devices), dtype=bool)
         if self.outage_enter == 0:
             return reachable
-        lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (self.outage_enter + self.outage_leave)
+        lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (
+            self.outage_enter + self.outage_leave
+        )
         for number in range(rounds):
             if number:
                 draw = stream(seed, "outage", number).random(num_devices)
@@ -87,7 +89,11 @@ class Faded(Radio):
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
         size = len(fleet.distance_m)
         with np.errstate(invalid="ignore"):
-            large_scale = np.where(np.isnan(fleet.path_gain_linear), 10 ** (-self.loss_db(seed, fleet.distance_m) / 10), fleet.path_gain_linear)
+            large_scale = np.where(
+                np.isnan(fleet.path_gain_linear),
+                10 ** (-self.loss_db(seed, fleet.distance_m) / 10),
+                fleet.path_gain_linear,
+            )
         if self.fading == "none":
             return large_scale
         return large_scale * stream(seed, "fading", number).exponential(size=size)
@@ -121,9 +127,16 @@ class Umi(Faded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0.5e9 <= self.carrier_hz <= 100e9, "carrier_hz", self.carrier_hz, "in 0.5..100 GHz, the range of TR 38.901")
+        require(
+            0.5e9 <= self.carrier_hz <= 100e9, "carrier_hz", self.carrier_hz, "in 0.5..100 GHz, the range of TR 38.901"
+        )
         require(2 <= self.bs_height_m <= 150, "bs_height_m", self.bs_height_m, "in [2, 150]")
-        require(1.5 <= self.device_height_m <= 22.5, "device_height_m", self.device_height_m, "in [1.5, 22.5] (table 7.4.1-1)")
+        require(
+            1.5 <= self.device_height_m <= 22.5,
+            "device_height_m",
+            self.device_height_m,
+            "in [1.5, 22.5] (table 7.4.1-1)",
+        )
 
     def loss_db(self, seed: int, distance_m: Array) -> Array:
         line_of_sight = stream(seed, "los").random(len(distance_m)) < self.los_probability(distance_m)
@@ -167,7 +180,12 @@ class Uma(Umi):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.device_height_m <= 13, "device_height_m", self.device_height_m, "at most 13 (above, table 7.4.2-1 adds a term that is left out)")
+        require(
+            self.device_height_m <= 13,
+            "device_height_m",
+            self.device_height_m,
+            "at most 13 (above, table 7.4.2-1 adds a term that is left out)",
+        )
 
     def los_probability(self, distance_m: Array) -> Array:
         far = np.maximum(distance_m, 18.0)
@@ -212,10 +230,14 @@ def _read_trace(file: str, num_devices: int) -> tuple[Array, Array]:
     rounds, devices = columns["round"], columns["device"]
     for name, values in (("round", rounds), ("device", devices)):
         if (bad := np.flatnonzero((values < 0) | (values != np.floor(values)) | (values >= 10**7))).size:
-            raise DataError(f"{file}, row {bad[0] + 1}: {name}={values[bad[0]]:g} is not allowed: must be a whole number >= 0")
+            raise DataError(
+                f"{file}, row {bad[0] + 1}: {name}={values[bad[0]]:g} is not allowed: must be a whole number >= 0"
+            )
     last = int(rounds.max()) + 1
     if devices.max() < num_devices - 1 or len(rounds) < last * num_devices:
-        raise DataError(f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, it has {len(rounds)} for {int(devices.max()) + 1} devices")
+        raise DataError(
+            f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, it has {len(rounds)} for {int(devices.max()) + 1} devices"
+        )
     gains = np.full((last, int(devices.max()) + 1), np.nan)
     available = np.ones(gains.shape, dtype=bool)
     at = rounds.astype(int), devices.astype(int)

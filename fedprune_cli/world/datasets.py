@@ -110,7 +110,9 @@ class Downloaded:
                 if (found := self._read()) is not None:
                     break
             else:
-                raise DataError(f"{self.name} cannot be had. Tried {'; '.join(tried)}. Put {self.files} into a folder and give it as data.root=DIR")
+                raise DataError(
+                    f"{self.name} cannot be had. Tried {'; '.join(tried)}. Put {self.files} into a folder and give it as data.root=DIR"
+                )
         assert found is not None
         return _dataset(self.name, *found, self.num_classes, 255.0, self.limit)
 
@@ -133,7 +135,9 @@ class Downloaded:
 
     def _damaged(self, error: Exception) -> DataError:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        return DataError(f"{self.folder}: damaged or truncated {self.torchvision_name} files ({reason}); delete them, or give others as data.root=DIR")
+        return DataError(
+            f"{self.folder}: damaged or truncated {self.torchvision_name} files ({reason}); delete them, or give others as data.root=DIR"
+        )
 
     def _torchvision(self) -> Any:
         from torchvision import datasets
@@ -142,7 +146,11 @@ class Downloaded:
 
     def _download(self) -> None:
         """torchvision downloads into a folder beside, which takes the place of the real one when it is whole."""
-        with _staged(self.folder) as stage, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            _staged(self.folder) as stage,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             timeout = socket.getdefaulttimeout()
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
             try:
@@ -171,7 +179,9 @@ class Mnist(Downloaded):
     """Also reads the IDX files, plain or .gz, lying in `root` itself or anywhere below it."""
 
     torchvision_name: ClassVar[str] = "MNIST"
-    files: ClassVar[str] = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte (plain or .gz)"
+    files: ClassVar[str] = (
+        "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte (plain or .gz)"
+    )
 
     def _read(self) -> tuple[Array, Array] | None:
         if not (self.folder / self.torchvision_name / "raw").is_dir():
@@ -181,7 +191,12 @@ class Mnist(Downloaded):
     def _read_idx(self) -> tuple[Array, Array] | None:
         """Gives torchvision the loose files of `root` in the layout that it wants, in a passing folder."""
         names = [name.split()[0] for name in self.files.removesuffix(" (plain or .gz)").split(", ")]
-        found = {name: path for name in names for path in sorted(self.folder.rglob(f"{name}*")) if path.name in (name, f"{name}.gz")}
+        found = {
+            name: path
+            for name in names
+            for path in sorted(self.folder.rglob(f"{name}*"))
+            if path.name in (name, f"{name}.gz")
+        }
         if len(found) < len(names):
             return None
         with tempfile.TemporaryDirectory() as stage:
@@ -199,7 +214,7 @@ class Mnist(Downloaded):
 
 
 def _copy_plain(source: Path, target: Path) -> None:
-    with (gzip.open(source) if source.suffix == ".gz" else source.open("rb")) as read, target.open("wb") as write:
+    with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(read, write)
 
 
@@ -216,7 +231,10 @@ class FashionMnist(Mnist):
         if not (shutil.which("apt-get") and shutil.which("dpkg")):
             raise OSError("no apt-get here")
         with _staged(self.folder) as stage, tempfile.TemporaryDirectory() as work:
-            for command in (["apt-get", "download", "dataset-fashion-mnist"], ["sh", "-c", "dpkg -x dataset-fashion-mnist_*.deb ."]):
+            for command in (
+                ["apt-get", "download", "dataset-fashion-mnist"],
+                ["sh", "-c", "dpkg -x dataset-fashion-mnist_*.deb ."],
+            ):
                 done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300, check=False)
                 if done.returncode:
                     raise OSError((done.stderr.strip().splitlines() or ["failed"])[-1])

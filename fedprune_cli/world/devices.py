@@ -75,10 +75,24 @@ class Sampled:
     def __post_init__(self) -> None:
         require(1 <= self.count <= MAX_DEVICES, "count", self.count, f"in 1..{MAX_DEVICES}")
         _check_common(self.per_round, self.fresh, self.energy_coefficient)
-        require(self.per_round is None or self.per_round <= self.count, "per_round", self.per_round, f"at most count={self.count}")
-        for low, high in (("min_cpu_hz", "max_cpu_hz"), ("min_cycles_per_flop", "max_cycles_per_flop"), ("min_distance_m", "radius_m")):
+        require(
+            self.per_round is None or self.per_round <= self.count,
+            "per_round",
+            self.per_round,
+            f"at most count={self.count}",
+        )
+        for low, high in (
+            ("min_cpu_hz", "max_cpu_hz"),
+            ("min_cycles_per_flop", "max_cycles_per_flop"),
+            ("min_distance_m", "radius_m"),
+        ):
             require(0 < getattr(self, low) < math.inf, low, getattr(self, low), "> 0")
-            require(getattr(self, low) <= getattr(self, high) < math.inf, high, getattr(self, high), "at least its minimum, and finite")
+            require(
+                getattr(self, low) <= getattr(self, high) < math.inf,
+                high,
+                getattr(self, high),
+                "at least its minimum, and finite",
+            )
         require(0 < self.tx_power_w < math.inf, "tx_power_w", self.tx_power_w, "a finite power")
 
     @property
@@ -121,9 +135,16 @@ class Table:
 
     def _rows(self) -> dict[str, Array]:
         place = "distance_km"
-        rows = read_table(self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"), positive=("cpu_ghz", "cycles_per_flop", place), either=(place, "gain_db"))
+        rows = read_table(
+            self.file,
+            ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"),
+            positive=("cpu_ghz", "cycles_per_flop", place),
+            either=(place, "gain_db"),
+        )
         if len(rows["cpu_ghz"]) <= self.fresh:
-            raise DataError(f"{self.file}: {len(rows['cpu_ghz'])} devices, of which devices.fresh={self.fresh} never train: none is left")
+            raise DataError(
+                f"{self.file}: {len(rows['cpu_ghz'])} devices, of which devices.fresh={self.fresh} never train: none is left"
+            )
         return rows
 
     def draw(self, seed: int) -> Fleet:
@@ -143,7 +164,14 @@ class Table:
 FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "table": Table}
 
 
-def read_table(file: str, columns: tuple[str, ...], *, positive: tuple[str, ...] = (), either: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Array]:
+def read_table(
+    file: str,
+    columns: tuple[str, ...],
+    *,
+    positive: tuple[str, ...] = (),
+    either: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> dict[str, Array]:
     """Returns the numeric columns of a CSV file as float64 arrays [rows]; at least one of `either`, and those of `optional` that it has.
 
     Raises DataError naming the file, the line, the column, the value and what is allowed.
@@ -159,9 +187,13 @@ def read_table(file: str, columns: tuple[str, ...], *, positive: tuple[str, ...]
         raise DataError(f"{file}: not a CSV text file ({error})") from None
     header = [name.strip() for name in lines[0]] if lines else []
     chosen = [name for name in either if name in header]
-    if missing := [name for name in columns if name not in header] or ([] if chosen or not either else [" or ".join(either)]):
+    if missing := [name for name in columns if name not in header] or (
+        [] if chosen or not either else [" or ".join(either)]
+    ):
         raise DataError(f"{file}, line 1: column {missing[0]} is missing; the header is {','.join(header) or 'empty'}")
-    values: dict[str, list[float]] = {name: [] for name in (*columns, *chosen, *(name for name in optional if name in header))}
+    values: dict[str, list[float]] = {
+        name: [] for name in (*columns, *chosen, *(name for name in optional if name in header))
+    }
     for number, row in enumerate(lines[1:], start=2):
         if not row:
             continue
@@ -174,7 +206,9 @@ def read_table(file: str, columns: tuple[str, ...], *, positive: tuple[str, ...]
             except ValueError:
                 value = math.nan
             if not math.isfinite(value) or (name in positive and value <= 0):
-                raise DataError(f"{file}, line {number}: {name}={text!r} is not allowed: must be a number{' > 0' if name in positive else ''}")
+                raise DataError(
+                    f"{file}, line {number}: {name}={text!r} is not allowed: must be a number{' > 0' if name in positive else ''}"
+                )
             column.append(value)
     if not values[columns[0]]:
         raise DataError(f"{file}: has no rows")

@@ -31,7 +31,9 @@ class Iid:
     min_samples: int
 
     def __post_init__(self) -> None:
-        require(2 <= self.min_samples <= 10**9, "min_samples", self.min_samples, ">= 2 (one to train on, one to test on)")
+        require(
+            2 <= self.min_samples <= 10**9, "min_samples", self.min_samples, ">= 2 (one to train on, one to test on)"
+        )
 
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         owner = np.empty(len(labels), dtype=np.int64)
@@ -53,7 +55,9 @@ class Dirichlet(Iid):
         owner = np.empty(len(labels), dtype=np.int64)
         for label in np.unique(labels):
             own = rng.permutation(np.flatnonzero(labels == label))
-            owner[own] = np.repeat(np.arange(num_devices), _apportion(_dirichlet(rng, self.alpha, num_devices), len(own)))
+            owner[own] = np.repeat(
+                np.arange(num_devices), _apportion(_dirichlet(rng, self.alpha, num_devices), len(own))
+            )
         return owner
 
 
@@ -87,9 +91,17 @@ class Shards(Iid):
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         classes = np.unique(labels)
         if self.classes_per_device > len(classes):
-            raise ConfigError(f"{self.classes_per_device} is not allowed: the data has {len(classes)} classes", key="classes_per_device")
+            raise ConfigError(
+                f"{self.classes_per_device} is not allowed: the data has {len(classes)} classes",
+                key="classes_per_device",
+            )
         # deal the classes like cards, so that no device holds one twice and every class is held as long as there are cards for it
-        deck = np.concatenate([rng.permutation(classes) for _ in range(math.ceil(num_devices * self.classes_per_device / len(classes)) + 1)])
+        deck = np.concatenate(
+            [
+                rng.permutation(classes)
+                for _ in range(math.ceil(num_devices * self.classes_per_device / len(classes)) + 1)
+            ]
+        )
         hands: list[list[int]] = []
         cards = list(deck[::-1])
         for _ in range(num_devices):
@@ -110,7 +122,12 @@ class Shards(Iid):
         return owner
 
 
-PARTITIONS: dict[str, type[PartitionConfig]] = {"iid": Iid, "dirichlet": Dirichlet, "shards": Shards, "quantity": Quantity}
+PARTITIONS: dict[str, type[PartitionConfig]] = {
+    "iid": Iid,
+    "dirichlet": Dirichlet,
+    "shards": Shards,
+    "quantity": Quantity,
+}
 
 
 def _dirichlet(rng: np.random.Generator, alpha: float, size: int) -> Array:
@@ -137,7 +154,9 @@ class Partition:
     histogram: Array
 
 
-def build_partition(config: PartitionConfig, labels: Array, num_classes: int, num_devices: int, test_fraction: float, seed: int) -> Partition:
+def build_partition(
+    config: PartitionConfig, labels: Array, num_classes: int, num_devices: int, test_fraction: float, seed: int
+) -> Partition:
     """Returns every device's train and test samples: a disjoint cover of the data with at least `min_samples` a device.
 
     A device that the draw left short is filled up with random samples of the then largest devices: no retries.
@@ -176,5 +195,7 @@ def _fill_up(owner: Array, num_devices: int, least: int, rng: np.random.Generato
     give = np.maximum(sizes - low, 0)
     surplus = int(give.sum() - missing.sum())
     give[np.flatnonzero(give)[:surplus]] -= 1
-    given = np.concatenate([rng.permutation(np.flatnonzero(owner == device))[: give[device]] for device in np.flatnonzero(give)])
+    given = np.concatenate(
+        [rng.permutation(np.flatnonzero(owner == device))[: give[device]] for device in np.flatnonzero(give)]
+    )
     owner[rng.permutation(given)] = np.repeat(np.arange(num_devices), missing)

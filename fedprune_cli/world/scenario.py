@@ -40,7 +40,13 @@ class Scenario:
 
 
 def build_scenario(
-    data: DatasetConfig, partition: PartitionConfig, devices: Devices, channel: Channel, test_fraction: float, seed: int, rounds: int
+    data: DatasetConfig,
+    partition: PartitionConfig,
+    devices: Devices,
+    channel: Channel,
+    test_fraction: float,
+    seed: int,
+    rounds: int,
 ) -> Scenario:
     """Returns the scenario; raises ConfigError or DataError when a part cannot be had."""
     fleet = devices.draw(seed)
