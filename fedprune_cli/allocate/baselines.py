@@ -8,7 +8,14 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedprune_cli.allocate.kkt import (
-    TIGHT, Policy, allocate, build_allocation, least_feasible, min_latency, min_max, settle, solve_p1,
+    Policy,
+    allocate,
+    build_allocation,
+    least_feasible,
+    min_latency,
+    min_max,
+    settle,
+    solve_p1,
 )  # fmt: skip
 from fedprune_cli.allocate.problem import (
     Allocation,

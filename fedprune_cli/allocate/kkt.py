@@ -17,8 +17,24 @@ from typing import Literal
 import numpy as np
 
 from fedprune_cli.allocate.problem import (
-    LN2, MAX_LOG_SNR, Allocation, Certificate, Problem, Status, _log_ratio, _log_ratio_slope, _rate_slope,
-    bandwidth_of, dense_deadline, kept_fraction, latency, least_deadline, log_snr_for_rate, rate, required_bandwidth, required_rate,
+    LN2,
+    MAX_LOG_SNR,
+    Allocation,
+    Certificate,
+    Problem,
+    Status,
+    _log_ratio,
+    _log_ratio_slope,
+    _rate_slope,
+    bandwidth_of,
+    dense_deadline,
+    kept_fraction,
+    latency,
+    least_deadline,
+    log_snr_for_rate,
+    rate,
+    required_bandwidth,
+    required_rate,
 )  # fmt: skip
 from fedprune_cli.errors import CertificateError, InfeasibleError
 from fedprune_cli.state import Array
@@ -119,13 +135,13 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
         if abs(excess) <= 1e-14 or high - low <= 1e-15 * max(abs(low), abs(high)):
             break
         low, high = (log_price, high) if excess > 0 else (low, log_price)
-        free = (L > curves.wide) & (L < curves.narrow)
+        free = (curves.wide < L) & (curves.narrow > L)
         # d ln b / dL = -1 / (1 - e^-L)
         slope = -float((b[free] / -np.expm1(-L[free]) / curves.slope(L)[free]).sum()) / b.sum()
         step = log_price - np.log1p(excess) / slope if slope < 0 and excess > -1 else np.nan
         log_price = step if low < step < high else 0.5 * (low + high)
     # close the budget to the last digit with those that no bound holds
-    free = (L > curves.wide) & (L < curves.narrow)
+    free = (curves.wide < L) & (curves.narrow > L)
     if free.any():
         b[free] *= 1 + (problem.bandwidth_hz - b.sum()) / b[free].sum()
     bandwidth_hz[curves.index] = b

@@ -1,0 +1,533 @@
+"""Records -> tables, figures and one HTML page, for a run or for several compared. Reads run folders and changes nothing in them but report/."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedprune_cli import figures, folder
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.figures import Record, tested
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
+TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's content. summary is None while the run is unfinished."""
+
+    path: Path
+    manifest: Record
+    rounds: tuple[Record, ...]
+    summary: Record | None
+
+    @property
+    def method(self) -> str:
+        return str(self.manifest["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.manifest["seed"])
+
+
+def read_run(path: Path) -> Run:
+    """Returns the run; raises CheckpointError when the folder is not one, or is damaged."""
+    manifest = folder.read_json(path / folder.MANIFEST)
+    rounds = tuple(folder.read_log(path / "rounds.jsonl"))
+    summary = folder.read_json(path / folder.SUMMARY) if (path / folder.SUMMARY).exists() else None
+    if not tested(rounds):
+        raise CheckpointError(f"{path}: no round has been tested yet, there is nothing to report")
+    return Run(path, manifest, rounds, summary)
+
+
+def held_accuracy(run: Run) -> float:
+    """Returns the lowest accuracy of the last ten tests: the level that the run holds (model.md, section 7)."""
+    return min(float(record["accuracy"]) for record in tested(run.rounds)[-HELD_ROUNDS:])
+
+
+def crossing(run: Run, target: float) -> int | None:
+    """Returns the index of the first round whose tested accuracy reaches the target, or None."""
+    return next((i for i, r in enumerate(run.rounds) if r["accuracy"] is not None and r["accuracy"] >= target), None)
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def write_report(path: Path) -> Path:
+    """Writes report/ of a run: index.html, figures as SVG, rounds.csv, devices.csv, histogram.csv; returns the page."""
+    run = read_run(path)
+    count = len(run.manifest["train_samples"]) - run.manifest["fresh_devices"]
+    drawn = {
+        "accuracy": figures.accuracy_figure(run.rounds),
+        "latency": figures.latency_figure(run.rounds),
+        "allocation": figures.allocation_figure(run.rounds),
+        "partition": figures.partition_figure(run.manifest["histogram"], count),
+    }
+    captions = {
+        "accuracy": "Accuracy of each device's own model on its own test samples, and of a device that never trained, against simulated time.",
+        "latency": "Each round lasts as long as its slowest device; the lines are what the same round costs without pruning.",
+        "allocation": "What each device was given: mean over the rounds, and the 10th to 90th percentile.",
+        "partition": "Samples of each class on each device; those above the red line never train.",
+    }
+    last = tested(run.rounds)[-1]
+    answer = (
+        f"{run.method}, seed {run.seed}: device accuracy {_percent(last['accuracy'])} after {len(run.rounds)} rounds "
+        f"and {_seconds(run.rounds[-1]['simulated_s'])} of simulated time."
+    )
+    body = [
+        f"<p class=answer>{html.escape(answer)}</p>",
+        *(_figure(name, svg, captions[name]) for name, svg in drawn.items()),
+        _section("Figures of the run", _html_table(["figure", "value"], _facts(run))),
+        _section("Certificate", _html_table(["figure", "value"], _certificate_facts(run))),
+        _section("Reproduce", f"<p>The folder's <code>config.yaml</code> and <code>manifest.json</code> hold everything. State: <code>{_state_hash(run)}</code>.</p>"
+                 + _details("Configuration", run.manifest["config"]) + _details("Versions", run.manifest["versions"]) + _details("Data and model", {k: run.manifest[k] for k in ("dataset", "model")})),
+    ]  # fmt: skip
+    out = path / "report"
+    plain = [key for key, value in run.rounds[0].items() if key != "devices"]
+    files = {
+        "index.html": _page(f"{run.method}, seed {run.seed}", body),
+        "rounds.csv": _csv(plain, [[record[key] for key in plain] for record in run.rounds]),
+        "devices.csv": _csv(*_device_rows(run)),
+        "histogram.csv": _csv(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
+                              [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]),
+    }  # fmt: skip
+    return _write(out, files | {f"{name}.svg": svg for name, svg in drawn.items()})
+
+
+def run_table(run: Run) -> Table:
+    """Returns the run's figures for the terminal."""
+    return _table(f"{run.method}, seed {run.seed}", ["figure", "value"], _facts(run))
+
+
+def _facts(run: Run) -> list[list[str]]:
+    last, rounds = tested(run.rounds)[-1], run.rounds
+    ratios = [r["mean_ratio"] for r in rounds if r["mean_ratio"] is not None]
+    facts = [
+        ["rounds", str(len(rounds))],
+        ["simulated time", _seconds(rounds[-1]["simulated_s"])],
+        ["latency per round, mean", _seconds(float(np.mean([r["latency_s"] for r in rounds])))],
+        ["final accuracy, weighted by samples", _percent(last["accuracy"])],
+        ["final accuracy, unweighted", _percent(last["accuracy_mean"])],
+        ["final accuracy, 10th percentile of devices", _percent(last["accuracy_p10"])],
+        ["accuracy on a fresh device", _percent(last["fresh_accuracy"])],
+        ["pruning ratio, mean", "-" if not ratios else f"{np.mean(ratios):.3f}"],
+        ["sent by all devices", f"{sum(r['bytes_up'] for r in rounds) / 1e6:.4g} MB"],
+        ["energy of all devices", f"{sum(r['joules'] for r in rounds):.4g} J"],
+    ]
+    if run.summary and run.summary["time_to_target_s"] is not None:
+        facts.append(["time to the target accuracy", _seconds(run.summary["time_to_target_s"])])
+    return facts
+
+
+def _certificate_facts(run: Run) -> list[list[str]]:
+    status = [r["status"] for r in run.rounds]
+    certified = [r for r in run.rounds if r["residual"] is not None]
+    facts = [["rounds " + name, str(status.count(name))] for name in dict.fromkeys(status)]
+    if certified:
+        facts.append(["largest KKT residual", f"{max(r['residual'] for r in certified):.2e}"])
+        facts.append(["largest duality gap, relative", f"{max(abs(r['gap']) for r in certified):.2e}"])
+    else:
+        facts.append(["certificate", "none: this allocator claims no optimality of P1"])
+    return facts
+
+
+def _device_rows(run: Run) -> tuple[list[str], list[list[Any]]]:
+    keys = list(dict.fromkeys(key for record in run.rounds for key in record["devices"]))
+    rows = []
+    for record in run.rounds:
+        columns = [record["devices"].get(key) or [None] * len(record["devices"]["id"]) for key in keys]
+        rows += [[record["round"], *row] for row in zip(*columns, strict=True)]
+    return ["round", *keys], rows
+
+
+# --- several runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval (Student's t); no interval from one seed."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    def text(self, show: Callable[[float], str]) -> str:
+        """Returns mean and interval as text."""
+        if self.half_width is None:
+            return show(self.mean)
+        return f"{show(self.mean)} [{show(self.mean - self.half_width)}, {show(self.mean + self.half_width)}]"
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Returns the mean and interval of the values, or None when any of them is missing."""
+    if not values or any(value is None for value in values):
+        return None
+    numbers = np.array(values, dtype=float)
+    if len(numbers) == 1:
+        return Estimate(float(numbers[0]), None, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return Estimate(float(numbers.mean()), half, len(numbers))
+
+
+Column = tuple[str, str, Callable[[float], str]]
+COLUMNS: tuple[Column, ...] = (
+    ("latency_s", "seconds a round", lambda v: f"{v:.4g}"),
+    ("time_to_target_s", "seconds to target", lambda v: f"{v:.4g}"),
+    ("accuracy", "accuracy %", lambda v: f"{100 * v:.2f}"),
+    ("accuracy_p10", "10th percentile %", lambda v: f"{100 * v:.2f}"),
+    ("fresh_accuracy", "fresh device %", lambda v: f"{100 * v:.2f}"),
+    ("megabytes_up", "MB sent", lambda v: f"{v:.4g}"),
+    ("joules", "joules", lambda v: f"{v:.4g}"),
+    ("latency_reduction", "less a round %", lambda v: f"{100 * v:.1f}"),
+    ("time_reduction", "less to target %", lambda v: f"{100 * v:.1f}"),
+    ("bandwidth_share", "of it bandwidth %", lambda v: f"{100 * v:.1f}"),
+    ("pruning_share", "of it pruning %", lambda v: f"{100 * v:.1f}"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several methods on the same seeds.
+
+    runs: method -> its runs in seed order; reference: the method that sets the target and the reductions, None if absent;
+    targets: seed -> target accuracy; figures: method -> column -> estimate.
+    Reductions are against the reference on its own optimal bandwidth; the shares are of the reference's mean round on EQUAL bandwidth.
+    """
+
+    runs: Mapping[str, tuple[Run, ...]]
+    reference: str | None
+    targets: Mapping[int, float]
+    figures: Mapping[str, Mapping[str, Estimate | None]]
+
+
+EQUAL_SUFFIX = " (equal bandwidth)"
+
+
+def compare(runs: Sequence[Run], reference: str = "personalized") -> Comparison:
+    """Returns the comparison; raises CheckpointError when the runs are not of the same data, devices, channel and seeds."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run.summary is None:
+            raise CheckpointError(f"{run.path}: not finished; continue it with `fedprune resume {run.path}`")
+        if run.seed in groups.setdefault(run.method, {}):
+            raise CheckpointError(f"{run.path}: a second run of {run.method} with seed {run.seed}; give one of each")
+        groups[run.method][run.seed] = run
+    seeds = sorted(next(iter(groups.values())))
+    first = runs[0]
+    for method, members in groups.items():
+        if sorted(members) != seeds:
+            raise CheckpointError(
+                f"{method} has the seeds {sorted(members)}, others {seeds}: a comparison needs the same ones"
+            )
+        for run in members.values():
+            for key in ("data", "partition", "devices", "channel", "rounds"):
+                if run.manifest["config"][key] != first.manifest["config"][key]:
+                    raise CheckpointError(
+                        f"{run.path}: another {key} than {first.path}; runs are compared in the same world"
+                    )
+    base = groups.get(reference)
+    targets = {seed: held_accuracy(base[seed]) - TARGET_MARGIN for seed in seeds} if base else {}
+    estimates: dict[str, dict[str, Estimate | None]] = {}
+    for method, members in groups.items():
+        rows = [_figures(members[seed], base[seed] if base else None, targets.get(seed)) for seed in seeds]
+        estimates[method] = {key: estimate([row[key] for row in rows]) for key, _, _ in COLUMNS}
+        if base and method == reference:
+            rows = [_equal_bandwidth_figures(base[seed], targets[seed]) for seed in seeds]
+            estimates[method + EQUAL_SUFFIX] = {key: estimate([row[key] for row in rows]) for key, _, _ in COLUMNS}
+    ordered = {method: tuple(members[seed] for seed in seeds) for method, members in groups.items()}
+    return Comparison(ordered, reference if base else None, targets, estimates)
+
+
+def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, float | None]:
+    """Returns a run's columns, its reductions against the reference of the same seed."""
+    last = tested(run.rounds)[-1]
+    latency_s = float(np.mean([r["latency_s"] for r in run.rounds]))
+    reached = None if target is None else crossing(run, target)
+    time_s = None if reached is None else run.rounds[reached]["simulated_s"]
+    row: dict[str, float | None] = {key: None for key, _, _ in COLUMNS}
+    row |= {
+        "latency_s": latency_s,
+        "time_to_target_s": time_s,
+        "accuracy": last["accuracy"],
+        "accuracy_p10": last["accuracy_p10"],
+        "fresh_accuracy": last["fresh_accuracy"],
+        "megabytes_up": sum(r["bytes_up"] for r in run.rounds) / 1e6,
+        "joules": sum(r["joules"] for r in run.rounds),
+    }
+    if base is None or target is None:
+        return row
+    base_s = float(np.mean([r["latency_s"] for r in base.rounds]))
+    equal_s = _mean_equal_s(base)
+    base_time_s = base.rounds[crossing(base, target) or 0]["simulated_s"]
+    row |= {
+        "latency_reduction": 1 - latency_s / base_s,
+        "time_reduction": None if time_s is None else 1 - time_s / base_time_s,
+        "bandwidth_share": (equal_s - base_s) / equal_s,
+        "pruning_share": (base_s - latency_s) / equal_s,
+    }
+    return row
+
+
+def _equal_bandwidth_figures(base: Run, target: float) -> dict[str, float | None]:
+    """Returns the columns of the reference on equal bandwidth: dense training does not depend on bandwidth, only its clock does."""
+    row = _figures(base, base, target)
+    base_s, equal_s = row["latency_s"], _mean_equal_s(base)
+    assert base_s is not None
+    base_time_s = row["time_to_target_s"]
+    time_s = (
+        None
+        if base_time_s is None
+        else float(sum(r["equal_dense_latency_s"] or 0.0 for r in base.rounds[: (crossing(base, target) or 0) + 1]))
+    )
+    return row | {
+        "latency_s": equal_s,
+        "time_to_target_s": time_s,
+        "joules": None,  # the radio's share would have to be metered again
+        "latency_reduction": 1 - equal_s / base_s,
+        "time_reduction": None if time_s is None or base_time_s is None else 1 - time_s / base_time_s,
+        "bandwidth_share": 0.0,
+        "pruning_share": 0.0,
+    }
+
+
+def _mean_equal_s(run: Run) -> float:
+    """Mean seconds a round of the run's devices without pruning on equal bandwidth."""
+    return float(np.mean([r["equal_dense_latency_s"] or 0.0 for r in run.rounds]))
+
+
+def headline(comparison: Comparison) -> str:
+    """Returns the answer in a few sentences, whichever way it falls."""
+    others = [method for method in comparison.runs if method != comparison.reference]
+    if comparison.reference is None or not others:
+        return "No reduction is given: it needs the method 'personalized' and another one."
+    method = "proposed" if "proposed" in others else others[0]
+    mine, base = comparison.figures[method], comparison.figures[comparison.reference]
+    per_round, to_target = mine["latency_reduction"], mine["time_reduction"]
+    accuracy, base_accuracy = mine["accuracy"], base["accuracy"]
+    assert per_round
+    assert accuracy
+    assert base_accuracy
+    target = np.mean(list(comparison.targets.values()))
+    seeds = len(comparison.targets)
+    text = f"{method} takes {_less(per_round)} simulated time a round than {comparison.reference} with its own optimal bandwidth"
+    if to_target:
+        text += f" and {_less(to_target)} to the target accuracy of {_percent(target)}"
+    else:
+        text += f"; it does not reach the target accuracy of {_percent(target)} on every seed"
+    bandwidth, pruning = mine["bandwidth_share"], mine["pruning_share"]
+    assert bandwidth
+    assert pruning
+    points = 100 * (accuracy.mean - base_accuracy.mean)
+    text += (
+        f". Against equal bandwidth a round is {_less(Estimate(bandwidth.mean + pruning.mean, None, seeds)).replace(' less', ' shorter').replace(' more', ' longer')}: "
+        f"{100 * bandwidth.mean:.1f} points by bandwidth, {100 * pruning.mean:.1f} by pruning. "
+        f"Final device accuracy {_percent(accuracy.mean)} against {_percent(base_accuracy.mean)} ({points:+.2f} points). "
+    )
+    return text + (f"Means of {seeds} seeds with 95 % intervals." if seeds > 1 else "One seed: there is no interval.")
+
+
+def _less(reduction: Estimate) -> str:
+    word = "less" if reduction.mean >= 0 else "more"
+    sign = 1 if reduction.mean >= 0 else -1
+    interval = ""
+    if reduction.half_width is not None:
+        ends = sorted((sign * reduction.mean - reduction.half_width, sign * reduction.mean + reduction.half_width))
+        interval = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+    return f"{100 * abs(reduction.mean):.1f} %{interval} {word}"
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Returns the comparison for the terminal, a row a figure."""
+    methods = list(comparison.figures)
+    return _table("comparison", ["", *methods], _comparison_rows(comparison))
+
+
+def _comparison_rows(comparison: Comparison) -> list[list[str]]:
+    rows = []
+    for key, title, show in COLUMNS:
+        cells = [comparison.figures[method][key] for method in comparison.figures]
+        if any(cells):
+            rows.append([title, *("-" if cell is None else cell.text(show) for cell in cells)])
+    return rows
+
+
+def write_comparison(comparison: Comparison, out: Path) -> Path:
+    """Writes index.html, table.csv, table.tex and the figures as SVG; returns the page."""
+    curves = {method: [run.rounds for run in runs] for method, runs in comparison.runs.items()}
+    target = float(np.mean(list(comparison.targets.values()))) if comparison.targets else None
+    drawn = {"progress": figures.progress_figure(curves, target)}
+    if comparison.reference is not None:
+        drawn["split"] = figures.split_figure(_split(comparison))
+    captions = {
+        "progress": "Device accuracy against simulated time, a curve a seed.",
+        "split": "Mean latency of a round, and what was taken off the dense round on equal bandwidth.",
+    }
+    headers, rows = ["", *comparison.figures], _comparison_rows(comparison)
+    first = next(iter(comparison.runs.values()))[0]
+    members = [[method, str(run.seed), str(run.path)] for method, runs in comparison.runs.items() for run in runs]
+    body = [
+        f"<p class=answer>{html.escape(headline(comparison))}</p>",
+        _figure("progress", drawn["progress"], captions["progress"]),
+        _section("Comparison", _html_table(headers, rows) + "<p class=note>Brackets: 95 % interval over seeds. The target is what the reference holds over its last "
+                 f"{HELD_ROUNDS} tests, minus 0.5 points. Final figures are of the last round, never of the best. Equal-bandwidth seconds replay the same training on the same channel draws.</p>"),
+        *([_figure("split", drawn["split"], captions["split"])] if "split" in drawn else []),
+        _section("Runs", _html_table(["method", "seed", "folder"], members)),
+        _section("Reproduce", _details("Configuration of the first run", first.manifest["config"]) + _details("Versions", first.manifest["versions"])
+                 + _details("Data", first.manifest["dataset"])),
+    ]  # fmt: skip
+    raw_headers = [
+        "figure",
+        *(f"{method} {part}" for method in comparison.figures for part in ("mean", "half_width_95", "seeds")),
+    ]
+    raw = [
+        [key, *(value for method in comparison.figures for value in _raw(comparison.figures[method][key]))]
+        for key, _, _ in COLUMNS
+    ]
+    files = {
+        "index.html": _page("comparison", body),
+        "table.csv": _csv(raw_headers, raw),
+        "table.tex": _latex(headers, rows),
+    }
+    return _write(out, files | {f"{name}.svg": svg for name, svg in drawn.items()})
+
+
+def _raw(cell: Estimate | None) -> tuple[Any, Any, Any]:
+    return (None, None, None) if cell is None else (cell.mean, cell.half_width, cell.count)
+
+
+def _split(comparison: Comparison) -> dict[str, tuple[float, float, float]]:
+    """Returns for each method: seconds a round left, saved by pruning, saved by bandwidth."""
+    equal = comparison.figures[f"{comparison.reference}{EQUAL_SUFFIX}"]["latency_s"]
+    assert equal
+    split = {}
+    for method, columns in comparison.figures.items():
+        latency, bandwidth, pruning = (columns[key] for key in ("latency_s", "bandwidth_share", "pruning_share"))
+        if latency and bandwidth and pruning:
+            split[method] = (latency.mean, pruning.mean * equal.mean, bandwidth.mean * equal.mean)
+    return split
+
+
+# --- text, tables and the page --------------------------------------------------------------------------------------
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4g} s"
+
+
+def _state_hash(run: Run) -> str:
+    return html.escape(str(run.summary["state_sha256"]) if run.summary else "unfinished")
+
+
+def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for at, header in enumerate(headers):
+        table.add_column(header, justify="left" if at == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _csv(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns CSV text; a text cell that a spreadsheet would take for a formula gets a leading apostrophe."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in [headers, *rows]:
+        writer.writerow(
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell for cell in row]
+        )
+    return text.getvalue()
+
+
+def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return (
+            " & ".join(
+                cell.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&").replace("#", r"\#") for cell in cells
+            )
+            + r" \\"
+        )
+
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
+            r"\hline",
+            line(headers),
+            r"\hline",
+            *map(line, rows),
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
+
+
+def _figure(name: str, svg: str, caption: str) -> str:
+    return f"<figure>{figures.embed(svg, html.escape(caption, quote=True), name)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _details(title: str, values: Any) -> str:
+    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(json.dumps(values, indent=1))}</pre></details>"
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5a6472; --line: #d5dae1; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #15181c; --soft: #a2abb8; --line: #39404a; } }
+@media print { :root { --ink: #000; --paper: #fff; } details { display: none; } figure, section { break-inside: avoid; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.answer { font-size: 1.15rem; border-left: 4px solid #0072B2; padding-left: .8rem; margin: 0 0 1.5rem; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; display: block; } figcaption, .note { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem; } code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
+"""
+
+
+def _page(title: str, body: Sequence[str]) -> str:
+    return (
+        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
+        f'<link rel=icon href="data:,"><title>fedprune: {html.escape(title)}</title><style>{STYLE}</style></head>'
+        f"<body><main><h1>{html.escape(title)}</h1>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _write(out: Path, files: Mapping[str, str]) -> Path:
+    with folder.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (out / name).write_text(text)
+    return out / "index.html"
