@@ -110,17 +110,30 @@ def train(
 def _hydra(arguments: list[str]) -> None:
     """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work."""
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from fedprune_cli.config import CONF, explain
+
+    composed = False
+    failures: list[FedpruneError] = []
+
+    def task(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        try:
+            _train(config)
+        except FedpruneError as error:  # kept from Hydra, which would print a line of its own and end a sweep
+            failures.append(error)
+            if "-m" in arguments:
+                print(f"error: {error}", file=sys.stderr)
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["fedprune train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_train)()
-    except (HydraException, OmegaConfBaseException) as error:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
+    except Exception as error:
+        if composed:
+            raise
         raise explain(error) from None
     finally:
         sys.argv = argv
@@ -128,42 +141,47 @@ def _hydra(arguments: list[str]) -> None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+    if failures and "-m" in arguments:
+        raise type(failures[0])(f"{len(failures)} members of the sweep failed, see above")
+    if failures:
+        raise failures[0]
 
 
 def _train(config: DictConfig) -> None:
     from fedprune_cli.config import build_experiment
 
-    _start(build_experiment(config), config)
+    experiment = build_experiment(config)
+    _show(experiment.run_dir, _start(experiment, config))
 
 
-def _start(experiment: Experiment, config: DictConfig) -> None:
-    """Makes a new run and takes it to its end."""
+def _start(experiment: Experiment, config: DictConfig) -> Path:
+    """Makes a new run and takes it to its end; returns the report's page."""
     from fedprune_cli.run import create, prepare
 
     run_dir = experiment.run_dir
     with _status("loading data and building the world"):
         setup = prepare(experiment)
     create(setup, config, run_dir)
-    _continue(setup, run_dir)
+    return _continue(setup, run_dir)
 
 
 @app.command()
 def resume(run_dir: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")]) -> None:
     """Continue an interrupted run; it ends with the bytes of one that was never interrupted."""
-    _resume(run_dir)
+    _show(run_dir, _resume(run_dir))
 
 
-def _resume(run_dir: Path) -> None:
+def _resume(run_dir: Path) -> Path:
     from fedprune_cli.run import reopen
 
     with _status("loading data and building the world"):
         setup = reopen(run_dir)
-    _continue(setup, run_dir)
+    return _continue(setup, run_dir)
 
 
-def _continue(setup: Setup, run_dir: Path) -> None:
-    """Runs the remaining rounds under a progress display, then writes and names the report."""
-    from fedprune_cli.report import read_run, run_table, write_report
+def _continue(setup: Setup, run_dir: Path) -> Path:
+    """Runs the remaining rounds under a progress display, then writes the report; returns its page."""
+    from fedprune_cli.report import write_report
     from fedprune_cli.run import run
 
     try:
@@ -174,7 +192,13 @@ def _continue(setup: Setup, run_dir: Path) -> None:
         print(f"interrupted; every finished round is safe: fedprune resume {run_dir}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     with _status("drawing the report"):
-        page = write_report(run_dir)
+        return write_report(run_dir)
+
+
+def _show(run_dir: Path, page: Path) -> None:
+    """Prints a run's table and where its report is."""
+    from fedprune_cli.report import read_run, run_table
+
     _print(run_table(read_run(run_dir)))
     print(f"report: {page}")
 
@@ -188,11 +212,9 @@ def report(
 ) -> None:
     """Draw the report of a run, or compare several runs."""
     if len(run_dirs) == 1:
-        from fedprune_cli.report import read_run, run_table, write_report
+        from fedprune_cli.report import write_report
 
-        page = write_report(run_dirs[0])
-        _print(run_table(read_run(run_dirs[0])))
-        print(f"report: {page}")
+        _show(run_dirs[0], write_report(run_dirs[0]))
     else:
         _compare(run_dirs, out or run_dirs[0].parent / "comparison")
 
@@ -239,7 +261,7 @@ def _compare(run_dirs: list[Path], out: Path) -> None:
     with _status("drawing the comparison"):
         page = reports.write_comparison(comparison, out)
     _print(reports.comparison_table(comparison))
-    print(reports.headline(comparison))
+    _print(reports.headline(comparison))
     print(f"report: {page}")
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -260,13 +259,13 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra lets ValueError, KeyError and others of its own escape
         raise explain(error) from None
 
 
 def explain(error: Exception) -> ConfigError:
-    """Returns Hydra's error as one line, with the nearest valid name."""
-    text = str(error)
+    """Returns an error of Hydra's composition as one line, with the nearest valid name."""
+    text = str(error) or type(error).__name__
     if found := re.search(
         r"Could not find '(?P<group>[^']+)/(?P<name>[^'/]+)'\n\nAvailable options in '[^']*':\n(?P<options>(\t.*\n)*)",
         text,

@@ -1,4 +1,4 @@
-"""Records -> tables, figures and one HTML page, for a run or for several compared. Reads run folders and changes nothing in them but report/."""
+"""Records -> tables, figures and one HTML page, for a run or for several compared. Of a run folder it changes report/ only."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
+NOTE = (
+    f"±: half the 95 % interval over seeds. The target is what the reference holds over its last {HELD_ROUNDS} tests, minus 0.5 points. "
+    "Final figures are of the last round, never of the best. Equal-bandwidth seconds replay the same training on the same channel draws."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def write_report(path: Path) -> Path:
         "partition": figures.partition_figure(run.manifest["histogram"], count),
     }
     captions = {
-        "accuracy": "Accuracy of each device's own model on its own test samples, and of a device that never trained, against simulated time.",
+        "accuracy": "Accuracy of each device's own model on its own test samples, and of a device that never trained.",
         "latency": "Each round lasts as long as its slowest device; the lines are what the same round costs without pruning.",
         "allocation": "What each device was given: mean over the rounds, and the 10th to 90th percentile.",
         "partition": "Samples of each class on each device; those above the red line never train.",
@@ -92,9 +96,8 @@ def write_report(path: Path) -> Path:
         *(_figure(name, svg, captions[name]) for name, svg in drawn.items()),
         _section("Figures of the run", _html_table(["figure", "value"], _facts(run))),
         _section("Certificate", _html_table(["figure", "value"], _certificate_facts(run))),
-        _section("Reproduce", f"<p>The folder's <code>config.yaml</code> and <code>manifest.json</code> hold everything. State: <code>{_state_hash(run)}</code>.</p>"
-                 + _details("Configuration", run.manifest["config"]) + _details("Versions", run.manifest["versions"]) + _details("Data and model", {k: run.manifest[k] for k in ("dataset", "model")})),
-    ]  # fmt: skip
+        _section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
+    ]
     out = path / "report"
     plain = [key for key, value in run.rounds[0].items() if key != "devices"]
     files = {
@@ -165,10 +168,8 @@ class Estimate:
     count: int
 
     def text(self, show: Callable[[float], str]) -> str:
-        """Returns mean and interval as text."""
-        if self.half_width is None:
-            return show(self.mean)
-        return f"{show(self.mean)} [{show(self.mean - self.half_width)}, {show(self.mean + self.half_width)}]"
+        """Returns the mean, and half the interval's width where there is one."""
+        return show(self.mean) + ("" if self.half_width is None else f" ± {show(self.half_width)}")
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -334,7 +335,7 @@ def headline(comparison: Comparison) -> str:
     assert pruning
     points = 100 * (accuracy.mean - base_accuracy.mean)
     text += (
-        f". Against equal bandwidth a round is {_less(Estimate(bandwidth.mean + pruning.mean, None, seeds)).replace(' less', ' shorter').replace(' more', ' longer')}: "
+        f". Against equal bandwidth a round takes {_less(Estimate(bandwidth.mean + pruning.mean, None, seeds))}: "
         f"{100 * bandwidth.mean:.1f} points by bandwidth, {100 * pruning.mean:.1f} by pruning. "
         f"Final device accuracy {_percent(accuracy.mean)} against {_percent(base_accuracy.mean)} ({points:+.2f} points). "
     )
@@ -383,13 +384,11 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     body = [
         f"<p class=answer>{html.escape(headline(comparison))}</p>",
         _figure("progress", drawn["progress"], captions["progress"]),
-        _section("Comparison", _html_table(headers, rows) + "<p class=note>Brackets: 95 % interval over seeds. The target is what the reference holds over its last "
-                 f"{HELD_ROUNDS} tests, minus 0.5 points. Final figures are of the last round, never of the best. Equal-bandwidth seconds replay the same training on the same channel draws.</p>"),
+        _section("Comparison", _html_table(headers, rows) + f"<p class=note>{NOTE}</p>"),
         *([_figure("split", drawn["split"], captions["split"])] if "split" in drawn else []),
         _section("Runs", _html_table(["method", "seed", "folder"], members)),
-        _section("Reproduce", _details("Configuration of the first run", first.manifest["config"]) + _details("Versions", first.manifest["versions"])
-                 + _details("Data", first.manifest["dataset"])),
-    ]  # fmt: skip
+        _section("Reproduce", _reproduce(first)),
+    ]
     raw_headers = [
         "figure",
         *(f"{method} {part}" for method in comparison.figures for part in ("mean", "half_width_95", "seeds")),
@@ -431,6 +430,18 @@ def _percent(value: float | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.4g} s"
+
+
+def _reproduce(run: Run) -> str:
+    """What a run was made of, to open when wanted."""
+    manifest = run.manifest
+    parts = {
+        "Configuration": manifest["config"],
+        "Versions": manifest["versions"],
+        "Data": manifest["dataset"],
+        "Model": manifest["model"],
+    }
+    return "".join(_details(title, values) for title, values in parts.items())
 
 
 def _state_hash(run: Run) -> str:
@@ -509,11 +520,13 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; background: 
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .answer { font-size: 1.15rem; border-left: 4px solid #0072B2; padding-left: .8rem; margin: 0 0 1.5rem; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; display: block; } figcaption, .note { color: var(--soft); font-size: .9rem; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; display: block; }
+figcaption, .note { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem; } code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
+pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem; }
+code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
 """
 
 

@@ -10,7 +10,6 @@ import numpy as np
 Purpose = Literal[
     "allocator",  # random baseline allocator
     "batch",  # minibatch order of (round, device, phase)
-    "dataset",  # generated datasets in tests
     "fading",  # block fading of (round)
     "fleet",  # clocks, powers and distances
     "importance",  # random pruner, of (round)
@@ -30,4 +29,5 @@ def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
 
     A vector over devices is drawn in device-id order, so that more devices extend it and never change it.
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _KEYS[purpose], *ids])))
+    # as plain entropy, (seed, purpose) and (seed, purpose, 0) would be the same: trailing zeros do not count there
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_KEYS[purpose], *ids))))

@@ -46,7 +46,9 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
 
     again = fedprune("train", *TINY, "out=here")
     assert (again.returncode, again.stdout) == (5, "")
-    assert again.stderr == "error: here exists: continue it with `fedprune resume here`, or choose another with out=DIR\n"
+    assert (
+        again.stderr == "error: here exists: continue it with `fedprune resume here`, or choose another with out=DIR\n"
+    )
 
 
 def test_hydra_shows_and_sweeps() -> None:
@@ -68,7 +70,17 @@ def test_hydra_shows_and_sweeps() -> None:
         (("train", "devices.count=5000"), 2, "error: "),
         (("train", "data=mnist", "data.root=/nonexistent"), 6, "error: "),
         (("train", "devices=table", "devices.file=missing.csv"), 6, "error: missing.csv"),
-        (("train", "deadline.seconds=1e-9", "allocator.on_infeasible=fail", "execution.kind=serial", "out=infeasible"), 3, "error: "),
+        (
+            (
+                "train",
+                "deadline.seconds=1e-9",
+                "allocator.on_infeasible=fail",
+                "execution.kind=serial",
+                "out=infeasible",
+            ),
+            3,
+            "error: ",
+        ),
         (("train", "out=/proc/nothing"), 8, "error: cannot write"),
         (("resume", "nowhere"), 5, "error: nowhere"),
         (("report", "nowhere"), 5, "error: nowhere"),
@@ -90,13 +102,28 @@ def test_a_mistake_is_one_line_and_its_own_exit_code(arguments: tuple[str, ...],
 
 
 def test_ctrl_c_leaves_a_resumable_run() -> None:
-    command = [sys.executable, "-m", "fedprune_cli", "train", *TINY, "rounds=2000", "execution.kind=processes", "execution.workers=2", "out=run"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedprune_cli",
+        "train",
+        *TINY,
+        "rounds=2000",
+        "execution.kind=processes",
+        "execution.workers=2",
+        "out=run",
+    ]
     for sign in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         before = len(Path("run/rounds.jsonl").read_text().splitlines()) if Path("run").exists() else 0
         until = time.monotonic() + 60
         while time.monotonic() < until and process.poll() is None:
-            if Path("run/rounds.jsonl").exists() and len(Path("run/rounds.jsonl").read_text().splitlines()) > before + 2:
+            if (
+                Path("run/rounds.jsonl").exists()
+                and len(Path("run/rounds.jsonl").read_text().splitlines()) > before + 2
+            ):
                 break
             time.sleep(0.05)
         process.send_signal(sign)

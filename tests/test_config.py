@@ -88,13 +88,29 @@ def test_the_hash_knows_numbers_and_nothing_else() -> None:
 
 
 def test_data_root_is_a_place_and_no_number() -> None:
-    assert make_experiment("data=fmnist", "data.root=/a").config_hash == make_experiment("data=fmnist", "data.root=/b").config_hash
+    hashes = {
+        build_experiment(compose_config(["data=fmnist", f"data.root={root}"])).config_hash for root in ("/a", "/b")
+    }
+    assert len(hashes) == 1
 
 
-@given(st.sampled_from(["rounds", "partition.alpha", "training.lr", "devices.count", "channel.bandwidth_mhz", "deadline.fraction", "model.hidden", "data", "method"]),
-       st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))  # fmt: skip
+KEYS = [
+    "rounds",
+    "partition.alpha",
+    "training.lr",
+    "devices.count",
+    "channel.bandwidth_mhz",
+    "deadline.fraction",
+    "model.hidden",
+    "data",
+]
+
+
+@given(st.sampled_from(KEYS), st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))
 def test_any_text_is_a_value_or_one_line(key: str, text: str) -> None:
+    lines = 1
     try:
         build_experiment(compose_config([f"{key}={text}"]))
     except ConfigError as error:
-        assert "\n" not in str(error)
+        lines = len(str(error).splitlines())
+    assert lines == 1

@@ -45,13 +45,18 @@ def test_a_run_stopped_after_any_round_resumes_to_the_same_bytes(tmp_path: Path)
         records.close()
         if stop == 2:  # killed between the record and the state, in the middle of a line
             with (stopped / "rounds.jsonl").open("ab") as log:
-                log.write((tmp_path / "whole" / "rounds.jsonl").read_bytes().splitlines(keepends=True)[2] + b'{"round": 4, "la')
+                log.write(
+                    (tmp_path / "whole" / "rounds.jsonl").read_bytes().splitlines(keepends=True)[2]
+                    + b'{"round": 4, "la'
+                )
         list(run.run(run.reopen(stopped), stopped))
         assert results(stopped) == results(tmp_path / "whole")
 
 
 def test_records_add_up(tmp_path: Path) -> None:
-    records = run_to_end(tmp_path / "run", "evaluation.every=2", "rounds=5", "channel.outage_enter=0.3", "channel.outage_leave=0.5")
+    records = run_to_end(
+        tmp_path / "run", "evaluation.every=2", "rounds=5", "channel.outage_enter=0.3", "channel.outage_leave=0.5"
+    )
     setup = make_setup("evaluation.every=2", "rounds=5", "channel.outage_enter=0.3", "channel.outage_leave=0.5")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [r["round"] for r in records] == [1, 2, 3, 4, 5]
@@ -83,10 +88,16 @@ def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     _, problem = run.round_problem(setup, ids, radio.gain_linear[ids])
     fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
     personal_steps, shared_steps, batch = 2, 3, 8
-    forward_backward_u = 2 * (64 * 16) * 2  # two products: forward, weight gradient (no input gradient in the first layer)
+    forward_backward_u = (
+        2 * (64 * 16) * 2
+    )  # two products: forward, weight gradient (no input gradient in the first layer)
     assert cost.flops["shared"][0] == forward_backward_u
     for k in ids:
-        cycles = fleet.cycles_per_flop[k] * batch * (shared_steps * forward_backward_u + personal_steps * forward_backward_u / 2)
+        cycles = (
+            fleet.cycles_per_flop[k]
+            * batch
+            * (shared_steps * forward_backward_u + personal_steps * forward_backward_u / 2)
+        )
         assert np.isclose(problem.shared_compute_s[k], cycles / fleet.cpu_hz[k])
         assert problem.payload_bits[k] == 32 * (64 * 16 + 16)
         assert np.isclose(problem.snr_hz[k], fleet.tx_power_w[k] * radio.gain_linear[k] / channel.noise_w_per_hz)
@@ -140,7 +151,11 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run")
-    with folder.locked(tmp_path / "run"), pytest.raises(CheckpointError, match="another process"), folder.locked(tmp_path / "run"):
+    with (
+        folder.locked(tmp_path / "run"),
+        pytest.raises(CheckpointError, match="another process"),
+        folder.locked(tmp_path / "run"),
+    ):
         pass
 
 

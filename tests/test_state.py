@@ -6,7 +6,12 @@ import pytest
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.state import State, decode, encode
 
-STATE = State(3, np.arange(10, dtype=np.float32), np.zeros((2, 0), np.float32), {"simulated_s": np.array(1.5), "prune_ratio": np.zeros(2)})
+STATE = State(
+    3,
+    np.arange(10, dtype=np.float32),
+    np.zeros((2, 0), np.float32),
+    {"simulated_s": np.array(1.5), "prune_ratio": np.zeros(2)},
+)
 
 
 def test_a_state_survives_the_disk_and_equal_states_have_equal_bytes() -> None:

@@ -1,4 +1,4 @@
-"""The allocators by name: the exact ones, and what they are compared with. Each is a frozen dataclass whose fields are its configuration."""
+"""The allocators by name: the exact ones, and what they are compared with. Each is a frozen dataclass of its configuration."""
 
 from __future__ import annotations
 

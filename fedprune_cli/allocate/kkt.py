@@ -375,7 +375,7 @@ def min_latency(problem: Problem, budget: float) -> float:
 
 
 def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
-    """Returns P3: deadlines, as fractions of the dense optimum, in seconds, and the least weighted mean ratio at each; NaN where infeasible."""
+    """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible."""
     dense_s = dense_deadline(problem)[0]
     deadlines = np.array([fraction * dense_s for fraction in fractions])
     ratios = np.full(len(deadlines), np.nan)

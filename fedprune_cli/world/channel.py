@@ -118,7 +118,7 @@ class Urban(Faded):
 class Umi(Faded):
     """3GPP TR 38.901 UMi street canyon: LOS probability (table 7.4.2-1), path loss and shadowing (table 7.4.1-1).
 
-    Ignored: indoor loss, blockage, spatial correlation of shadowing and of line of sight, fast fading's own clusters (block Rayleigh instead).
+    Ignored: indoor loss, blockage, spatial correlation of shadowing and of line of sight, clusters (block Rayleigh instead).
     """
 
     carrier_hz: float
@@ -236,7 +236,8 @@ def _read_trace(file: str, num_devices: int) -> tuple[Array, Array]:
     last = int(rounds.max()) + 1
     if devices.max() < num_devices - 1 or len(rounds) < last * num_devices:
         raise DataError(
-            f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, it has {len(rounds)} for {int(devices.max()) + 1} devices"
+            f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, "
+            f"it has {len(rounds)} for {int(devices.max()) + 1} devices"
         )
     gains = np.full((last, int(devices.max()) + 1), np.nan)
     available = np.ones(gains.shape, dtype=bool)

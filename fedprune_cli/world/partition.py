@@ -80,7 +80,7 @@ class Quantity(Iid):
 
 @dataclass(frozen=True)
 class Shards(Iid):
-    """Pathological skew (McMahan et al. 2017): samples sorted by label are cut into equal shards, `classes_per_device` for each device."""
+    """Pathological skew (McMahan et al. 2017): every device holds `classes_per_device` classes, each class in equal parts."""
 
     classes_per_device: int
 
@@ -131,7 +131,7 @@ PARTITIONS: dict[str, type[PartitionConfig]] = {
 
 
 def _dirichlet(rng: np.random.Generator, alpha: float, size: int) -> Array:
-    """Returns one Dirichlet(alpha) draw [size]; with a tiny alpha the gamma draws behind it all underflow, and one entry gets everything."""
+    """Returns one Dirichlet(alpha) draw [size]; where a tiny alpha makes all gamma draws underflow, one entry gets everything."""
     draw = rng.dirichlet(np.full(size, alpha))
     if np.isfinite(draw).all() and draw.sum() > 0:
         return draw

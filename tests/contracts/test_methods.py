@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from fedprune_cli import run
 from fedprune_cli.execute import Execution, executor
-from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.learn.client import Unit, pack, train
+from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.learn.server import aggregate
 from fedprune_cli.rng import stream
 from fedprune_cli.state import State
@@ -32,7 +32,14 @@ def rounds(setup: run.Setup, count: int) -> list[tuple[State, run.Record]]:
 
 @each_method
 def test_training_learns_and_only_moves_what_it_should(name: str) -> None:
-    setup = make_setup(f"method={name}", "training.shared_steps=20", "training.personal_steps=20", "training.lr=0.1", "training.personal_lr=0.1")
+    setup = make_setup(
+        f"method={name}",
+        "rounds=5",
+        "training.shared_steps=20",
+        "training.personal_steps=20",
+        "training.lr=0.1",
+        "training.personal_lr=0.1",
+    )
     assert setup.cost.shared_params + setup.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
     (first, before), *_, (last, after) = rounds(setup, 5)
     assert after["train_loss"] < before["train_loss"]
@@ -92,7 +99,11 @@ def reference_fedavg(setup: run.Setup, count: int) -> np.ndarray:
 
 
 def test_nothing_personal_and_nothing_pruned_is_fedavg_to_the_bit() -> None:
-    for overrides in (("method=fedavg",), ("method=pruned", "deadline.fraction=1.5"), ("method=proposed", "model.personal=none", "allocator=dense")):
+    for overrides in (
+        ("method=fedavg",),
+        ("method=pruned", "deadline.fraction=1.5"),
+        ("method=proposed", "model.personal=none", "allocator=dense"),
+    ):
         setup = make_setup(*overrides)
         (state, record) = rounds(setup, 3)[-1]
         assert record["max_ratio"] == 0
@@ -106,7 +117,10 @@ def test_one_device_is_centralised_sgd() -> None:
 
 def test_everything_personal_is_local_training() -> None:
     """Each device's model depends on its own data alone: another device's data changes nothing."""
-    few, many = make_setup("method=local"), make_setup("method=proposed", "model.personal=all", "training.shared_steps=0")
+    few, many = (
+        make_setup("method=local"),
+        make_setup("method=proposed", "model.personal=all", "training.shared_steps=0"),
+    )
     for (a, _), (b, _) in zip(rounds(few, 2), rounds(many, 2), strict=True):
         np.testing.assert_array_equal(a.personal, b.personal)
     assert rounds(few, 1)[0][1]["bytes_up"] == 0

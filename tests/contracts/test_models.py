@@ -52,7 +52,7 @@ def test_costs_add_up_over_every_split(name: str) -> None:
         assert sum(cost.flops["both"]) == sum(whole.flops["shared"])
         assert cost.shared_params + cost.personal_params == whole.shared_params
         if personal == "head":  # its backward pass stops at the features; the frozen base runs forward only
-            assert cost.flops["personal"][0] < cost.flops["both"][0] / 2
+            assert cost.flops["personal"][0] <= cost.flops["both"][0] / 2
 
 
 @each_model

@@ -1,0 +1,45 @@
+"""Allocation problems for tests: wild ones, and the literature's scenario."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedprune_cli.allocate.kkt import least_feasible
+from fedprune_cli.allocate.problem import Problem, dense_deadline
+
+
+def draw(rng: np.random.Generator, count: int) -> Problem:
+    """Returns a random feasible problem: gains over up to 12 decades, deadlines from barely feasible to slack, and degenerate devices."""
+    wild = rng.random() < 0.5
+    snr_hz = 10 ** rng.uniform(3, 15, count) if wild else 10 ** rng.uniform(6, 9, count)
+    compute_s = rng.uniform(0, 1, count) * (rng.random() < 0.8)
+    bits = 10 ** rng.uniform(3, 9) * rng.uniform(0.1, 1, count)
+    weight = rng.random(count) * (rng.random(count) < 0.9)
+    fixed_s = rng.uniform(0, 0.1, count)
+    if rng.random() < 0.1:  # identical devices
+        snr_hz, compute_s, bits, weight, fixed_s = (
+            np.full(count, values[0]) for values in (snr_hz, compute_s, bits, weight, fixed_s)
+        )
+    if rng.random() < 0.1:
+        bits[rng.integers(count)] = 0.0
+    ratio = np.full(count, rng.choice([0.5, 0.9, 1.0]))
+    if rng.random() < 0.2:
+        ratio = rng.uniform(0, 1, count)
+    problem = Problem(compute_s, bits, fixed_s, snr_hz, weight, ratio, 20e6, np.inf)
+    low, high = least_feasible(problem), dense_deadline(problem)[0]
+    return replace(problem, deadline_s=low + (high - low) * rng.choice([1e-6, 1e-3, 0.1, 0.3, 0.5, 0.9, 1.1]))
+
+
+def literature(fraction: float, seed: int, count: int = 10) -> Problem:
+    """Returns the literature's scenario at a fraction of its dense optimum: devices in a 500 m disk, 20 MHz, 23 dBm, 8 dB shadowing."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    distance_km = np.sqrt(rng.uniform(0.02**2, 0.5**2, count))
+    loss_db = 128.1 + 37.6 * np.log10(distance_km) + 8 * rng.normal(size=count)
+    snr_hz = 10 ** ((23 - loss_db + 174) / 10) * rng.exponential(size=count)
+    problem = Problem(
+        rng.uniform(0.5, 2, count), np.full(count, 1e7), rng.uniform(0.01, 0.1, count), snr_hz, np.full(count, 1 / count),
+        np.full(count, 0.95), 20e6, np.inf,
+    )  # fmt: skip
+    return replace(problem, deadline_s=fraction * dense_deadline(problem)[0])

@@ -1,0 +1,141 @@
+"""The equations behind the allocators, and P1 against cvxpy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from problems import draw, literature
+from scipy.special import lambertw
+
+from fedprune_cli.allocate.kkt import allocate, certify, frontier, least_feasible, min_latency, solve_p1
+from fedprune_cli.allocate.problem import (
+    LN2,
+    Problem,
+    bandwidth_of,
+    dense_deadline,
+    kept_fraction,
+    log_snr_for_rate,
+    rate,
+    required_bandwidth,
+)
+from fedprune_cli.allocate.reference import solve_p1_cvxpy
+from fedprune_cli.errors import ConfigError
+
+
+def test_bandwidth_for_a_rate_is_the_lambert_form_of_the_model() -> None:
+    """z = -W_{-1}(-eta e^-eta)/eta - 1, b = s / z, away from the branch point; at it, the rate itself is the check."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    eta, snr_hz = rng.uniform(1e-3, 0.99, 1000), 10 ** rng.uniform(3, 15, 1000)
+    b = bandwidth_of(log_snr_for_rate(eta * snr_hz / LN2, snr_hz), snr_hz)
+    z = -lambertw(-eta * np.exp(-eta), -1).real / eta - 1
+    np.testing.assert_allclose(b, snr_hz / z, rtol=1e-9)
+    eta = 1 - 10.0 ** -np.arange(1, 14)
+    np.testing.assert_allclose(
+        rate(bandwidth_of(log_snr_for_rate(eta / LN2, np.ones(13)), np.ones(13)), np.ones(13)), eta / LN2, rtol=1e-14
+    )
+    tiny = 10.0 ** -np.arange(1, 280, 20)
+    np.testing.assert_allclose(
+        rate(bandwidth_of(log_snr_for_rate(tiny, np.ones(14)), np.ones(14)), np.ones(14)), tiny, rtol=1e-11
+    )
+
+
+def test_kept_fraction_ends_just_at_the_deadline() -> None:
+    rng = np.random.Generator(np.random.PCG64(1))
+    for _ in range(50):
+        problem = draw(rng, 5)
+        kept = rng.uniform(0.01, 1, 5)
+        b = required_bandwidth(problem, kept)
+        ok = np.isfinite(b) & (b > 0)
+        np.testing.assert_allclose(kept_fraction(problem, rate(b, problem.snr_hz))[ok], kept[ok], rtol=1e-9)
+
+
+def compare_with_cvxpy(count: int, seed: int) -> None:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for at in range(count):
+        problem = draw(rng, (1, 2, 3, 5, 10)[at % 5])
+        if at % 10 == 7:  # a dead channel, which must be allowed to keep nothing
+            snr_hz = problem.snr_hz.copy()
+            snr_hz[0] = 0.0
+            problem = replace(problem, snr_hz=snr_hz, max_ratio=np.ones(len(snr_hz)))
+        if at % 10 == 9:  # an exactly tight budget
+            problem = replace(problem, deadline_s=least_feasible(problem))
+        ours = allocate(problem, "fail", solve_p1, least_feasible, exact=True)
+        b = solve_p1_cvxpy(problem)
+        theirs = problem.weight @ np.clip(kept_fraction(problem, rate(b, problem.snr_hz)), 0, 1)
+        scale = max(problem.weight.sum(), 1e-300)
+        assert ours.objective >= theirs - 1e-6 * scale, at
+        assert ours.objective - theirs <= 1e-6 * scale, at
+
+
+def test_p1_agrees_with_cvxpy() -> None:
+    compare_with_cvxpy(40, seed=2)
+
+
+@pytest.mark.slow
+def test_p1_agrees_with_cvxpy_on_500_instances() -> None:
+    compare_with_cvxpy(500, seed=3)
+
+
+def certify_many(count: int, seed: int, sizes: tuple[int, ...]) -> None:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for at in range(count):
+        problem = draw(rng, int(rng.choice(sizes)))
+        b, price = solve_p1(problem)
+        kept = np.clip(kept_fraction(problem, rate(b, problem.snr_hz)), problem.min_kept, 1.0)
+        certificate = certify(problem, kept, b, price)
+        assert np.isfinite(price), at
+        assert certificate.residual <= 1e-9, (at, certificate)
+        assert abs(certificate.gap) <= 1e-9, (at, certificate)
+
+
+def test_p1_is_certified_on_random_instances() -> None:
+    certify_many(500, 4, (1, 2, 3, 10, 50, 200))
+
+
+@pytest.mark.slow
+def test_p1_is_certified_on_10000_random_instances() -> None:
+    certify_many(10_000, 5, (1, 2, 3, 5, 10, 20, 50, 100, 500, 2000))
+
+
+def test_p2_is_the_inverse_of_p1_and_the_frontier_is_monotone() -> None:
+    problem = literature(0.5, seed=1)
+    for budget in (0.05, 0.2, 0.5):
+        deadline_s = min_latency(problem, budget)
+        at = replace(problem, deadline_s=deadline_s)
+        ratio = 1 - allocate(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
+        assert abs(ratio - budget) < 1e-9
+    assert np.isclose(min_latency(problem, 0.0), dense_deadline(problem)[0], rtol=1e-6)
+    assert min_latency(problem, 1.0) == least_feasible(problem)
+    deadlines, ratios = frontier(problem, [0.01, 0.4, 0.6, 0.8, 1.0, 1.2])
+    assert np.isnan(ratios[0])
+    assert (np.diff(ratios[1:]) <= 1e-12).all()
+    assert ratios[-1] == 0
+    np.testing.assert_allclose(deadlines / deadlines[4], [0.01, 0.4, 0.6, 0.8, 1.0, 1.2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"snr_hz": np.array([1.0, np.nan])}, "device 1, snr_hz=nan"),
+        ({"payload_bits": np.array([-1.0, 1.0])}, "device 0, payload_bits=-1.0: must be finite and >= 0"),
+        ({"max_ratio": np.array([0.5, 1.5])}, r"device 1, max_ratio=1.5: must be in \[0, 1\]"),
+        ({"weight": np.ones(3)}, "entries for 3 devices"),
+        ({"bandwidth_hz": 0.0}, "bandwidth_hz=0: must be > 0"),
+        ({"bandwidth_hz": np.inf}, "bandwidth_hz=inf"),
+        ({"deadline_s": -1.0}, "deadline_s=-1.0"),
+    ],
+)
+def test_bad_problems_are_refused_by_name(change: dict[str, object], message: str) -> None:
+    two = np.ones(2)
+    good = {
+        "shared_compute_s": two,
+        "payload_bits": two,
+        "fixed_s": two,
+        "snr_hz": two,
+        "weight": two,
+        "max_ratio": two,
+    }
+    with pytest.raises(ConfigError, match=message):
+        Problem(**(good | {"bandwidth_hz": 1.0, "deadline_s": 1.0} | change))  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""The meter: codes that come back, and figures by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+from conftest import make_setup
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune_cli import run
+from fedprune_cli.learn.client import Score
+from fedprune_cli.meter import accuracies, build_load, decode_mask, downlink_s, encode_mask, measure
+
+
+@given(size=st.integers(1, 3000), share=st.floats(0, 1), seed=st.integers(0, 20))
+def test_a_mask_survives_its_code_which_is_never_longer_than_a_bitmap(size: int, share: float, seed: int) -> None:
+    mask = np.random.Generator(np.random.PCG64(seed)).random(size) < share
+    code = encode_mask(mask)
+    assert len(code) <= 1 + -(-size // 8)
+    np.testing.assert_array_equal(decode_mask(code, size, int(mask.sum())), mask)
+
+
+def test_a_sparse_mask_is_cheap() -> None:
+    mask = np.random.Generator(np.random.PCG64(0)).random(100_000) < 0.02
+    entropy_bytes = 100_000 * (0.02 * np.log2(1 / 0.02) + 0.98 * np.log2(1 / 0.98)) / 8
+    assert len(encode_mask(mask)) < 1.1 * entropy_bytes
+
+
+def test_seconds_joules_and_flops_by_hand() -> None:
+    setup = make_setup()
+    ids = np.array([0, 2])
+    load = build_load(setup.scenario.fleet, ids, [run.plan(setup, k) for k in ids], setup.cost, 8)
+    kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])
+    result = measure(load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=0.25)
+    fleet = setup.scenario.fleet
+    u, v = (
+        8 * (2 * 2048 + 3 * 4096),
+        8 * (2 * 640 + 3 * 640),
+    )  # batch * (personal steps * forward + shared steps * both), head 16x10
+    np.testing.assert_allclose(load.shared_flops, u)
+    np.testing.assert_allclose(load.personal_flops, v)
+    cycles = fleet.cycles_per_flop[ids] * (kept * u + v)
+    np.testing.assert_allclose(result.compute_s, cycles / fleet.cpu_hz[ids])
+    np.testing.assert_allclose(result.uplink_s, [2.0, 0.0])
+    np.testing.assert_allclose(result.latency_s, 0.25 + result.compute_s + result.uplink_s)
+    np.testing.assert_allclose(
+        result.joules, 1e-28 * fleet.cpu_hz[ids] ** 2 * cycles + fleet.tx_power_w[ids] * [2.0, 0.0]
+    )
+    assert result.bytes_down == 10
+
+
+def test_the_downlink_runs_at_the_worst_devices_rate() -> None:
+    experiment = make_setup().experiment
+    channel, gain = experiment.channel, np.array([1e-9, 1e-11])
+    snr = channel.bs_power_w * 1e-11 / (channel.noise_w_per_hz * channel.bandwidth_hz)
+    assert np.isclose(downlink_s(experiment.meter, channel, gain, 1e6), 1e6 / (channel.bandwidth_hz * np.log2(1 + snr)))
+    assert downlink_s(make_setup("meter=paper").experiment.meter, channel, gain, 1e6) == 0
+
+
+def test_only_masks_that_devices_cannot_derive_are_sent() -> None:
+    assert not run.sends_masks(make_setup())
+    assert run.sends_masks(make_setup("pruner=taylor"))
+    assert not run.sends_masks(make_setup("pruner=taylor", "method=personalized"))
+    assert not run.sends_masks(make_setup("pruner=taylor", "meter=paper"))
+
+
+def test_accuracies_are_weighted_unweighted_and_low() -> None:
+    scores = {0: Score(0, 1, 10), 1: Score(1, 10, 10)}
+    figures = accuracies(scores, np.array([30, 10]))
+    assert np.isclose(figures["accuracy"], 0.75 * 0.1 + 0.25 * 1.0)
+    assert np.isclose(figures["accuracy_mean"], 0.55)
+    assert np.isclose(figures["accuracy_p10"], 0.1 + 0.1 * 0.9)
