@@ -37,7 +37,7 @@ def literature(fraction: float, seed: int, count: int = 10) -> Problem:
     rng = np.random.Generator(np.random.PCG64(seed))
     distance_km = np.sqrt(rng.uniform(0.02**2, 0.5**2, count))
     loss_db = 128.1 + 37.6 * np.log10(distance_km) + 8 * rng.normal(size=count)
-    snr_hz = 10 ** ((23 - loss_db + 174) / 10) * rng.exponential(size=count)
+    snr_hz = 10 ** ((23 - 30 - loss_db + 174 + 30) / 10) * rng.exponential(size=count)
     problem = Problem(
         rng.uniform(0.5, 2, count), np.full(count, 1e7), rng.uniform(0.01, 0.1, count), snr_hz, np.full(count, 1 / count),
         np.full(count, 0.95), 20e6, np.inf,

@@ -21,7 +21,7 @@ from fedprune_cli.allocate.problem import (
     required_bandwidth,
 )
 from fedprune_cli.allocate.reference import solve_p1_cvxpy
-from fedprune_cli.errors import ConfigError
+from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError
 
 
 def test_bandwidth_for_a_rate_is_the_lambert_form_of_the_model() -> None:
@@ -51,31 +51,66 @@ def test_kept_fraction_ends_just_at_the_deadline() -> None:
         np.testing.assert_allclose(kept_fraction(problem, rate(b, problem.snr_hz))[ok], kept[ok], rtol=1e-9)
 
 
+def never_better(objective: float, problem: Problem, bandwidth_hz: np.ndarray) -> None:
+    """What a bandwidth really gives is never better than the optimum, apart from what it takes from devices below their floor."""
+    kept = np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), 0, 1)
+    below = np.maximum(problem.min_kept - kept, 0).max()
+    assert below < 1e-4
+    assert objective >= problem.weight @ kept - (1e-9 + 10 * below) * problem.weight.sum()
+
+
 def compare_with_cvxpy(count: int, seed: int) -> None:
+    """The literature's scenario with every edge: one device, identical devices, a dead channel, a tight budget, an infeasible round."""
     rng = np.random.Generator(np.random.PCG64(seed))
     for at in range(count):
-        problem = draw(rng, (1, 2, 3, 5, 10)[at % 5])
-        if at % 10 == 7:  # a dead channel, which must be allowed to keep nothing
-            snr_hz = problem.snr_hz.copy()
-            snr_hz[0] = 0.0
-            problem = replace(problem, snr_hz=snr_hz, max_ratio=np.ones(len(snr_hz)))
-        if at % 10 == 9:  # an exactly tight budget
-            problem = replace(problem, deadline_s=least_feasible(problem))
+        size = (1, 2, 3, 5, 10)[at % 5]
+        problem = literature(float(rng.uniform(0.3, 1.05)), seed=int(rng.integers(2**32)), count=size)
+        problem = replace(
+            problem, weight=rng.uniform(0.1, 1, size), shared_compute_s=problem.shared_compute_s * (at % 4 != 3)
+        )
+        if at % 10 == 6:
+            problem = problem.take(np.zeros(size, dtype=int))
+        if at % 10 == 7:
+            problem = replace(
+                problem,
+                snr_hz=np.where(np.arange(size) == 0, 0.0, problem.snr_hz),
+                max_ratio=np.ones(size),
+                deadline_s=2.0,
+            )
+        least_s = least_feasible(problem)
+        if at % 10 == 8:
+            with pytest.raises(InfeasibleError):
+                allocate(replace(problem, deadline_s=0.9 * least_s), "fail", solve_p1, least_feasible, exact=True)
+        problem = replace(problem, deadline_s=least_s if at % 10 == 9 else max(problem.deadline_s, 1.001 * least_s))
         ours = allocate(problem, "fail", solve_p1, least_feasible, exact=True)
-        b = solve_p1_cvxpy(problem)
-        theirs = problem.weight @ np.clip(kept_fraction(problem, rate(b, problem.snr_hz)), 0, 1)
-        scale = max(problem.weight.sum(), 1e-300)
-        assert ours.objective >= theirs - 1e-6 * scale, at
-        assert ours.objective - theirs <= 1e-6 * scale, at
+        theirs, b = solve_p1_cvxpy(problem)
+        scale = problem.weight.sum()
+        assert abs(ours.objective - theirs) <= 1e-6 * scale, at
+        never_better(ours.objective, problem, b)
 
 
 def test_p1_agrees_with_cvxpy() -> None:
-    compare_with_cvxpy(40, seed=2)
+    compare_with_cvxpy(60, seed=2)
 
 
 @pytest.mark.slow
 def test_p1_agrees_with_cvxpy_on_500_instances() -> None:
     compare_with_cvxpy(500, seed=3)
+
+
+def test_cvxpy_is_never_better_on_wild_instances() -> None:
+    """Over 12 decades of gains Clarabel fails now and then, and is less exact; it never beats the certified optimum."""
+    rng = np.random.Generator(np.random.PCG64(4))
+    solved = 0
+    for at in range(40):
+        problem = draw(rng, (1, 2, 3, 5, 10)[at % 5])
+        try:
+            _, b = solve_p1_cvxpy(problem)
+        except CertificateError:
+            continue
+        solved += 1
+        never_better(allocate(problem, "fail", solve_p1, least_feasible, exact=True).objective, problem, b)
+    assert solved > 20
 
 
 def certify_many(count: int, seed: int, sizes: tuple[int, ...]) -> None:
@@ -111,7 +146,7 @@ def test_p2_is_the_inverse_of_p1_and_the_frontier_is_monotone() -> None:
     deadlines, ratios = frontier(problem, [0.01, 0.4, 0.6, 0.8, 1.0, 1.2])
     assert np.isnan(ratios[0])
     assert (np.diff(ratios[1:]) <= 1e-12).all()
-    assert ratios[-1] == 0
+    assert abs(ratios[-1]) < 1e-12
     np.testing.assert_allclose(deadlines / deadlines[4], [0.01, 0.4, 0.6, 0.8, 1.0, 1.2])
 
 

@@ -168,7 +168,7 @@ class Uniform(_WithPolicy):
             return build_allocation(problem, np.zeros(0), np.zeros(0), admitted, 0.0, None, status, message)
         bandwidth_hz = equal_share(feasible)
         kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
-        common = np.full(len(kept), kept.min())
+        common = np.maximum(kept.min(), feasible.min_kept)  # a device with a cap of its own keeps what it must
         return build_allocation(
             replace(problem, deadline_s=feasible.deadline_s), common, bandwidth_hz, admitted, 0.0, None, status, message
         )
@@ -245,4 +245,4 @@ class Cvxpy(_WithPolicy):
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
-        return allocate(problem, self.policy, lambda p: (solve_p1_cvxpy(p), 0.0), least_feasible, exact=False)
+        return allocate(problem, self.policy, lambda p: (solve_p1_cvxpy(p)[1], 0.0), least_feasible, exact=False)

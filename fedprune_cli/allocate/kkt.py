@@ -71,21 +71,22 @@ class _Curves:
     def log_snr_at(self, log_price: float, start: Array) -> Array:
         """Returns L [n] at which each device's marginal value is the price, within its bounds.
 
-        Newton in ln L, in which the curve is nearly straight; bisection where a step leaves the bracket.
+        Newton in ln L, in which the curve is nearly straight; bisection of ln L where a step leaves the bracket or gets nowhere.
         """
         low, high = self.wide.copy(), self.narrow.copy()
         L = np.clip(start, low, high)
         tops = self.log_value(high) <= log_price
         bottoms = self.log_value(low) >= log_price
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            for _ in range(100):
+            for turn in range(200):
                 error = self.log_value(L) - log_price
                 open_ = ~(tops | bottoms | (np.abs(error) <= 1e-13))
                 if not open_.any():
                     break
                 low, high = np.where(error < 0, L, low), np.where(error > 0, L, high)
                 step = L * np.exp(-error / (L * self.slope(L)))
-                step = np.where((step > low) & (step < high), step, 0.5 * (low + high))
+                halve = (step <= low) | (step >= high) | ((turn % 3 == 2) & (np.abs(error) > 0.1))
+                step = np.where(halve, np.sqrt(low * high), step)
                 L = np.where(open_, step, L)
         return np.where(tops, self.narrow, np.where(bottoms, self.wide, L))
 
@@ -123,6 +124,11 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
         bandwidth_hz[curves.index] = demand * (problem.bandwidth_hz / demand.sum() if demand.any() else 0.0)
         return bandwidth_hz, 0.0
 
+    if (
+        narrowest.sum() >= problem.bandwidth_hz
+    ):  # exactly tight: everybody gets its least, to the last digit of the budget
+        bandwidth_hz[curves.index] = narrowest * (problem.bandwidth_hz / narrowest.sum())
+        return bandwidth_hz, float(np.exp(curves.log_value(curves.narrow)[worth].max(initial=-np.inf)))
     low = float(curves.log_value(curves.wide)[worth].min())
     high = float(curves.log_value(curves.narrow)[worth].max())
     equal = np.clip(np.log1p(curves.snr_hz * len(demand) / problem.bandwidth_hz), curves.wide, curves.narrow)
@@ -181,10 +187,12 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
         stationarity = float(
             np.max((_most(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
         )
-    slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / total_weight
+    # the dual function is a difference of sums as large as these: its gap is relative to them
+    scale = total_weight + price_per_hz * problem.bandwidth_hz
+    slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / scale
     best, used = _best_response(problem, curves, price_per_hz)
     bound = float(problem.weight @ best) + price_per_hz * (problem.bandwidth_hz - used)
-    gap = (bound - float(problem.weight @ kept)) / total_weight
+    gap = (bound - float(problem.weight @ kept)) / scale
     return Certificate(primal, stationarity, dual, slackness, gap)
 
 

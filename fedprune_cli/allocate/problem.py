@@ -79,7 +79,7 @@ class Certificate:
 
     primal: the budget, the deadline and the bounds; stationarity: w phi' = price where neither bound holds;
     dual: the price's sign, and w phi' on the right side of it where a bound holds; slackness: price times unused bandwidth;
-    gap: (g(price) - sum w x) / sum w, the distance from an upper bound that follows from the price alone.
+    gap: (g(price) - sum w x) / (sum w + price B), the distance from an upper bound that follows from the price alone.
     """
 
     primal: float
@@ -154,19 +154,23 @@ def kept_fraction(problem: Problem, rate_bps: Array) -> Array:
 
 
 def log_snr_for_rate(rate_bps: Array, snr_hz: Array) -> Array:
-    """Returns L with R g(L) = rate: 0 where the rate is the limit R = s / ln 2 or beyond reach, MAX_LOG_SNR where it is 0.
+    """Returns L with R g(L) = rate: 0 where the rate is the limit R = s / ln 2 or beyond it, MAX_LOG_SNR where it is 0.
 
-    This is the root that model.md writes with the Lambert W function, e^L - 1 = -W_{-1}(-eta e^-eta)/eta - 1, eta = rate / R,
-    by Newton on ln((e^L - 1) / L) = -ln eta, which is convex and loses no digits near eta = 1 (where W's argument meets its branch point).
+    This is the root that model.md writes with the Lambert W function: e^L - 1 = -W_{-1}(-eta e^-eta) / eta - 1, eta = rate / R.
     """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         target = np.log(snr_hz / LN2) - np.log(rate_bps)
-    target = np.clip(np.where(np.isnan(target), 0.0, target), 0.0, MAX_LOG_SNR - 10.0)
+    return np.where(rate_bps > 0, _log_snr(np.where(np.isnan(target), 0.0, target)), MAX_LOG_SNR)
+
+
+def _log_snr(target: Array) -> Array:
+    """Returns L with -ln g(L) = target, by Newton: the curve is convex and loses no digits near 0, where W has its branch point."""
+    target = np.clip(target, 0.0, MAX_LOG_SNR - 10.0)
     L = np.minimum(2 * target, target + np.log1p(target) + 1.0)  # right of the root, from where Newton is monotone
-    for _ in range(8):
-        with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for _ in range(6):
             L = np.where(L > 0, np.maximum(L - (_log_ratio(L) - target) / _log_ratio_slope(L), 0.0), 0.0)
-    return np.where(rate_bps > 0, L, MAX_LOG_SNR)
+    return L
 
 
 def bandwidth_of(log_snr: Array, snr_hz: Array) -> Array:
@@ -220,33 +224,36 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
         return np.inf, share
     if not sends.any():
         return float(work_s.max()), share
-    bits, work_s, snr_hz = bits[sends], work_s[sends], problem.snr_hz[sends]
-    limit_s = bits * LN2 / snr_hz  # with infinite bandwidth
-    low = float(np.max(work_s + limit_s))
-    high = float(np.max(work_s + bits / rate(share[sends], snr_hz)))
+    snr_hz = problem.snr_hz[sends]
+    limit_s = bits[sends] * LN2 / snr_hz  # the upload on infinite bandwidth
+    soonest_s = work_s[sends] + limit_s
+    # The unknown is the time beyond the latest of these limits, not T itself: near the limit T - limit has no digits left.
+    behind_s = float(soonest_s.max()) - soonest_s
 
-    def used(deadline_s: float) -> tuple[float, float, Array]:
-        """Total bandwidth, its derivative by the deadline, and the bandwidths."""
-        time_s = deadline_s - work_s
-        L = log_snr_for_rate(bits / time_s, snr_hz)
+    def used(beyond_s: float) -> tuple[float, float, Array]:
+        """Total bandwidth, its derivative, and the bandwidths [n]."""
+        late_s = beyond_s + behind_s
+        L = _log_snr(np.log1p(late_s / limit_s))
         b = bandwidth_of(L, snr_hz)
-        # r' = (L - (1 - e^-L)) / ln 2 and dr/dT = -r / time
-        slope = -(bits / time_s**2) * LN2 / _rate_slope(L)
+        # db/dT = (dr/dT) / r'(b), dr/dT = -r / time, r'(b) = h(L) / ln 2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = -bits[sends] * LN2 / ((late_s + limit_s) ** 2 * _rate_slope(L))
         return float(b.sum()), float(slope.sum()), b
 
-    deadline_s = high
+    low, high = 0.0, float(np.max(bits[sends] / rate(share[sends], snr_hz) - limit_s - behind_s))
+    beyond_s = high = max(high, np.finfo(float).tiny)
     for _ in range(100):
-        total, slope, b = used(deadline_s)
+        total, slope, b = used(beyond_s)
         excess = total / problem.bandwidth_hz - 1
         if abs(excess) <= 1e-13 or high - low <= 4e-16 * high:
             break
-        low, high = (deadline_s, high) if excess > 0 else (low, deadline_s)
+        low, high = (beyond_s, high) if excess > 0 else (low, beyond_s)
         # 1 / total is nearly straight in T: Newton on it
-        step = deadline_s - total * excess / slope if np.isfinite(total) and slope < 0 else np.nan
-        deadline_s = step if low < step < high else 0.5 * (low + high)
-    floor_s = float((problem.fixed_s + kept * problem.shared_compute_s).max())
-    if floor_s > deadline_s:  # a device that sends nothing is the slowest: the others may take their time
-        b = used(floor_s)[2]
+        step = beyond_s - total * excess / slope if np.isfinite(slope) and slope < 0 else np.nan
+        beyond_s = step if low < step < high else 0.5 * (low + high)
+    last_s = float(work_s.max()) - float(soonest_s.max())
+    if last_s > beyond_s:  # a device that sends nothing is the slowest: the others may take their time
+        b = used(last_s)[2]
     bandwidth_hz = np.zeros(len(kept))
     bandwidth_hz[sends] = b * (problem.bandwidth_hz / b.sum())
     return float(latency(problem, kept, bandwidth_hz).max()), bandwidth_hz

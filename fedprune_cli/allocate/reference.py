@@ -7,20 +7,22 @@ import warnings
 import cvxpy as cp
 import numpy as np
 
-from fedprune_cli.allocate.problem import LN2, Problem
+from fedprune_cli.allocate.problem import LN2, Problem, kept_fraction
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.state import Array
 
 
-def solve_p1_cvxpy(problem: Problem) -> Array:
-    """Returns the optimal bandwidth [K] of a feasible P1 by Clarabel, from the DCP form of model.md section 4.
+def solve_p1_cvxpy(problem: Problem) -> tuple[float, Array]:
+    """Returns the optimal sum w x and the bandwidth [K] of a feasible P1 by Clarabel, from the DCP form of model.md section 4.
 
     Bandwidth is scaled by B / K and times by the deadline; unscaled, the conic solver fails. Raises CertificateError when it does.
     """
     sends = np.flatnonzero((problem.payload_bits > 0) & (problem.snr_hz > 0) & (problem.deadline_s > problem.fixed_s))
     bandwidth_hz = np.zeros(len(problem.weight))
+    silent = np.setdiff1d(np.arange(len(problem.weight)), sends)
+    kept = np.minimum(1.0, kept_fraction(problem, bandwidth_hz))  # of those that send nothing
     if not len(sends):
-        return bandwidth_hz
+        return float(problem.weight @ kept), bandwidth_hz
     p = problem.take(sends)
     unit_hz = p.bandwidth_hz / len(sends)
     s, c = p.snr_hz / unit_hz, p.payload_bits / unit_hz / p.deadline_s
@@ -46,4 +48,5 @@ def solve_p1_cvxpy(problem: Problem) -> Array:
     if b.value is None or solution.status not in ("optimal", "optimal_inaccurate"):
         raise CertificateError(f"cvxpy ended with status {solution.status}")
     bandwidth_hz[sends] = np.maximum(b.value, 0) * unit_hz
-    return bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0)
+    objective = float(p.weight @ x.value + problem.weight[silent] @ kept[silent])
+    return objective, bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -20,10 +21,17 @@ LIGHT_M_PER_S = 299_792_458.0
 class Channel(Protocol):
     """A channel plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
-    bandwidth_hz: float
-    noise_w_per_hz: float
-    bs_power_w: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bandwidth_hz(self) -> float: ...
+
+    @property
+    def noise_w_per_hz(self) -> float: ...
+
+    @property
+    def bs_power_w(self) -> float: ...
 
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
         """Returns the power gain of every device in round `number`, linear [N]."""
@@ -119,11 +127,13 @@ class Umi(Faded):
     """3GPP TR 38.901 UMi street canyon: LOS probability (table 7.4.2-1), path loss and shadowing (table 7.4.1-1).
 
     Ignored: indoor loss, blockage, spatial correlation of shadowing and of line of sight, clusters (block Rayleigh instead).
+    The tables hold from 10 m to 5 km, with the base station 10 m high (UMi) or 25 m (UMa); beyond, the formulas are extended as they are.
     """
 
     carrier_hz: float
     bs_height_m: float
     device_height_m: float
+    los_decay_m: ClassVar[float] = 36.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,8 +157,8 @@ class Umi(Faded):
 
     def los_probability(self, distance_m: Array) -> Array:
         """Returns the probability of line of sight by the 2D distance (table 7.4.2-1)."""
-        far = np.maximum(distance_m, 18.0)
-        return 18 / far + np.exp(-far / 36) * (1 - 18 / far)
+        near: Array = 18 / np.maximum(distance_m, 18.0)
+        return near + np.exp(-distance_m / self.los_decay_m) * (1 - near)
 
     def shadowing_sigma_db(self) -> tuple[float, float]:
         """Returns the standard deviations of shadowing with and without line of sight (table 7.4.1-1)."""
@@ -167,7 +177,8 @@ class Umi(Faded):
 
     def _distance_3d(self, distance_m: Array) -> Array:
         """2D distances below the model's 10 m count as 10 m."""
-        return np.hypot(np.maximum(distance_m, 10.0), self.bs_height_m - self.device_height_m)
+        distance_3d_m: Array = np.hypot(np.maximum(distance_m, 10.0), self.bs_height_m - self.device_height_m)
+        return distance_3d_m
 
     def _breakpoint_m(self) -> float:
         """Returns d'_BP of note 1 under table 7.4.1-1, with the effective environment height of 1 m."""
@@ -178,6 +189,8 @@ class Umi(Faded):
 class Uma(Umi):
     """3GPP TR 38.901 UMa: like UMi with its own LOS probability, path loss and shadowing; devices up to 13 m high."""
 
+    los_decay_m: ClassVar[float] = 63.0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
@@ -186,10 +199,6 @@ class Uma(Umi):
             self.device_height_m,
             "at most 13 (above, table 7.4.2-1 adds a term that is left out)",
         )
-
-    def los_probability(self, distance_m: Array) -> Array:
-        far = np.maximum(distance_m, 18.0)
-        return 18 / far + np.exp(-far / 63) * (1 - 18 / far)
 
     def shadowing_sigma_db(self) -> tuple[float, float]:
         return 4.0, 6.0
@@ -209,45 +218,49 @@ class Uma(Umi):
 class Trace(Radio):
     """Recorded gains: a CSV file with the columns round, device, gain_db and, if known, available (1 or 0).
 
-    It must hold every device in every round from 0 to its last one, and starts again after that.
+    It must hold every device in every round from 0 to its last one, and starts again after that. The gains are whole: the fleet's
+    distances and fixed gains do not count. Outages of the configuration come on top of the recorded ones.
     """
 
     file: str
 
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
-        gains, _ = _read_trace(self.file, len(fleet.distance_m))
-        return gains[number % len(gains)]
+        gains, _ = self._read(len(fleet.distance_m))
+        row: Array = gains[number % len(gains)]
+        return row
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
-        _, recorded = _read_trace(self.file, num_devices)
-        return recorded[np.arange(rounds) % len(recorded)] & super().available(seed, rounds, num_devices)
+        _, recorded = self._read(num_devices)
+        repeated: Array = recorded[np.arange(rounds) % len(recorded)]
+        return repeated & super().available(seed, rounds, num_devices)
+
+    def _read(self, num_devices: int) -> tuple[Array, Array]:
+        path = Path(self.file)
+        return _read_trace(self.file, num_devices, path.resolve(), path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 @functools.lru_cache(maxsize=2)
-def _read_trace(file: str, num_devices: int) -> tuple[Array, Array]:
-    """Returns linear gains and availability [rounds, devices]; raises DataError."""
+def _read_trace(file: str, num_devices: int, _path: Path, _mtime_ns: int) -> tuple[Array, Array]:
+    """Returns linear gains and availability [rounds, devices]; raises DataError. Path and time tell the cache of another file."""
     columns = read_table(file, ("round", "device", "gain_db"), optional=("available",))
-    rounds, devices = columns["round"], columns["device"]
-    for name, values in (("round", rounds), ("device", devices)):
-        if (bad := np.flatnonzero((values < 0) | (values != np.floor(values)) | (values >= 10**7))).size:
-            raise DataError(
-                f"{file}, row {bad[0] + 1}: {name}={values[bad[0]]:g} is not allowed: must be a whole number >= 0"
-            )
-    last = int(rounds.max()) + 1
-    if devices.max() < num_devices - 1 or len(rounds) < last * num_devices:
+    last = int(columns["round"].max())
+    wanted = columns["device"] < num_devices
+    keys = (columns["round"][wanted] * num_devices + columns["device"][wanted]).astype(np.int64)
+    order = np.argsort(keys)
+    keys = keys[order]
+    if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
+        number, device = divmod(int(keys[twice[0]]), num_devices)
+        raise DataError(f"{file}: round {number}, device {device} stands there twice")
+    if len(keys) < (last + 1) * num_devices:
+        number, device = divmod(int(np.append(np.flatnonzero(keys != np.arange(len(keys))), len(keys))[0]), num_devices)
         raise DataError(
-            f"{file}: {last} rounds of {num_devices} devices need {last * num_devices} rows, "
-            f"it has {len(rounds)} for {int(devices.max()) + 1} devices"
+            f"{file}: round {number}, device {device} is missing; "
+            f"rounds 0..{last} must all have the devices 0..{num_devices - 1}"
         )
-    gains = np.full((last, int(devices.max()) + 1), np.nan)
-    available = np.ones(gains.shape, dtype=bool)
-    at = rounds.astype(int), devices.astype(int)
-    gains[at] = 10 ** (columns["gain_db"] / 10)
-    if "available" in columns:
-        available[at] = columns["available"] != 0
-    if (missing := np.argwhere(np.isnan(gains[:, :num_devices]))).size:
-        raise DataError(f"{file}: round {missing[0][0]}, device {missing[0][1]} is missing")
-    return gains[:, :num_devices], available[:, :num_devices]
+    available = columns.get("available", np.ones(len(wanted)))
+    shape = (last + 1, num_devices)
+    gains = 10 ** (columns["gain_db"][wanted][order] / 10)
+    return gains.reshape(shape), (available[wanted][order] == 1).reshape(shape)
 
 
 CHANNELS: dict[str, type[Channel]] = {"urban": Urban, "umi": Umi, "uma": Uma, "trace": Trace}

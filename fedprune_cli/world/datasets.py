@@ -6,11 +6,13 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ class Dataset:
 class DatasetConfig(Protocol):
     """A dataset plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self) -> Dataset:
         """Returns the data; raises DataError saying what was tried and how to get it."""
@@ -105,7 +108,7 @@ class Downloaded:
                 try:
                     bring()
                 except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                    tried.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+                    tried.append(f"{name}: {_reason(error)}")
                     continue
                 if (found := self._read()) is not None:
                     break
@@ -114,30 +117,19 @@ class Downloaded:
                     f"{self.name} cannot be had. Tried {'; '.join(tried)}. Put {self.files} into a folder and give it as data.root=DIR"
                 )
         assert found is not None
-        return _dataset(self.name, *found, self.num_classes, 255.0, self.limit)
+        images, labels = found
+        if len(images) != len(labels):
+            raise DataError(f"{self.folder}: damaged {self.name} files: {len(images)} images, {len(labels)} labels")
+        if (bad := np.flatnonzero((labels < 0) | (labels >= self.num_classes))).size:
+            raise DataError(
+                f"{self.folder}: damaged {self.name} files: sample {bad[0]} has label {labels[bad[0]]}, "
+                f"must be in 0..{self.num_classes - 1}"
+            )
+        return _dataset(self.name, images, labels, self.num_classes, 255.0, self.limit)
 
     def _read(self) -> tuple[Array, Array] | None:
-        """Returns images [N, C, H, W] and labels of both files, or None when they are not there; DataError when they are damaged."""
-        dataset = self._torchvision()
-        try:
-            halves = [dataset(root=str(self.folder), train=train, download=False) for train in (True, False)]
-        except RuntimeError as error:
-            if "not found" in str(error):
-                return None
-            raise self._damaged(error) from None
-        except Exception as error:
-            raise self._damaged(error) from None
-        images = np.concatenate([np.asarray(half.data) for half in halves])
-        labels = np.concatenate([np.asarray(half.targets) for half in halves])
-        if len(images) != len(labels):
-            raise self._damaged(ValueError(f"{len(images)} images, {len(labels)} labels"))
-        return (images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)), labels
-
-    def _damaged(self, error: Exception) -> DataError:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        return DataError(
-            f"{self.folder}: damaged or truncated {self.torchvision_name} files ({reason}); delete them, or give others as data.root=DIR"
-        )
+        """Returns images uint8 [N, C, H, W] and labels [N] of both files, or None when they are not there; DataError when damaged."""
+        raise NotImplementedError
 
     def _torchvision(self) -> Any:
         from torchvision import datasets
@@ -145,7 +137,7 @@ class Downloaded:
         return getattr(datasets, self.torchvision_name)
 
     def _download(self) -> None:
-        """torchvision downloads into a folder beside, which takes the place of the real one when it is whole."""
+        """torchvision downloads into a folder beside; its files move to the real one when all are whole."""
         with (
             _staged(self.folder) as stage,
             contextlib.redirect_stdout(io.StringIO()),
@@ -156,73 +148,92 @@ class Downloaded:
             try:
                 self._torchvision()(root=str(stage), train=True, download=True)
             except Exception as error:
-                raise OSError(f"{type(error).__name__}: {error}") from None
+                raise OSError(_reason(error)) from None
             finally:
                 socket.setdefaulttimeout(timeout)
 
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder; what it holds at the end moves into `folder`, so that nobody ever sees half a file."""
+    """Yields an empty folder; its files move into `folder` at the end: nobody sees half a file, and no other file is touched."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as stage:
         yield Path(stage)
-        for entry in Path(stage).iterdir():
-            target = folder / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            entry.replace(target)
+        for path in [path for path in Path(stage).rglob("*") if path.is_file()]:
+            target = folder / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the last line of an error's text: torchvision's first one has no reason in it."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
 @dataclass(frozen=True)
 class Mnist(Downloaded):
-    """Also reads the IDX files, plain or .gz, lying in `root` itself or anywhere below it."""
+    """MNIST in IDX files, plain or .gz, in `root`/MNIST/raw (torchvision's layout), `root`/raw or a given `root` itself."""
 
     torchvision_name: ClassVar[str] = "MNIST"
-    files: ClassVar[str] = (
-        "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte (plain or .gz)"
+    parts: ClassVar[tuple[str, ...]] = (
+        "train-images-idx3",
+        "t10k-images-idx3",
+        "train-labels-idx1",
+        "t10k-labels-idx1",
     )
+    files: ClassVar[str] = ", ".join(f"{part}-ubyte" for part in parts) + " (plain or .gz)"
+
+    def places(self) -> list[Path]:
+        """Returns the folders that are looked into, in order. Loose files count only in a folder that the user named."""
+        return [self.folder / self.torchvision_name / "raw", *([self.folder / "raw", self.folder] if self.root else [])]
 
     def _read(self) -> tuple[Array, Array] | None:
-        if not (self.folder / self.torchvision_name / "raw").is_dir():
-            return self._read_idx() if self.root else None
-        return super()._read()
-
-    def _read_idx(self) -> tuple[Array, Array] | None:
-        """Gives torchvision the loose files of `root` in the layout that it wants, in a passing folder."""
-        names = [name.split()[0] for name in self.files.removesuffix(" (plain or .gz)").split(", ")]
-        found = {
-            name: path
-            for name in names
-            for path in sorted(self.folder.rglob(f"{name}*"))
-            if path.name in (name, f"{name}.gz")
-        }
-        if len(found) < len(names):
-            return None
-        with tempfile.TemporaryDirectory() as stage:
-            raw = Path(stage) / self.torchvision_name / "raw"
-            raw.mkdir(parents=True)
-            for name, path in found.items():
-                try:
-                    _copy_plain(path, raw / name)
-                except (OSError, EOFError) as error:
-                    raise DataError(f"{path}: damaged or truncated ({error})") from None
-            try:
-                return type(self)(self.name, stage, self.limit)._read()
-            except DataError as error:
-                raise DataError(str(error).replace(stage, str(self.folder))) from None
+        for place in self.places():
+            paths = [_plain_or_gz(place / f"{part}-ubyte") for part in self.parts]
+            if all(path.is_file() for path in paths):
+                train, test, train_labels, test_labels = (
+                    _read_idx(path, rank) for path, rank in zip(paths, (3, 3, 1, 1), strict=True)
+                )
+                if train.shape[1:] != test.shape[1:]:
+                    raise DataError(f"{paths[1]}: images of {test.shape[1:]} pixels, {paths[0]} has {train.shape[1:]}")
+                images = np.concatenate([train, test])[:, None]
+                return images, np.concatenate([train_labels, test_labels]).astype(np.int64)
+        return None
 
 
-def _copy_plain(source: Path, target: Path) -> None:
-    with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write)
+def _plain_or_gz(path: Path) -> Path:
+    return path if path.is_file() else path.with_name(f"{path.name}.gz")
+
+
+def _read_idx(path: Path, rank: int) -> Array:
+    """Returns the bytes of an IDX file as an array of `rank` dimensions; raises DataError."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or truncated ({_reason(error)})") from None
+    head = 4 + 4 * rank
+    if data[:4] != bytes((0, 0, 8, rank)) or len(data) < head:
+        raise DataError(
+            f"{path}: damaged or truncated: {len(data)} bytes that begin with {data[:4].hex() or 'nothing'}, "
+            f"must be at least {head} that begin with 000008{rank:02x}"
+        )
+    shape = [int(size) for size in np.frombuffer(data, ">u4", rank, offset=4)]
+    if len(data) != head + math.prod(shape) or 0 in shape:
+        raise DataError(
+            f"{path}: damaged or truncated: {len(data)} bytes, must be {head + math.prod(shape)} for the shape {shape}"
+        )
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
 @dataclass(frozen=True)
 class FashionMnist(Mnist):
-    """Fashion-MNIST; where apt works, from Debian's package dataset-fashion-mnist, which needs no rights to unpack."""
+    """Fashion-MNIST, as MNIST; where apt works, from Debian's package dataset-fashion-mnist, which needs no rights to unpack."""
 
     torchvision_name: ClassVar[str] = "FashionMNIST"
+    debian: ClassVar[str] = "usr/share/datasets/fashion-mnist"
+
+    def places(self) -> list[Path]:
+        return [*super().places(), self.folder / self.debian]
 
     def sources(self) -> list[tuple[str, Callable[[], None]]]:
         return [("Debian package dataset-fashion-mnist", self._unpack_debian), *super().sources()]
@@ -240,21 +251,36 @@ class FashionMnist(Mnist):
                     raise OSError((done.stderr.strip().splitlines() or ["failed"])[-1])
             raw = stage / self.torchvision_name / "raw"
             raw.mkdir(parents=True)
-            for path in (Path(work) / "usr/share/datasets/fashion-mnist").glob("*-ubyte.gz"):
-                _copy_plain(path, raw / path.stem)
+            for path in (Path(work) / self.debian).glob("*-ubyte.gz"):
+                with gzip.open(path) as packed, (raw / path.stem).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
 
 
 @dataclass(frozen=True)
 class Cifar10(Downloaded):
-    """CIFAR-10."""
+    """CIFAR-10 in torchvision's layout. Its files are pickles, so they are opened only when their published digests match."""
 
     torchvision_name: ClassVar[str] = "CIFAR10"
     files: ClassVar[str] = "the folder cifar-10-batches-py"
 
+    def _read(self) -> tuple[Array, Array] | None:
+        dataset = self._torchvision()
+        listed = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
+        paths = [self.folder / dataset.base_folder / name for name, _ in listed]
+        if not all(path.is_file() for path in paths):
+            return None
+        for path, (_, expected) in zip(paths, listed, strict=True):
+            data = path.read_bytes()
+            if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != expected:
+                raise DataError(f"{path}: damaged or truncated: MD5 {found} of {len(data)} bytes, must be {expected}")
+        halves = [dataset(root=str(self.folder), train=train, download=False) for train in (True, False)]
+        images = np.concatenate([half.data for half in halves]).transpose(0, 3, 1, 2)
+        return images, np.concatenate([half.targets for half in halves])
+
 
 @dataclass(frozen=True)
-class Cifar100(Downloaded):
-    """CIFAR-100."""
+class Cifar100(Cifar10):
+    """CIFAR-100 with its fine labels."""
 
     torchvision_name: ClassVar[str] = "CIFAR100"
     num_classes: ClassVar[int] = 100

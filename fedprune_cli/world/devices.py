@@ -1,4 +1,4 @@
-"""Fleets: the devices' clocks, powers and places, sampled or from a table."""
+"""Fleets: the devices' clocks, powers and places, sampled from ranges or classes, or from a table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from typing import Protocol
 
 import numpy as np
 
-from fedprune_cli.errors import DataError, require
+from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
 MAX_DEVICES = 10**7
 MAX_TABLE_BYTES = 64 * 2**20
+# What a column may hold: generous, and narrow enough that no later exponent or square overflows.
+RANGES = {
+    "cpu_ghz": (1e-6, 1e6),
+    "cycles_per_flop": (1e-6, 1e6),
+    "tx_power_dbm": (-100, 100),
+    "distance_km": (1e-3, 1e4),
+    "gain_db": (-400, 100),
+    "round": (0, 10**7 - 1),
+    "device": (0, MAX_DEVICES - 1),
+    "available": (0, 1),
+}
+WHOLE = ("round", "device", "available")
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,15 @@ class Fleet:
 class Devices(Protocol):
     """A fleet plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
-    per_round: int | None
-    fresh: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def per_round(self) -> int | None:
+        """Devices that take part in a round, None: all that can be reached."""
+
+    @property
+    def fresh(self) -> int: ...
 
     @property
     def num_devices(self) -> int:
@@ -55,19 +73,20 @@ def _check_common(per_round: int | None, fresh: int, energy_coefficient: float) 
     require(0 <= energy_coefficient < math.inf, "energy_coefficient", energy_coefficient, ">= 0")
 
 
+def _check_range(config: object, low: str, high: str, least: float, most: float) -> None:
+    minimum, maximum = getattr(config, low), getattr(config, high)
+    require(least <= minimum <= most, low, minimum, f"in [{least:g}, {most:g}] (SI units)")
+    require(minimum <= maximum <= most, high, maximum, f"at least its minimum and at most {most:g} (SI units)")
+
+
 @dataclass(frozen=True)
-class Sampled:
-    """Clocks log-uniform, cycles per FLOP uniform, places uniform in a disk with a hole (model.md, section 5)."""
+class Placed:
+    """A fleet of `count` devices and `fresh` more that never train, placed uniformly in a disk with a hole."""
 
     name: str
     count: int
     per_round: int | None
     fresh: int
-    min_cpu_hz: float
-    max_cpu_hz: float
-    min_cycles_per_flop: float
-    max_cycles_per_flop: float
-    tx_power_w: float
     min_distance_m: float
     radius_m: float
     energy_coefficient: float
@@ -81,19 +100,7 @@ class Sampled:
             self.per_round,
             f"at most count={self.count}",
         )
-        for low, high in (
-            ("min_cpu_hz", "max_cpu_hz"),
-            ("min_cycles_per_flop", "max_cycles_per_flop"),
-            ("min_distance_m", "radius_m"),
-        ):
-            require(0 < getattr(self, low) < math.inf, low, getattr(self, low), "> 0")
-            require(
-                getattr(self, low) <= getattr(self, high) < math.inf,
-                high,
-                getattr(self, high),
-                "at least its minimum, and finite",
-            )
-        require(0 < self.tx_power_w < math.inf, "tx_power_w", self.tx_power_w, "a finite power")
+        _check_range(self, "min_distance_m", "radius_m", 1, 1e7)
 
     @property
     def num_devices(self) -> int:
@@ -102,15 +109,84 @@ class Sampled:
     def draw(self, seed: int) -> Fleet:
         # one row of draws a device: more devices change no earlier one
         size = self.count + self.fresh
-        clock, cycles, place = stream(seed, "fleet").random((size, 3)).T
+        first, second, place = stream(seed, "fleet").random((size, 3)).T
+        cpu_hz, cycles_per_flop, tx_power_w = self.kind(first, second)
         return Fleet(
-            cpu_hz=self.min_cpu_hz * (self.max_cpu_hz / self.min_cpu_hz) ** clock,
-            cycles_per_flop=self.min_cycles_per_flop + (self.max_cycles_per_flop - self.min_cycles_per_flop) * cycles,
-            tx_power_w=np.full(size, self.tx_power_w),
+            cpu_hz=cpu_hz,
+            cycles_per_flop=cycles_per_flop,
+            tx_power_w=tx_power_w,
             distance_m=np.sqrt(self.min_distance_m**2 + (self.radius_m**2 - self.min_distance_m**2) * place),
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=np.full(size, np.nan),
         )
+
+    def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
+        """Returns clocks (Hz), cycles per FLOP and powers (W) [N] for two uniform draws in [0, 1) a device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sampled(Placed):
+    """Clocks log-uniform, cycles per FLOP uniform, one power for all (model.md, section 5)."""
+
+    min_cpu_hz: float
+    max_cpu_hz: float
+    min_cycles_per_flop: float
+    max_cycles_per_flop: float
+    tx_power_w: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, "min_cpu_hz", "max_cpu_hz", 1e3, 1e15)
+        _check_range(self, "min_cycles_per_flop", "max_cycles_per_flop", 1e-6, 1e6)
+        require(1e-13 <= self.tx_power_w <= 1e7, "tx_power_w", self.tx_power_w, "in -100..100 dBm")
+
+    def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
+        return (
+            self.min_cpu_hz * (self.max_cpu_hz / self.min_cpu_hz) ** first,
+            self.min_cycles_per_flop + (self.max_cycles_per_flop - self.min_cycles_per_flop) * second,
+            np.full(len(first), self.tx_power_w),
+        )
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """One kind of device, and its share of the fleet in any unit."""
+
+    name: str
+    share: float
+    cpu_hz: float
+    cycles_per_flop: float
+    tx_power_w: float
+
+
+@dataclass(frozen=True)
+class Classes(Placed):
+    """Every device is of one class, drawn in proportion to the classes' shares."""
+
+    classes: tuple[DeviceClass, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.classes) >= 1, "classes", self.classes, "at least one class")
+        for entry in self.classes:
+            for key, least, most in (
+                ("share", 1e-9, 1e9),
+                ("cpu_hz", 1e3, 1e15),
+                ("cycles_per_flop", 1e-6, 1e6),
+                ("tx_power_w", 1e-13, 1e7),
+            ):
+                value = getattr(entry, key)
+                allowed = f"classes with {key} in [{least:g}, {most:g}], class {entry.name!r} has {value:g}"
+                require(least <= value <= most, "classes", value, allowed)
+
+    def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
+        share, cpu_hz, cycles_per_flop, tx_power_w = np.array(
+            [(entry.share, entry.cpu_hz, entry.cycles_per_flop, entry.tx_power_w) for entry in self.classes]
+        ).T
+        edges = np.cumsum(share) / share.sum()
+        of = np.searchsorted(edges[:-1], first, side="right")
+        return cpu_hz[of], cycles_per_flop[of], tx_power_w[of]
 
 
 @dataclass(frozen=True)
@@ -134,13 +210,7 @@ class Table:
         return len(self._rows()["cpu_ghz"]) - self.fresh
 
     def _rows(self) -> dict[str, Array]:
-        place = "distance_km"
-        rows = read_table(
-            self.file,
-            ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"),
-            positive=("cpu_ghz", "cycles_per_flop", place),
-            either=(place, "gain_db"),
-        )
+        rows = read_table(self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"), either=("distance_km", "gain_db"))
         if len(rows["cpu_ghz"]) <= self.fresh:
             raise DataError(
                 f"{self.file}: {len(rows['cpu_ghz'])} devices, of which devices.fresh={self.fresh} never train: none is left"
@@ -150,6 +220,11 @@ class Table:
     def draw(self, seed: int) -> Fleet:
         rows = self._rows()
         size = len(rows["cpu_ghz"])
+        if self.per_round is not None and self.per_round > size - self.fresh:
+            raise ConfigError(
+                f"devices.per_round={self.per_round}: must be at most {size - self.fresh}, "
+                f"the devices of {self.file} that train"
+            )
         unknown = np.full(size, np.nan)
         return Fleet(
             cpu_hz=rows["cpu_ghz"] * 1e9,
@@ -161,14 +236,13 @@ class Table:
         )
 
 
-FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "table": Table}
+FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "classes": Classes, "table": Table}
 
 
 def read_table(
     file: str,
     columns: tuple[str, ...],
     *,
-    positive: tuple[str, ...] = (),
     either: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
 ) -> dict[str, Array]:
@@ -205,9 +279,12 @@ def read_table(
                 value = float(text)
             except ValueError:
                 value = math.nan
-            if not math.isfinite(value) or (name in positive and value <= 0):
+            least, most = RANGES[name]
+            whole = name in WHOLE
+            if not least <= value <= most or (whole and value != math.floor(value)):
+                kind = "whole number" if whole else "number"
                 raise DataError(
-                    f"{file}, line {number}: {name}={text!r} is not allowed: must be a number{' > 0' if name in positive else ''}"
+                    f"{file}, line {number}: {name}={text!r} is not allowed: must be a {kind} in [{least:.12g}, {most:.12g}]"
                 )
             column.append(value)
     if not values[columns[0]]:

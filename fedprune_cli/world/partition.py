@@ -16,8 +16,11 @@ from fedprune_cli.state import Array
 class PartitionConfig(Protocol):
     """A partition plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
-    min_samples: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def min_samples(self) -> int: ...
 
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
@@ -106,7 +109,7 @@ class Shards(Iid):
         cards = list(deck[::-1])
         for _ in range(num_devices):
             hand: list[int] = []
-            skipped = []
+            skipped: list[int] = []
             while len(hand) < self.classes_per_device:
                 card = cards.pop()
                 (skipped if card in hand else hand).append(card)
@@ -133,9 +136,10 @@ PARTITIONS: dict[str, type[PartitionConfig]] = {
 def _dirichlet(rng: np.random.Generator, alpha: float, size: int) -> Array:
     """Returns one Dirichlet(alpha) draw [size]; where a tiny alpha makes all gamma draws underflow, one entry gets everything."""
     draw = rng.dirichlet(np.full(size, alpha))
-    if np.isfinite(draw).all() and draw.sum() > 0:
-        return draw
-    return np.eye(size)[rng.integers(size)]
+    if not np.isfinite(draw).all() or draw.sum() <= 0:
+        draw = np.zeros(size)
+        draw[rng.integers(size)] = 1.0
+    return draw
 
 
 def _apportion(shares: Array, count: int) -> Array:

@@ -35,7 +35,7 @@ class Scenario:
     available: Array
 
     def at(self, number: int) -> Conditions:
-        """Returns the conditions of a round, counted from 0."""
+        """Returns the conditions of a round, 0 <= number < rounds; the same for the same seed, whichever rounds were asked before."""
         return Conditions(self.channel.gain(self.seed, number, self.fleet), self.available[number])
 
 
