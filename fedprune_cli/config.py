@@ -193,10 +193,10 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
     try:
         instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si))
     except ConfigError as error:
-        key = _yaml_key(error.key, values) if error.key else None
-        raise ConfigError(
-            f"{where}.{key}={values.get(key)}: {_without_value(error)}" if key else f"{where}: {error}"
-        ) from None
+        if not error.key:
+            raise ConfigError(f"{where}: {error}") from None
+        key = _yaml_key(error.key, values)
+        raise ConfigError(f"{where}.{key}={values.get(key)}: {_without_value(error)}") from None
     except OmegaConfBaseException as error:
         key = _yaml_key(str(error.full_key or "").split(".")[0].split("[")[0], values)
         raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from None

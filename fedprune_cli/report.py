@@ -196,8 +196,8 @@ COLUMNS: tuple[Column, ...] = (
     ("joules", "joules", lambda v: f"{v:.4g}"),
     ("latency_reduction", "less a round %", lambda v: f"{100 * v:.1f}"),
     ("time_reduction", "less to target %", lambda v: f"{100 * v:.1f}"),
-    ("bandwidth_share", "of it bandwidth %", lambda v: f"{100 * v:.1f}"),
-    ("pruning_share", "of it pruning %", lambda v: f"{100 * v:.1f}"),
+    ("bandwidth_share", "off equal bandwidth: by bandwidth %", lambda v: f"{100 * v:.1f}"),
+    ("pruning_share", "off equal bandwidth: by pruning %", lambda v: f"{100 * v:.1f}"),
 )
 
 
@@ -323,7 +323,7 @@ def headline(comparison: Comparison) -> str:
     assert per_round
     assert accuracy
     assert base_accuracy
-    target = np.mean(list(comparison.targets.values()))
+    target = float(np.mean(list(comparison.targets.values())))
     seeds = len(comparison.targets)
     text = f"{method} takes {_less(per_round)} simulated time a round than {comparison.reference} with its own optimal bandwidth"
     if to_target:

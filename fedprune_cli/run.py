@@ -114,7 +114,7 @@ def reopen(run_dir: Path) -> Setup:
     """Returns the setup that a run folder was made with; raises CheckpointError naming what differs."""
     manifest = folder.read_json(run_dir / folder.MANIFEST)
     try:
-        experiment = build_experiment(OmegaConf.create((run_dir / folder.CONFIG).read_text()))
+        experiment = build_experiment(DictConfig(OmegaConf.create((run_dir / folder.CONFIG).read_text())))
     except (OSError, ConfigError) as error:
         raise CheckpointError(f"{run_dir / folder.CONFIG}: {error}") from None
     setup = prepare(experiment)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import pickle
 import struct
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from fedprune_cli.errors import DataError
 from fedprune_cli.world import datasets
-from fedprune_cli.world.datasets import DATASETS, Digits, FashionMnist, Mnist
+from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, FashionMnist, Mnist
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -33,6 +35,14 @@ def write_idx(folder: Path, train: int = 30, test: int = 10, *, compress: bool =
     return images
 
 
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise OSError("while trying\nno network\n")
+
+    monkeypatch.setattr(datasets.Downloaded, "_download", refuse)
+    monkeypatch.setattr(datasets.FashionMnist, "_unpack_debian", refuse)
+
+
 def test_digits_are_the_real_ones() -> None:
     digits = Digits("digits", None).load()
     assert digits.images.shape == (1797, 1, 8, 8)
@@ -44,43 +54,117 @@ def test_digits_are_the_real_ones() -> None:
     assert len(Digits("digits", 100).load().labels) == 100
 
 
-@pytest.mark.parametrize("layout", ["FashionMNIST/raw", ".", "usr/share/datasets/fashion-mnist"])
+@pytest.mark.parametrize("cls", [Mnist, FashionMnist])
+@pytest.mark.parametrize("layout", ["{}/raw", "raw", ".", "usr/share/datasets/fashion-mnist"])
 @pytest.mark.parametrize("compress", [False, True])
-def test_local_files_are_read_in_every_layout(tmp_path: Path, layout: str, compress: bool) -> None:
-    if compress and layout == "FashionMNIST/raw":
-        layout = "files"
-    images = write_idx(tmp_path / layout, compress=compress)
-    for config in (FashionMnist("fmnist", str(tmp_path), None),) + (
-        (Mnist("mnist", str(tmp_path), None),) if "Fashion" not in layout else ()
-    ):
-        dataset = config.load()
-        np.testing.assert_array_equal(dataset.images[:, 0], images)
-        assert dataset.labels.shape == (40,)
+def test_local_files_are_read_in_every_layout(
+    tmp_path: Path, cls: type[Mnist], layout: str, compress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = write_idx(tmp_path / layout.format(cls.torchvision_name), compress=compress)
+    if "fashion" in layout and cls is Mnist:
+        without_network(monkeypatch)
+        with pytest.raises(DataError, match="cannot be had"):
+            cls("x", str(tmp_path), None).load()
+        return
+    dataset = cls("x", str(tmp_path), None).load()
+    np.testing.assert_array_equal(dataset.images[:, 0], images)
+    assert dataset.labels.shape == (40,)
+    assert dataset.labels.dtype == np.int64
 
 
-def test_truncated_files_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cls", "other"), [(Mnist, "FashionMNIST"), (FashionMnist, "MNIST")])
+@pytest.mark.parametrize("named", [False, True])
+def test_no_dataset_is_taken_for_another(
+    tmp_path: Path, cls: type[Mnist], other: str, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MNIST and Fashion-MNIST files have the same names and shapes: only the folder tells them apart."""
+    write_idx(tmp_path / other / "raw")
+    without_network(monkeypatch)
+    monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="cannot be had"):
+        cls("x", str(tmp_path) if named else None, None).load()
+
+
+def test_our_reader_agrees_with_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    write_idx(tmp_path / "FashionMNIST" / "raw")
+    dataset = FashionMnist("fmnist", str(tmp_path), None).load()
+    halves = [FashionMNIST(str(tmp_path), train=train) for train in (True, False)]
+    np.testing.assert_array_equal(dataset.images[:, 0], np.concatenate([half.data for half in halves]))
+    np.testing.assert_array_equal(dataset.labels, np.concatenate([half.targets for half in halves]))
+
+
+def test_damaged_files_are_named_with_what_they_should_be(tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     write_idx(raw)
-    whole = (raw / "train-images-idx3-ubyte").read_bytes()
-    for data in (whole[:1000], whole[:3], b"", b"junk" * 100):
-        (raw / "train-images-idx3-ubyte").write_bytes(data)
-        with pytest.raises(DataError, match="damaged or truncated FashionMNIST files") as caught:
+    path = raw / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    for data, message in (
+        (whole[:1000], rf"1000 bytes, must be {len(whole)} for the shape \[30, 28, 28\]"),
+        (whole + b"x", rf"{len(whole) + 1} bytes, must be {len(whole)}"),
+        (whole[:3], "3 bytes that begin with 000008, must be at least 16"),
+        (b"", "0 bytes that begin with nothing"),
+        (b"junk" * 100, "begin with 6a756e6b, must be at least 16 that begin with 00000803"),
+        (idx(np.zeros(30)), "begin with 00000801"),
+        (idx(np.zeros((30, 27, 27))), r"images of \(28, 28\) pixels"),
+        (idx(np.zeros((0, 28, 28))), "damaged"),
+        (idx(np.zeros((29, 28, 28))), "39 images, 40 labels"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message) as caught:
             FashionMnist("fmnist", str(tmp_path), None).load()
         assert "\n" not in str(caught.value)
-    write_idx(tmp_path / "gz", compress=True)
-    path = tmp_path / "gz" / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz: damaged or truncated"):
-        FashionMnist("fmnist", str(tmp_path / "gz"), None).load()
+    path.write_bytes(whole)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 200)))
+    with pytest.raises(DataError, match=r"sample 30 has label 200, must be in 0\.\.9"):
+        FashionMnist("fmnist", str(tmp_path), None).load()
+
+
+def test_damaged_gz_files_are_named(tmp_path: Path) -> None:
+    write_idx(tmp_path, compress=True)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for data in (whole[:50], whole[:10] + b"\xff" * 500 + whole[510:], b"junk", whole[:-4] + b"junk"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz: damaged or truncated"):
+            FashionMnist("fmnist", str(tmp_path), None).load()
+
+
+def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    rng = np.random.Generator(np.random.PCG64(0))
+    pixels = rng.integers(256, size=(60, 3, 32, 32), dtype=np.uint8)
+    labels = rng.integers(10, size=60).tolist()
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for i, name in enumerate(names):
+        part = slice(10 * i, 10 * i + 10)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels[part].reshape(10, -1), "labels": labels[part]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    config = Cifar10("cifar10", str(tmp_path), None)
+    with pytest.raises(DataError, match=r"data_batch_1: damaged or truncated: MD5 \w+ of \d+ bytes, must be c99c"):
+        config.load()
+
+    digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in [*names, "batches.meta"]}
+    monkeypatch.setattr(CIFAR10, "train_list", [(name, digests[name]) for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", digests["test_batch"])])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
+    dataset = config.load()
+    np.testing.assert_array_equal(dataset.images, pixels)
+    assert dataset.labels.tolist() == labels
+    assert len(dataset.mean) == len(dataset.std) == 3
+    (folder / "test_batch").unlink()
+    without_network(monkeypatch)
+    with pytest.raises(DataError, match="no CIFAR10 files"):
+        config.load()
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
 def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: object) -> None:
-        raise OSError("no network\nand more")
-
-    monkeypatch.setattr(datasets.Downloaded, "_download", refuse)
-    monkeypatch.setattr(datasets.FashionMnist, "_unpack_debian", refuse)
+    without_network(monkeypatch)
     with pytest.raises(DataError) as caught:
         DATASETS[name](name=name, root=str(tmp_path), limit=None).load()
     text = str(caught.value)
@@ -99,3 +183,30 @@ def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         killed()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_replaces_no_file_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "mine").write_text("kept")
+    with datasets._staged(tmp_path) as stage:
+        (stage / "MNIST" / "raw").mkdir(parents=True)
+        (stage / "MNIST" / "raw" / "new").write_text("x")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "MNIST/raw/mine",
+        "MNIST/raw/new",
+    ]
+
+
+@pytest.mark.slow
+def test_fashion_mnist_comes_from_the_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real 70,000 images, where apt can reach its archive."""
+    config = FashionMnist("fmnist", str(tmp_path), None)
+    try:
+        config._unpack_debian()
+    except OSError as error:
+        pytest.skip(str(error))
+    without_network(monkeypatch)
+    dataset = config.load()
+    assert dataset.images.shape == (70_000, 1, 28, 28)
+    assert (np.bincount(dataset.labels) == 7000).all()
+    assert dataset.sha256.startswith("75979490032625d6")

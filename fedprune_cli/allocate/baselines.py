@@ -34,7 +34,9 @@ from fedprune_cli.state import Array
 class Allocator(Protocol):
     """An allocator plug-in. `prunes` is False where no device ever drops anything."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
     prunes: ClassVar[bool]
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:

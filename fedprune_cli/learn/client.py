@@ -6,6 +6,7 @@ The unit of arithmetic is one device's work with fixed batch shapes, so that its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,17 +164,17 @@ def _run_phase(
         return previous_loss
     set_trained(parts, shared + personal)
     x, y = _samples(learner, own[_batches(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
-    velocity: list[Tensor] = []
+    velocity: Sequence[Tensor] = ()
     total_loss = torch.zeros(())
-    for xb, yb in zip(x.split(config.batch_size), y.split(config.batch_size), strict=True):
+    for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
         loss = cross_entropy(parts.model(xb), yb)
-        grads = list(torch.autograd.grad(loss, shared + personal))
+        grads: Sequence[Tensor] = torch.autograd.grad(loss, shared + personal)
         with torch.no_grad():
             total_loss += loss
             if config.weight_decay:
-                torch._foreach_add_(grads, shared + personal, alpha=config.weight_decay)
+                grads = torch._foreach_add(grads, shared + personal, alpha=config.weight_decay)
             if keep is not None and shared:
-                grads[: len(shared)] = torch._foreach_mul(grads[: len(shared)], keep)
+                grads = (*torch._foreach_mul(grads[: len(shared)], keep), *grads[len(shared) :])
             if config.momentum:
                 velocity = (
                     grads if not velocity else torch._foreach_add(grads, torch._foreach_mul(velocity, config.momentum))

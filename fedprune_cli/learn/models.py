@@ -28,8 +28,11 @@ Shape = tuple[int, int, int]  # channels, height, width
 class ModelConfig(Protocol):
     """A model plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
-    personal: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def personal(self) -> str: ...
 
     def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
         """Returns the model as named blocks in forward order; the last one is called `head`."""
@@ -115,7 +118,7 @@ class ResNet18:
 
         net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes, norm_layer=functools.partial(_group_norm, self.groups))
         stem = nn.Conv2d(shape[0], 64, kernel_size=3, padding=1, bias=False)
-        layers = OrderedDict(stem=nn.Sequential(stem, net.bn1, nn.ReLU()))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(stem, net.bn1, nn.ReLU()))
         layers |= {name: getattr(net, name) for name in ("layer1", "layer2", "layer3", "layer4")}
         layers["head"] = nn.Sequential(net.avgpool, nn.Flatten(), net.fc)
         return layers

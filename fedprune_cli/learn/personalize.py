@@ -21,8 +21,11 @@ class Phase:
 class Method(Protocol):
     """A method plug-in: a frozen dataclass whose fields are its configuration."""
 
-    name: str
-    personal_part: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def personal_part(self) -> str: ...
 
     def phases(self) -> tuple[Phase, ...]:
         """Returns a device's work of one round, in order."""

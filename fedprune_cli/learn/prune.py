@@ -18,8 +18,12 @@ class Pruner(Protocol):
     derivable: a device can compute the ranking itself from what it already has (u, the seed), so no mask is sent.
     """
 
-    name: str
-    max_ratio: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_ratio(self) -> float: ...
+
     derivable: ClassVar[bool]
 
     def importance(self, state: State, seed: int) -> Array:

@@ -158,7 +158,8 @@ class Umi(Faded):
     def los_probability(self, distance_m: Array) -> Array:
         """Returns the probability of line of sight by the 2D distance (table 7.4.2-1)."""
         near: Array = 18 / np.maximum(distance_m, 18.0)
-        return near + np.exp(-distance_m / self.los_decay_m) * (1 - near)
+        probability: Array = near + np.exp(-distance_m / self.los_decay_m) * (1 - near)
+        return probability
 
     def shadowing_sigma_db(self) -> tuple[float, float]:
         """Returns the standard deviations of shadowing with and without line of sight (table 7.4.1-1)."""
@@ -231,8 +232,8 @@ class Trace(Radio):
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
         _, recorded = self._read(num_devices)
-        repeated: Array = recorded[np.arange(rounds) % len(recorded)]
-        return repeated & super().available(seed, rounds, num_devices)
+        both: Array = recorded[np.arange(rounds) % len(recorded)] & super().available(seed, rounds, num_devices)
+        return both
 
     def _read(self, num_devices: int) -> tuple[Array, Array]:
         path = Path(self.file)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedprune_cli.config import build_experiment, compose_config
-from fedprune_cli.errors import ConfigError, DataError
+from fedprune_cli.errors import DataError
 from fedprune_cli.world.channel import CHANNELS, Channel
-from fedprune_cli.world.devices import FLEETS, Fleet
+from fedprune_cli.world.devices import Fleet
 
 each_channel = pytest.mark.parametrize("name", CHANNELS)
 
@@ -126,80 +127,38 @@ def test_a_trace_repeats_and_is_checked() -> None:
     for text, message in (
         ("round,device\n0,0\n", "line 1: column gain_db is missing"),
         ("round,device,gain_db\n0,0,x\n", "line 2: gain_db='x'"),
+        ("round,device,gain_db\n0,0,-90\n\n0,1,5000\n", r"line 4: gain_db='5000' .* \[-400, 100\]"),
         ("round,device,gain_db\n0,0\n", "line 2: 2 values for 3 columns"),
-        ("round,device,gain_db\n0,0,-90\n0,1,-90\n1,0,-90\n1,0,-90\n", "round 1, device 1 is missing"),
-        ("round,device,gain_db\n0,0,-90\n0,1.5,-90\n", "device=1.5"),
-        ("round,device,gain_db\n0,0,-90\n", "1 rounds of 2 devices need 2 rows"),
+        ("round,device,gain_db\n0,0,-90\n0,1,-90\n1,0,-90\n1,0,-90\n", "round 1, device 0 stands there twice"),
+        ("round,device,gain_db\n0,0,-90\n0,1,-90\n1,0,-90\n", "round 1, device 1 is missing"),
+        ("round,device,gain_db\n0,0,-90\n0,1,-90\n3,0,-90\n3,1,-90\n", "round 1, device 0 is missing"),
+        ("round,device,gain_db\n9999999,0,-90\n", "round 0, device 0 is missing"),
+        ("round,device,gain_db\n0,0,-90\n0,1.5,-90\n", "line 3: device='1.5' .* whole number"),
+        ("round,device,gain_db,available\n0,0,-90,2\n", "line 2: available='2'"),
         ("", "line 1: column round is missing"),
     ):
         Path("bad.csv").write_text(text)
-        from fedprune_cli.world import channel as module
-
-        module._read_trace.cache_clear()
         bad = build_experiment(compose_config(["channel=trace", "channel.file=bad.csv"])).channel
         with pytest.raises(DataError, match=message):
             bad.gain(0, 0, fleet_of(2))
-    Path("out.csv").write_text("round,device,gain_db,available\n0,0,-90,1\n0,1,-90,0\n")
+    with pytest.raises(DataError, match=r"gone\.csv: No such file"):
+        build_experiment(compose_config(["channel=trace", "channel.file=gone.csv"])).channel.gain(0, 0, fleet_of(2))
+
+
+def test_a_trace_may_hold_more_devices_in_any_order_and_outages() -> None:
+    Path("out.csv").write_text(
+        "device,round,gain_db,available\n9999999,0,-50,1\n1,1,-93,1\n0,1,-92,0\n1,0,-91,0\n0,0,-90,1\n"
+    )
     known = build_experiment(compose_config(["channel=trace", "channel.file=out.csv"])).channel
-    assert known.available(0, 3, 2).tolist() == [[True, False]] * 3
+    assert known.available(0, 3, 2).tolist() == [[True, False], [False, True], [True, False]]
+    np.testing.assert_allclose(10 * np.log10(known.gain(0, 1, fleet_of(2))), [-92, -93])
 
 
-@pytest.mark.parametrize("name", FLEETS)
-def test_fleets_hold_what_they_promise(name: str) -> None:
-    if name == "table":
-        Path("fleet.csv").write_text(
-            "id,cpu_ghz,cycles_per_flop,tx_power_dbm,distance_km\na,1,1,23,0.1\nb,2,0.5,20,0.2\n"
-        )
-        devices = build_experiment(compose_config(["devices=table", "devices.file=fleet.csv"])).devices
-    else:
-        devices = build_experiment(compose_config([f"devices={name}", "devices.count=500"])).devices
-    fleet = devices.draw(0)
-    assert len(fleet.cpu_hz) == devices.num_devices + devices.fresh
-    assert (fleet.cpu_hz >= 0.5e9).all()
-    assert (fleet.cpu_hz <= 2e9).all()
-    assert (fleet.distance_m >= 20).all()
-    assert (fleet.distance_m <= 500).all()
-    assert abs(10 * np.log10(fleet.tx_power_w[0]) + 30 - 23) < 1e-9
-
-
-def test_places_are_uniform_in_the_disk() -> None:
-    distance = fleet_of(50_000).distance_m
-    assert abs((distance < 250).mean() - (250**2 - 20**2) / (500**2 - 20**2)) < 0.01
-
-
-def test_a_table_names_its_bad_line() -> None:
-    for text, message in (
-        ("cpu_ghz,cycles_per_flop,tx_power_dbm\n1,1,23\n", "column distance_km or gain_db is missing"),
-        (
-            "cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n1,1,23,-90\n0,1,23,-90\n",
-            "line 3: cpu_ghz='0' is not allowed: must be a number > 0",
-        ),
-        ("cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n1,1,nan,-90\n", "line 2: tx_power_dbm='nan'"),
-        ("cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n", "has no rows"),
-        ("\x00\x01", "fleet.csv"),
-    ):
-        Path("fleet.csv").write_text(text)
-        devices = build_experiment(compose_config(["devices=table", "devices.file=fleet.csv"])).devices
-        with pytest.raises(DataError, match=message):
-            devices.draw(0)
-    Path("fleet.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not a CSV text file"):
-        devices.draw(0)
-
-
-def test_a_fixed_gain_replaces_path_loss_and_keeps_fading() -> None:
-    Path("fleet.csv").write_text("cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n1,1,23,-90\n1,1,23,-100\n")
-    fleet = build_experiment(compose_config(["devices=table", "devices.file=fleet.csv"])).devices.draw(0)
-    np.testing.assert_allclose(channel_of("urban", "channel.fading=none").gain(0, 0, fleet), [1e-9, 1e-10])
-    assert channel_of("urban").gain(0, 0, fleet)[0] != channel_of("urban").gain(0, 1, fleet)[0]
-
-
-def test_fleet_ranges_are_checked_in_the_users_units() -> None:
-    for override, message in (
-        ("devices.max_cpu_ghz=0.1", "devices.max_cpu_ghz=0.1: must be at least its minimum"),
-        ("devices.per_round=21", "devices.per_round=21: must be at most count=20"),
-        ("devices.radius_km=inf", "devices.radius_km=inf"),
-        ("devices.tx_power_dbm=inf", "devices.tx_power_dbm=inf"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build_experiment(compose_config([override]))
+def test_another_file_of_the_same_name_is_read_anew() -> None:
+    channel, fleet = channel_of("trace"), fleet_of(2)
+    before = channel.gain(0, 0, fleet)
+    Path("other").mkdir()
+    Path("other/trace.csv").write_text("round,device,gain_db\n0,0,-50\n0,1,-51\n")
+    os.chdir("other")
+    np.testing.assert_allclose(channel.gain(0, 0, fleet), [10**-5.0, 10**-5.1])
+    assert (before < 1e-9).all()

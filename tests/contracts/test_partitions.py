@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
@@ -12,16 +13,20 @@ from hypothesis import strategies as st
 from fedprune_cli.config import build_experiment, compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.rng import stream
-from fedprune_cli.world.partition import PARTITIONS, Partition, build_partition
+from fedprune_cli.world.partition import PARTITIONS, Partition, PartitionConfig, build_partition
 
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
+
+
+@functools.cache
+def config_of(name: str, *overrides: str) -> PartitionConfig:
+    return build_experiment(compose_config([f"partition={name}", *overrides])).partition
 
 
 def build(
     name: str, labels: np.ndarray, devices: int, *overrides: str, seed: int = 0, test_fraction: float = 0.2
 ) -> Partition:
-    config = build_experiment(compose_config([f"partition={name}", *overrides])).partition
-    return build_partition(config, labels, int(labels.max()) + 1, devices, test_fraction, seed)
+    return build_partition(config_of(name, *overrides), labels, int(labels.max()) + 1, devices, test_fraction, seed)
 
 
 def labels_of(size: int, classes: int, seed: int) -> np.ndarray:
@@ -104,6 +109,23 @@ def test_shards_give_each_device_its_number_of_classes() -> None:
         assert ((histogram > 0).sum(1) == classes).all()
     with pytest.raises(ConfigError, match="the data has 10 classes"):
         build("shards", labels, 20, "partition.classes_per_device=11")
+
+
+def test_shards_deal_without_running_out() -> None:
+    """Any number of devices, classes and classes a device: whole hands, and every sample owned."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    for case in range(300):
+        classes, devices = (int(n) for n in rng.integers(1, [20, 50]))
+        per_device = int(rng.integers(1, classes + 1))
+        labels = np.arange(devices * classes * 4) % classes
+        owner = PARTITIONS["shards"](name="shards", min_samples=2, classes_per_device=per_device).assign(  # type: ignore[call-arg]
+            labels, devices, stream(case, "partition")
+        )
+        held = np.zeros((devices, classes), dtype=bool)
+        held[owner, labels] = True
+        if devices * per_device >= classes:
+            assert (held.sum(1) == per_device).all()
+        assert held.any(0).all()
 
 
 def test_quantity_skews_sizes_and_not_labels() -> None:
