@@ -250,6 +250,7 @@ def build_record(
     weights = samples[ids] / max(samples[ids].sum(), 1)
     errors = [float(np.square(state.shared[~masks[device]], dtype=np.float64).sum()) for device in ids]
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
+    losses = [update.train_loss for update in updates]
     certificate = allocation.certificate
     tested = accuracy_figures(setup, scores)
     return {
@@ -258,7 +259,7 @@ def build_record(
         "latency_s": float(measured.latency_s.max(initial=0.0)),
         "deadline_s": allocation.deadline_s,
         **tested,
-        "train_loss": float(np.dot(weights, [update.train_loss for update in updates])) if updates else None,
+        "train_loss": float(np.dot(weights, losses)) if losses and None not in losses else None,  # type: ignore[arg-type]
         "mean_ratio": float(allocation.prune_ratio[admitted].mean()) if updates else None,
         "max_ratio": float(allocation.prune_ratio[admitted].max()) if updates else None,
         "bytes_up": int(measured.bytes_up.sum()),
@@ -284,7 +285,7 @@ def build_record(
             "latency_s": measured.latency_s.tolist(),
             "joules": measured.joules.tolist(),
             "bytes_up": [int(size) for size in measured.bytes_up],
-            "train_loss": [update.train_loss for update in updates],
+            "train_loss": losses,
             "accuracy": [scores[device].correct / scores[device].total for device in ids] if scores else None,
         },
     }

@@ -6,7 +6,6 @@ The unit of arithmetic is one device's work with fixed batch shapes, so that its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
+Tensors = tuple[Tensor, ...] | list[Tensor]  # what the foreach kernels take
 EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's identity because it fixes shapes
 
 
@@ -88,12 +88,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Update:
-    """What device k sends, and what it keeps: the kept entries of u [n_k]; v_k [V]; its mean training loss (last phase)."""
+    """What device k sends, and what it keeps: the kept entries of u [n_k]; v_k [V]; its mean training loss in the last phase, if any."""
 
     device: int
     shared: Array
     personal: Array
-    train_loss: float
+    train_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def train(learner: Learner, unit: Unit) -> Update:
     """
     mask = _load(learner, unit)
     keep = None if mask is None else learner.parts.shared_views(torch.from_numpy(mask).float())
-    loss = math.nan
+    loss: float | None = None
     for index, phase in enumerate(unit.phases):
         loss = _run_phase(learner, unit, index, phase, keep, loss)
     shared = learner.parts.shared.numpy()
@@ -153,8 +153,8 @@ def _load(learner: Learner, unit: Unit) -> Array | None:
 
 
 def _run_phase(
-    learner: Learner, unit: Unit, index: int, phase: Phase, keep: tuple[Tensor, ...] | None, previous_loss: float
-) -> float:
+    learner: Learner, unit: Unit, index: int, phase: Phase, keep: tuple[Tensor, ...] | None, previous_loss: float | None
+) -> float | None:
     """Takes the phase's SGD steps in place; returns their mean loss, or the previous one when there was nothing to do."""
     config, parts = learner.training, learner.parts
     shared = parts.shared_params if phase.kind != "personal" else ()
@@ -164,11 +164,11 @@ def _run_phase(
         return previous_loss
     set_trained(parts, shared + personal)
     x, y = _samples(learner, own[_batches(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
-    velocity: Sequence[Tensor] = ()
+    velocity: Tensors = ()
     total_loss = torch.zeros(())
     for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
         loss = cross_entropy(parts.model(xb), yb)
-        grads: Sequence[Tensor] = torch.autograd.grad(loss, shared + personal)
+        grads: Tensors = torch.autograd.grad(loss, shared + personal)
         with torch.no_grad():
             total_loss += loss
             if config.weight_decay:
