@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobile
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
+@functools.cache
 def config_of(name: str) -> ModelConfig:
     return build_experiment(compose_config([f"model={name}"])).model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from fedprune_cli.state import State
 each_pruner = pytest.mark.parametrize("name", PRUNERS)
 
 
+@functools.cache
 def pruner_of(name: str) -> Pruner:
     return build_experiment(compose_config([f"pruner={name}"])).pruner
 
