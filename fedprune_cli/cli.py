@@ -253,6 +253,82 @@ def compare(
     _compare(run_dirs, out or run_dirs[0].parent / f"comparison-{digest}")
 
 
+@app.command()
+def allocate(
+    overrides: Overrides = None,
+    devices: Annotated[
+        Path | None, typer.Option(help="A CSV table of devices, physical columns or the problem's own.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="p1 (least mean ratio), p2 (least deadline) or minmax (least largest ratio).")
+    ] = "p1",
+    bandwidth_mhz: Annotated[float | None, typer.Option(help="Total uplink bandwidth.")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="Deadline of the round in seconds.")] = None,
+    deadline_fraction: Annotated[
+        float | None, typer.Option(help="Deadline as a fraction of the dense optimum.")
+    ] = None,
+    max_ratio: Annotated[float | None, typer.Option(help="The most a device may drop.")] = None,
+    mean_ratio: Annotated[float | None, typer.Option(help="For p2: the weighted mean ratio allowed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for allocation.csv, allocation.json and frontier.svg.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Choose every device's pruning ratio and bandwidth for one round, without training."""
+    import json
+
+    from fedprune_cli.config import build_experiment, compose_config
+    from fedprune_cli.errors import unknown
+    from fedprune_cli.planning import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
+
+    allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
+    if objective not in allocators:
+        raise unknown("objective", objective, allocators)
+    chosen = [*(overrides or [])]
+    if not any(override.split("=")[0] == "allocator" for override in chosen):
+        chosen.append(f"allocator={allocators[objective]}")
+    options = {"channel.bandwidth_mhz": bandwidth_mhz, "deadline.seconds": deadline_s, "deadline.fraction": deadline_fraction,
+               "pruner.max_ratio": max_ratio, "allocator.mean_ratio": mean_ratio}  # fmt: skip
+    chosen += [f"{key}={value}" for key, value in options.items() if value is not None]
+    experiment = build_experiment(compose_config(chosen))
+    problem = problem_from_csv(devices, experiment) if devices else problem_from_config(experiment)
+    result = answer(problem, experiment.allocator.solve(problem, experiment.seed, 0))
+    if out:
+        from fedprune_cli.report import write_allocation
+
+        write_allocation(out, result, frontier_rows(problem))
+    if as_json:
+        print(json.dumps(result))
+        return
+    from fedprune_cli.report import allocation_table
+
+    _print(allocation_table(result))
+    _print(price_sentence(problem, result))
+    if out:
+        print(f"written: {out}/allocation.csv, allocation.json, frontier.csv, frontier.svg")
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    every: Annotated[int, typer.Option(help="Solve every Nth round again with cvxpy.")] = 10,
+) -> None:
+    """Recompute a run's allocations and certificates, and solve some of its rounds again with cvxpy."""
+    from fedprune_cli.errors import CertificateError
+    from fedprune_cli.run import reopen
+    from fedprune_cli.verify import verify_run
+
+    with _status("loading data and building the world"):
+        setup = reopen(run_dir)
+    findings = verify_run(setup, run_dir, every)
+    _print(findings.table())
+    if findings.failures:
+        raise CertificateError(
+            f"{run_dir}: {findings.failures[0]}"
+            + (f" (and {len(findings.failures) - 1} more)" if findings.failures[1:] else "")
+        )
+
+
 def _compare(run_dirs: list[Path], out: Path) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli import report as reports

@@ -172,6 +172,24 @@ def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: fl
     return draw(plot)
 
 
+def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> str:
+    """The least mean ratio that each deadline needs, and the deadline that was asked for."""
+
+    def plot(axes: Any) -> None:
+        axes.plot(
+            [row["deadline_s"] for row in rows],
+            [row["mean_ratio"] for row in rows],
+            color=BLUE,
+            marker="o",
+            markersize=3,
+        )
+        axes.axvline(deadline_s, color=RED, linewidth=1, label="this deadline")
+        axes.set(xlabel="deadline of the round (s)", ylabel="least weighted mean ratio")
+        axes.legend()
+
+    return draw(plot)
+
+
 def split_figure(split: Mapping[str, tuple[float, float, float]]) -> str:
     """Seconds a round: what is left, and what pruning and optimal bandwidth took off the dense round on equal bandwidth."""
 

@@ -421,6 +421,48 @@ def _split(comparison: Comparison) -> dict[str, tuple[float, float, float]]:
     return split
 
 
+# --- an allocation by itself ------------------------------------------------------------------------------------------
+
+ALLOCATION_COLUMNS = ("id", "prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
+
+
+def allocation_table(result: Record) -> Table:
+    """Returns the devices of `planning.answer` for the terminal, with the certificate above."""
+    certificate = result["certificate"]
+    proof = (
+        "no certificate"
+        if certificate is None
+        else f"KKT residual {certificate['residual']:.1e}, gap {certificate['gap']:.1e}"
+    )
+    title = f"{result['status']}, deadline {_seconds(result['deadline_s'])}; {proof}" + (
+        f"\n{result['message']}" if result["message"] else ""
+    )
+    rows = [
+        [
+            str(d["id"]),
+            f"{d['prune_ratio']:.3f}",
+            f"{d['bandwidth_hz'] / 1e6:.4f}",
+            f"{d['rate_bps'] / 1e6:.4g}",
+            f"{d['latency_s']:.4g}",
+            d["binds"],
+        ]
+        for d in result["devices"]
+    ]
+    return _table(title, ["device", "ratio", "MHz", "Mbit/s", "seconds", "binds"], rows)
+
+
+def write_allocation(out: Path, result: Record, frontier: Sequence[Mapping[str, float]]) -> Path:
+    """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
+    devices = [[device[key] for key in ALLOCATION_COLUMNS] for device in result["devices"]]
+    files = {
+        "allocation.csv": _csv(ALLOCATION_COLUMNS, devices),
+        "allocation.json": json.dumps(result, indent=1) + "\n",
+        "frontier.csv": _csv(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
+        "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]),
+    }
+    return _write(out, files)
+
+
 # --- text, tables and the page --------------------------------------------------------------------------------------
 
 
@@ -543,4 +585,4 @@ def _write(out: Path, files: Mapping[str, str]) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (out / name).write_text(text)
-    return out / "index.html"
+    return out / next(iter(files))

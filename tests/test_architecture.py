@@ -25,6 +25,8 @@ ALLOWED = {
     "run": BASE | {"world", "allocate", "learn", "meter", "execute", "config", "folder"},
     "report": {"errors", "folder", "figures"},
     "figures": set(),
+    "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
+    "verify": BASE | {"allocate", "folder", "run"},
 }
 
 

@@ -26,8 +26,14 @@ RANGES = {
     "round": (0, 10**7 - 1),
     "device": (0, MAX_DEVICES - 1),
     "available": (0, 1),
+    "samples": (1, 10**12),
+    "shared_compute_s": (0, 1e12),
+    "payload_bits": (0, 1e18),
+    "fixed_s": (0, 1e12),
+    "snr_hz": (0, 1e30),
+    "weight": (0, 1e12),
 }
-WHOLE = ("round", "device", "available")
+WHOLE = ("round", "device", "available", "samples")
 
 
 @dataclass(frozen=True)

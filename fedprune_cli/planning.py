@@ -1,0 +1,127 @@
+"""Allocation by itself, for a radio engineer: problems from a configuration or a CSV file, and answers as rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune_cli.allocate.kkt import frontier
+from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline
+from fedprune_cli.config import Experiment
+from fedprune_cli.errors import DataError
+from fedprune_cli.learn.models import build_model, count_cost, split_model
+from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.meter import BITS_PER_PARAM, build_load, build_problem, downlink_s
+from fedprune_cli.run import prepare, round_problem
+from fedprune_cli.world.devices import Fleet, read_table
+
+OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
+PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
+FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
+
+
+def problem_from_config(experiment: Experiment) -> Problem:
+    """Returns the first round's problem of an experiment, all its training devices, outages apart."""
+    setup = prepare(experiment)
+    ids = np.arange(setup.scenario.num_devices)
+    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids])[1]
+
+
+def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
+    """Returns the problem of a table: the problem's own columns (a, c, d, s, w of model.md), or physical ones.
+
+    Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
+    the channel are the experiment's. Raises DataError naming the line of a bad row.
+    """
+    header = _header(file)
+    if "shared_compute_s" in header or "snr_hz" in header:
+        columns = read_table(str(file), OWN_COLUMNS)
+        ratio = np.full(len(columns["weight"]), experiment.pruner.max_ratio)
+        problem = Problem(**columns, max_ratio=ratio, bandwidth_hz=experiment.channel.bandwidth_hz, deadline_s=math.inf)
+    else:
+        problem = _physical_problem(file, experiment)
+    deadline = experiment.deadline
+    return replace(problem, deadline_s=deadline.seconds or (deadline.fraction or 1.0) * dense_deadline(problem)[0])
+
+
+def _header(file: Path) -> list[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            return [name.strip() for name in lines.readline().split(",")]
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not a CSV text file ({error})") from None
+
+
+def _physical_problem(file: Path, experiment: Experiment) -> Problem:
+    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"))
+    size = len(rows["samples"])
+    unknown = np.full(size, np.nan)
+    fleet = Fleet(
+        cpu_hz=rows["cpu_ghz"] * 1e9,
+        cycles_per_flop=rows["cycles_per_flop"],
+        tx_power_w=10 ** (rows["tx_power_dbm"] / 10 - 3),
+        distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
+        energy_coefficient=np.zeros(size),
+        path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
+    )
+    dataset = experiment.data.load()
+    shape = dataset.images.shape[1:]
+    parts = split_model(
+        build_model(experiment.model, shape, dataset.num_classes, experiment.seed), experiment.method.personal_part
+    )
+    cost = count_cost(parts, shape)
+    plans: list[tuple[Phase, ...]] = [
+        experiment.training.plan(experiment.method.phases(), int(n)) for n in rows["samples"]
+    ]
+    load = build_load(fleet, np.arange(size), plans, cost, experiment.training.batch_size)
+    gain = experiment.channel.gain(experiment.seed, 0, fleet)
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
+    return build_problem(
+        load, experiment.channel, gain, rows["samples"], cost.shared_params, t_down_s, experiment.pruner.max_ratio
+    )
+
+
+def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
+    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept."""
+    certificate = allocation.certificate
+    rows = zip(
+        allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
+        allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
+    )  # fmt: skip
+    keys = ("prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
+    return {
+        "status": allocation.status,
+        "deadline_s": allocation.deadline_s,
+        "objective": allocation.objective,
+        "price_per_hz": allocation.price_per_hz,
+        "certificate": None
+        if certificate is None
+        else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
+        "message": allocation.message,
+        "devices": [{"id": at, **dict(zip(keys, row, strict=True))} for at, row in enumerate(rows)],
+    }
+
+
+def frontier_rows(problem: Problem) -> list[dict[str, float]]:
+    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
+    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
+    return [
+        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
+        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
+        if np.isfinite(r)
+    ]
+
+
+def price_sentence(problem: Problem, allocation: Mapping[str, Any]) -> str:
+    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
+    total = float(problem.weight.sum())
+    if not allocation["price_per_hz"]:
+        return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
+    return f"One more MHz lowers the weighted mean ratio by {1e6 * allocation['price_per_hz'] / total:.3g}, for a small change."

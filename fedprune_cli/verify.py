@@ -1,0 +1,95 @@
+"""An audit of a finished run's allocations: certificates from the definitions, and cvxpy's own answer for some rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedprune_cli import folder
+from fedprune_cli.allocate.kkt import TOLERANCE, certify
+from fedprune_cli.errors import CertificateError
+from fedprune_cli.run import Setup, participants, round_problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was checked and what was found; `failures` is empty for a sound run."""
+
+    rounds: int
+    certified: int
+    residual: float
+    gap: float
+    solved_again: int
+    unsolved: int
+    difference: float
+    failures: tuple[str, ...]
+
+    def table(self) -> Table:
+        """Returns the findings for the terminal."""
+        from rich.table import Table
+
+        table = Table("check", "result")
+        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", str(self.rounds))
+        table.add_row("rounds with a certificate, recomputed", str(self.certified))
+        table.add_row("largest KKT residual", f"{self.residual:.2e}")
+        table.add_row("largest duality gap", f"{self.gap:.2e}")
+        table.add_row(
+            "rounds solved again by cvxpy (Clarabel)", f"{self.solved_again}, {self.unsolved} more it could not solve"
+        )
+        table.add_row("largest difference of the objective", f"{self.difference:.2e}")
+        table.add_row("verdict", "sound" if not self.failures else f"{len(self.failures)} failures")
+        return table
+
+
+def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
+    """Returns the findings on all recorded rounds; the Nth, 2Nth, ... are also solved by cvxpy, at their own deadline."""
+    from fedprune_cli.allocate.reference import solve_p1_cvxpy
+
+    experiment = setup.experiment
+    records = folder.read_log(run_dir / "rounds.jsonl")
+    failures: list[str] = []
+    residual = gap = difference = 0.0
+    certified = solved = unsolved = 0
+    for number, record in enumerate(records):
+        conditions = setup.scenario.at(number)
+        ids = participants(setup, conditions.available, number)
+        if not len(ids):
+            continue
+        _, problem = round_problem(setup, ids, conditions.gain_linear[ids])
+        allocation = experiment.allocator.solve(problem, experiment.seed, number)
+        taking = np.flatnonzero(allocation.admitted)
+        recorded = np.array([record["devices"]["prune_ratio"], record["devices"]["bandwidth_hz"]])
+        recomputed = np.array([allocation.prune_ratio[taking], allocation.bandwidth_hz[taking]])
+        if record["devices"]["id"] != ids[taking].tolist() or not np.array_equal(recorded, recomputed):
+            failures.append(f"round {record['round']}: the recorded allocation is not what the configuration gives")
+            continue
+        if allocation.certificate is None or not len(taking):
+            continue
+        certified += 1
+        at = replace(problem.take(taking), deadline_s=allocation.deadline_s)
+        proof = certify(at, 1 - recorded[0], recorded[1], float(record["price_per_hz"]))
+        residual, gap = max(residual, proof.residual), max(gap, abs(proof.gap))
+        if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
+            failures.append(
+                f"round {record['round']}: residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
+            )
+        if every > 0 and (number + 1) % every == 0:
+            try:
+                objective, _ = solve_p1_cvxpy(at)
+            except CertificateError:
+                unsolved += 1
+                continue
+            solved += 1
+            apart = abs(objective - float(at.weight @ (1 - recorded[0]))) / float(at.weight.sum())
+            difference = max(difference, apart)
+            if apart > CVXPY_TOLERANCE:
+                failures.append(f"round {record['round']}: cvxpy's optimum differs by {apart:.2e}")
+    return Findings(len(records), certified, residual, gap, solved, unsolved, difference, tuple(failures))
