@@ -11,28 +11,28 @@ which increases with L, so each device's L follows from the price by a one-dimen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
 
 from fedprune_cli.allocate.problem import (
+    BLOCK,
     LN2,
     MAX_LOG_SNR,
     Allocation,
     Certificate,
     Problem,
     Status,
-    _log_ratio,
-    _log_ratio_slope,
-    _rate_slope,
     bandwidth_of,
     dense_deadline,
     kept_fraction,
     latency,
     least_deadline,
+    log_ratio_slope,
     log_snr_for_rate,
     rate,
+    rate_slope,
     required_bandwidth,
     required_rate,
 )  # fmt: skip
@@ -40,6 +40,7 @@ from fedprune_cli.errors import CertificateError, InfeasibleError
 from fedprune_cli.state import Array
 
 TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
+SAMPLE = 4_096  # devices that guess the price for a much larger number
 TIGHT = 1e-12  # relative slack within which a budget counts as met
 Policy = Literal["stretch", "drop", "fail"]
 
@@ -48,7 +49,8 @@ Policy = Literal["stretch", "drop", "fail"]
 class _Curves:
     """The devices that compete for bandwidth, and their marginal value as a function of L.
 
-    log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth that make sense for the device.
+    log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth that make sense for the device;
+    log_bottom, log_top: ln(w phi') there.
     """
 
     index: Array
@@ -57,46 +59,69 @@ class _Curves:
     A: Array
     wide: Array
     narrow: Array
+    log_bottom: Array
+    log_top: Array
+
+    def value_and_slope(self, L: Array, part: slice = slice(None)) -> tuple[Array, Array]:
+        """Returns ln(w phi'), increasing in L, and its derivative, for the devices of `part`."""
+        log_m, A = self.log_m[part], self.A[part]
+        tail, q = np.exp(-L), -np.expm1(-L)  # e^-L and 1 - e^-L
+        h = L - q
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bend = 1 / q - 1 / L
+            if (small := L < 0.02).any():  # where the differences above lose their digits
+                h = np.where(small, rate_slope(L), h)
+                bend = np.where(small, log_ratio_slope(L), bend)
+            Ag = A * L * tail / q
+            return log_m + np.log(h) - 2 * np.log1p(Ag), q / h + 2 * Ag / (1 + Ag) * bend
 
     def log_value(self, L: Array) -> Array:
-        """Returns ln(w phi') [n], increasing in L."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self.log_m + np.log(_rate_slope(L)) - 2 * np.log1p(self.A * np.exp(-_log_ratio(L)))
-
-    def slope(self, L: Array) -> Array:
-        """Returns d ln(w phi') / dL [n] > 0."""
-        Ag = self.A * np.exp(-_log_ratio(L))
-        return -np.expm1(-L) / _rate_slope(L) + 2 * Ag / (1 + Ag) * _log_ratio_slope(L)
+        """Returns ln(w phi') [n]."""
+        return self.value_and_slope(L)[0]
 
     def log_snr_at(self, log_price: float, start: Array) -> Array:
         """Returns L [n] at which each device's marginal value is the price, within its bounds.
 
         Newton in ln L, in which the curve is nearly straight; bisection of ln L where a step leaves the bracket or gets nowhere.
         """
-        low, high = self.wide.copy(), self.narrow.copy()
+        parts = [slice(at, at + BLOCK) for at in range(0, len(start), BLOCK)]
+        return np.concatenate([self._log_snr_at(log_price, start[part], part) for part in parts])
+
+    def _log_snr_at(self, log_price: float, start: Array, part: slice) -> Array:
+        low, high = self.wide[part], self.narrow[part]
+        widest, narrowest = low, high
+        tops = self.log_top[part] <= log_price
+        bottoms = self.log_bottom[part] >= log_price
+        bound = tops | bottoms
         L = np.clip(start, low, high)
-        tops = self.log_value(high) <= log_price
-        bottoms = self.log_value(low) >= log_price
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for turn in range(200):
-                error = self.log_value(L) - log_price
-                open_ = ~(tops | bottoms | (np.abs(error) <= 1e-13))
+                value, slope = self.value_and_slope(L, part)
+                error = value - log_price
+                open_ = ~(bound | (np.abs(error) <= 1e-13))
                 if not open_.any():
                     break
+                if turn < 6:  # mostly that is all it takes
+                    L = np.clip(L * np.exp(-error / (L * slope)), low, high)
+                    continue
                 low, high = np.where(error < 0, L, low), np.where(error > 0, L, high)
-                step = L * np.exp(-error / (L * self.slope(L)))
+                step = L * np.exp(-error / (L * slope))
                 halve = (step <= low) | (step >= high) | ((turn % 3 == 2) & (np.abs(error) > 0.1))
-                step = np.where(halve, np.sqrt(low * high), step)
+                if halve.any():
+                    step = np.where(halve, np.sqrt(low * high), step)
                 L = np.where(open_, step, L)
-        return np.where(tops, self.narrow, np.where(bottoms, self.wide, L))
+        return np.where(tops, narrowest, np.where(bottoms, widest, L))
+
+    def take(self, index: Array | slice) -> _Curves:
+        """Returns the curves of some of the devices."""
+        return _Curves(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 def _curves(problem: Problem) -> _Curves:
     index = np.flatnonzero((problem.payload_bits > 0) & (problem.snr_hz > 0) & (problem.deadline_s > problem.fixed_s))
     p = problem.take(index) if len(index) else None
     if p is None:
-        none = np.zeros(0)
-        return _Curves(index, none, none, none, none, none)
+        return _Curves(index, *[np.zeros(0)] * 7)
     R = p.snr_hz / LN2
     dense_bps, least_bps = required_rate(p, np.ones(len(index))), required_rate(p, p.min_kept)
     # no device can have more than the whole band; twice that never binds, so the price stays that of the budget
@@ -105,7 +130,9 @@ def _curves(problem: Problem) -> _Curves:
     narrow = np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz), everything)
     with np.errstate(divide="ignore"):
         log_m = np.log(p.weight) + np.log(p.deadline_s - p.fixed_s) - np.log(p.payload_bits * LN2)
-    return _Curves(index, p.snr_hz, log_m, p.shared_compute_s * R / p.payload_bits, wide, np.maximum(narrow, wide))
+    ends = wide, np.maximum(narrow, wide)
+    curves = _Curves(index, p.snr_hz, log_m, p.shared_compute_s * R / p.payload_bits, *ends, *ends)
+    return replace(curves, log_bottom=curves.log_value(ends[0]), log_top=curves.log_value(ends[1]))
 
 
 def solve_p1(problem: Problem) -> tuple[Array, float]:
@@ -124,34 +151,48 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
         bandwidth_hz[curves.index] = demand * (problem.bandwidth_hz / demand.sum() if demand.any() else 0.0)
         return bandwidth_hz, 0.0
 
-    if (
-        narrowest.sum() >= problem.bandwidth_hz
-    ):  # exactly tight: everybody gets its least, to the last digit of the budget
+    if narrowest.sum() >= problem.bandwidth_hz:  # exactly tight: everybody gets its least, to the budget's last digit
         bandwidth_hz[curves.index] = narrowest * (problem.bandwidth_hz / narrowest.sum())
-        return bandwidth_hz, float(np.exp(curves.log_value(curves.narrow)[worth].max(initial=-np.inf)))
-    low = float(curves.log_value(curves.wide)[worth].min())
-    high = float(curves.log_value(curves.narrow)[worth].max())
-    equal = np.clip(np.log1p(curves.snr_hz * len(demand) / problem.bandwidth_hz), curves.wide, curves.narrow)
-    log_price = float(np.clip(np.median(curves.log_value(equal)[worth]), low, high))
-    L = equal
+        return bandwidth_hz, float(np.exp(curves.log_top[worth].max(initial=-np.inf)))
+    b, price = _fill(curves, problem.bandwidth_hz)
+    bandwidth_hz[curves.index] = b
+    return bandwidth_hz, price
+
+
+def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
+    """Returns the bandwidth [n] and the price at which the devices use the budget up: Newton on ln(sum b) in ln(price), guarded."""
+    count = len(curves.index)
+    worth = np.isfinite(curves.log_m)
+    low, high = float(curves.log_bottom[worth].min()), float(curves.log_top[worth].max())
+    L = np.clip(np.log1p(curves.snr_hz * count / budget_hz), curves.wide, curves.narrow)
+    log_price = np.median(curves.log_value(L)[worth])
+    if count > 2 * SAMPLE:  # what a sample of the devices would pay is a good place to start
+        sample = curves.take(slice(None, None, count // SAMPLE))
+        share_hz = budget_hz * len(sample.index) / count
+        least_hz, most_hz = (float(bandwidth_of(end, sample.snr_hz).sum()) for end in (sample.narrow, sample.wide))
+        if least_hz < share_hz < most_hz and np.isfinite(sample.log_m).any():
+            log_price = np.log(_fill(sample, share_hz)[1])
+    log_price = float(np.clip(log_price, low, high))
     for _ in range(200):
         L = curves.log_snr_at(log_price, L)
         b = bandwidth_of(L, curves.snr_hz)
-        excess = b.sum() / problem.bandwidth_hz - 1
-        if abs(excess) <= 1e-14 or high - low <= 1e-15 * max(abs(low), abs(high)):
+        excess = float(b.sum()) / budget_hz - 1
+        if abs(excess) <= 1e-13 or high - low <= 1e-15 * max(abs(low), abs(high)):
             break
         low, high = (log_price, high) if excess > 0 else (low, log_price)
         free = (curves.wide < L) & (curves.narrow > L)
         # d ln b / dL = -1 / (1 - e^-L)
-        slope = -float((b[free] / -np.expm1(-L[free]) / curves.slope(L)[free]).sum()) / b.sum()
+        steepness = curves.value_and_slope(L)[1]
+        slope = -float((b / -np.expm1(-L) / steepness)[free].sum()) / b.sum()
         step = log_price - np.log1p(excess) / slope if slope < 0 and excess > -1 else np.nan
-        log_price = step if low < step < high else 0.5 * (low + high)
+        step = step if low < step < high else 0.5 * (low + high)
+        L = np.where(free, L + (step - log_price) / steepness, L)  # where each device is about to be
+        log_price = step
     # close the budget to the last digit with those that no bound holds
     free = (curves.wide < L) & (curves.narrow > L)
     if free.any():
-        b[free] *= 1 + (problem.bandwidth_hz - b.sum()) / b[free].sum()
-    bandwidth_hz[curves.index] = b
-    return bandwidth_hz, float(np.exp(log_price))
+        b[free] *= 1 + (budget_hz - b.sum()) / b[free].sum()
+    return b, float(np.exp(log_price))
 
 
 def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
@@ -224,6 +265,11 @@ def least_feasible(problem: Problem) -> float:
     return least_deadline(problem, problem.min_kept)[0]
 
 
+def has_room(problem: Problem) -> bool:
+    """Whether the devices' least bandwidths fit with room to spare: cheaper to know than the smallest feasible deadline."""
+    return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
+
+
 def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Array, Status, str]:
     """Returns a feasible problem, the admitted devices (bool [K]), the status and a message, by the policy for infeasible rounds.
 
@@ -231,6 +277,8 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
     add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one. `fail` raises InfeasibleError.
     """
     everyone = np.ones(len(problem.weight), dtype=bool)
+    if least is least_feasible and has_room(problem):
+        return problem, everyone, "feasible", ""
     feasible_s = least(problem)
     if feasible_s <= problem.deadline_s * (1 + TIGHT):
         return problem, everyone, "feasible", ""

@@ -18,6 +18,7 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.state import Array
 
 LN2 = float(np.log(2.0))
+BLOCK = 16_384  # devices worked on at a time: what fits a processor's cache
 MAX_LOG_SNR = 700.0  # e^L stays finite; a device at this end has no bandwidth to speak of
 
 
@@ -165,11 +166,18 @@ def log_snr_for_rate(rate_bps: Array, snr_hz: Array) -> Array:
 
 def _log_snr(target: Array) -> Array:
     """Returns L with -ln g(L) = target, by Newton: the curve is convex and loses no digits near 0, where W has its branch point."""
+    return np.concatenate([_log_snr_block(target[at : at + BLOCK]) for at in range(0, len(target), BLOCK)] or [target])
+
+
+def _log_snr_block(target: Array) -> Array:
     target = np.clip(target, 0.0, MAX_LOG_SNR - 10.0)
     L = np.minimum(2 * target, target + np.log1p(target) + 1.0)  # right of the root, from where Newton is monotone
     with np.errstate(invalid="ignore", divide="ignore"):
-        for _ in range(6):
-            L = np.where(L > 0, np.maximum(L - (_log_ratio(L) - target) / _log_ratio_slope(L), 0.0), 0.0)
+        for _ in range(8):
+            step = (_log_ratio(L) - target) / log_ratio_slope(L)
+            L = np.where(L > 0, np.maximum(L - step, 0.0), 0.0)
+            if (np.abs(step) <= 1e-9 * L).all():  # the next one would be below the last digit
+                break
     return L
 
 
@@ -182,12 +190,12 @@ def bandwidth_of(log_snr: Array, snr_hz: Array) -> Array:
 def _log_ratio(L: Array) -> Array:
     """ln((e^L - 1) / L) = -ln g(L)."""
     small = L < 0.02
-    series = L * (0.5 + L * (1 / 24 - L**2 / 2880))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(small, series, L + np.log(-np.expm1(-L)) - np.log(L))
+        exact = L + np.log(-np.expm1(-L) / L)
+    return np.where(small, L * (0.5 + L * (1 / 24 - L**2 / 2880)), exact) if small.any() else exact
 
 
-def _log_ratio_slope(L: Array) -> Array:
+def log_ratio_slope(L: Array) -> Array:
     """d ln((e^L - 1) / L) / dL, between 1/2 and 1."""
     small = L < 0.02
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -237,7 +245,7 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
         b = bandwidth_of(L, snr_hz)
         # db/dT = (dr/dT) / r'(b), dr/dT = -r / time, r'(b) = h(L) / ln 2
         with np.errstate(divide="ignore", invalid="ignore"):
-            slope = -bits[sends] * LN2 / ((late_s + limit_s) ** 2 * _rate_slope(L))
+            slope = -bits[sends] * LN2 / ((late_s + limit_s) ** 2 * rate_slope(L))
         return float(b.sum()), float(slope.sum()), b
 
     low, high = 0.0, float(np.max(bits[sends] / rate(share[sends], snr_hz) - limit_s - behind_s))
@@ -259,7 +267,7 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
     return float(latency(problem, kept, bandwidth_hz).max()), bandwidth_hz
 
 
-def _rate_slope(L: Array) -> Array:
+def rate_slope(L: Array) -> Array:
     """h(L) = L - (1 - e^-L) = r'(b) ln 2."""
     small = L < 0.02
     series = L**2 * (0.5 - L * (1 / 6 - L * (1 / 24 - L * (1 / 120 - L / 720))))
