@@ -309,6 +309,42 @@ def allocate(
 
 
 @app.command()
+def ladder(
+    overrides: Overrides = None,
+    allocators: Annotated[
+        str, typer.Option(help="Allocators, joined by commas.")
+    ] = "kkt,minmax,equal,uniform,alternating",
+    fractions: Annotated[
+        str, typer.Option(help="Deadlines as fractions of the dense optimum.")
+    ] = "0.4,0.5,0.6,0.7,0.8,0.9,1.0",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
+    import json
+
+    from fedprune_cli.config import build_experiment, compose_config
+    from fedprune_cli.planning import ladder as build_ladder
+    from fedprune_cli.planning import problem_from_config
+
+    try:
+        wanted = [float(text) for text in fractions.split(",")]
+    except ValueError:
+        raise ConfigError(f"--fractions {fractions}: must be numbers joined by commas") from None
+    chosen = {
+        name: build_experiment(compose_config([*(overrides or []), f"allocator={name}"]))
+        for name in allocators.split(",")
+    }
+    problem = problem_from_config(next(iter(chosen.values())))
+    rows = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from fedprune_cli.report import ladder_table
+
+    _print(ladder_table(rows))
+
+
+@app.command()
 def verify(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
     every: Annotated[int, typer.Option(help="Solve every Nth round again with cvxpy.")] = 10,

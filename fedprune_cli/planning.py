@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedprune_cli.allocate import Allocator
 from fedprune_cli.allocate.kkt import frontier
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline
 from fedprune_cli.config import Experiment
@@ -29,7 +30,7 @@ def problem_from_config(experiment: Experiment) -> Problem:
     """Returns the first round's problem of an experiment, all its training devices, outages apart."""
     setup = prepare(experiment)
     ids = np.arange(setup.scenario.num_devices)
-    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids])[1]
+    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, 0.0)[1]
 
 
 def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
@@ -45,8 +46,7 @@ def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
         problem = Problem(**columns, max_ratio=ratio, bandwidth_hz=experiment.channel.bandwidth_hz, deadline_s=math.inf)
     else:
         problem = _physical_problem(file, experiment)
-    deadline = experiment.deadline
-    return replace(problem, deadline_s=deadline.seconds or (deadline.fraction or 1.0) * dense_deadline(problem)[0])
+    return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
 
 
 def _header(file: Path) -> list[str]:
@@ -117,6 +117,23 @@ def frontier_rows(problem: Problem) -> list[dict[str, float]]:
         for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
         if np.isfinite(r)
     ]
+
+
+def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[dict[str, Any]]:
+    """Returns the weighted mean and the largest ratio of every allocator at deadlines that are fractions of the dense optimum.
+
+    An allocator that cannot meet a deadline has null there: nobody's round is stretched to look feasible.
+    """
+    rows, weight = [], problem.weight / problem.weight.sum()
+    for fraction in fractions:
+        at = replace(problem, deadline_s=fraction * dense_deadline(problem)[0])
+        row: dict[str, Any] = {"fraction": fraction, "deadline_s": at.deadline_s}
+        for name, allocator in allocators.items():
+            allocation = allocator.solve(at, 0, 0)
+            met = allocation.deadline_s <= at.deadline_s * (1 + 1e-9) and bool(allocation.admitted.all())
+            row[name] = [float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())] if met else None
+        rows.append(row)
+    return rows
 
 
 def price_sentence(problem: Problem, allocation: Mapping[str, Any]) -> str:

@@ -451,6 +451,20 @@ def allocation_table(result: Record) -> Table:
     return _table(title, ["device", "ratio", "MHz", "Mbit/s", "seconds", "binds"], rows)
 
 
+def ladder_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns `planning.ladder` for the terminal."""
+    names = [key for key in rows[0] if key not in ("fraction", "deadline_s")]
+    cells = [
+        [
+            f"{row['fraction']:.2f}",
+            _seconds(row["deadline_s"]),
+            *("cannot" if row[n] is None else f"{row[n][0]:.3f} / {row[n][1]:.3f}" for n in names),
+        ]
+        for row in rows
+    ]
+    return _table("weighted mean / largest pruning ratio", ["of dense", "deadline", *names], cells)
+
+
 def write_allocation(out: Path, result: Record, frontier: Sequence[Mapping[str, float]]) -> Path:
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices = [[device[key] for key in ALLOCATION_COLUMNS] for device in result["devices"]]

@@ -61,7 +61,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     if not len(ids):
         return idle_round(setup, state, workers)
 
-    load, problem = round_problem(setup, ids, radio.gain_linear[ids])
+    load, problem = round_problem(setup, ids, radio.gain_linear[ids], state.round, float(state.slots["simulated_s"]))
     allocation = experiment.allocator.solve(problem, experiment.seed, state.round)
     taking = np.flatnonzero(allocation.admitted)
     devices = ids[taking]
@@ -150,8 +150,8 @@ def plan(setup: Setup, device: int) -> tuple[Phase, ...]:
     return experiment.training.plan(experiment.method.phases(), len(setup.scenario.partition.train[device]))
 
 
-def round_problem(setup: Setup, ids: Array, gain: Array) -> tuple[Load, Problem]:
-    """Returns the devices' load and the allocation problem with the round's deadline.
+def round_problem(setup: Setup, ids: Array, gain: Array, number: int, elapsed_s: float) -> tuple[Load, Problem]:
+    """Returns the devices' load and the allocation problem with the deadline of round `number`, `elapsed_s` into the run.
 
     The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
     """
@@ -162,8 +162,7 @@ def round_problem(setup: Setup, ids: Array, gain: Array) -> tuple[Load, Problem]
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
     samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
     problem = build_problem(load, experiment.channel, gain, samples, size, t_down_s, experiment.pruner.max_ratio)
-    deadline = experiment.deadline
-    deadline_s = deadline.seconds or (deadline.fraction or 1.0) * dense_deadline(problem)[0]
+    deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_deadline(problem)[0])
     return load, replace(problem, deadline_s=deadline_s)
 
 

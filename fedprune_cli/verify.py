@@ -58,12 +58,13 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     failures: list[str] = []
     residual = gap = difference = 0.0
     certified = solved = unsolved = 0
+    clock = [0.0, *(record["simulated_s"] for record in records)]
     for number, record in enumerate(records):
         conditions = setup.scenario.at(number)
         ids = participants(setup, conditions.available, number)
         if not len(ids):
             continue
-        _, problem = round_problem(setup, ids, conditions.gain_linear[ids])
+        _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, clock[number])
         allocation = experiment.allocator.solve(problem, experiment.seed, number)
         taking = np.flatnonzero(allocation.admitted)
         recorded = np.array([record["devices"]["prune_ratio"], record["devices"]["bandwidth_hz"]])

@@ -29,6 +29,7 @@ BAD = [
     ("training.lr=0", "training.lr=0"),
     ("deadline.fraction=0", "deadline.fraction=0"),
     ("deadline.fraction=null", "deadline.fraction"),
+    ("deadline.total_seconds=-1", "deadline.total_seconds=-1: must be > 0"),
     ("model.hidden=3", "model.hidden"),
     ("model.hidden=[0]", "model.hidden"),
     ("trainin.lr=1", "unknown configuration key 'trainin.lr'. Did you mean 'training.lr'?"),

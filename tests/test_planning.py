@@ -132,6 +132,29 @@ def test_outputs_are_written_and_the_price_is_said() -> None:
     assert ratios == sorted(ratios, reverse=True)
 
 
+def test_the_ladder_ranks_allocators_as_the_theory_does() -> None:
+    names = ["kkt", "minmax", "equal", "uniform", "alternating"]
+    rows = json.loads(
+        call(
+            "ladder",
+            "--json",
+            "experiment=literature",
+            "--allocators",
+            ",".join(names),
+            "--fractions",
+            "0.1,0.5,0.8,1.0",
+        )
+    )
+    assert list(rows[0]) == ["fraction", "deadline_s", *names]
+    for row in rows:
+        met = {name: row[name] for name in names if row[name]}
+        if "kkt" in met:
+            assert met["kkt"][0] <= min(mean for mean, _ in met.values()) + 1e-12
+            assert met["minmax"][1] <= min(largest for _, largest in met.values()) + 1e-9
+    assert rows[0]["uniform"] is None  # a tenth of the dense time is too little for equal bandwidth
+    assert rows[-1]["kkt"][1] < 1e-9
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

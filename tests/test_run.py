@@ -85,7 +85,7 @@ def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     """model.md section 3 by hand for one device, against the meter."""
     setup = make_setup("method=personalized", "meter=paper")
     ids, radio = np.arange(4), setup.scenario.at(0)
-    _, problem = run.round_problem(setup, ids, radio.gain_linear[ids])
+    _, problem = run.round_problem(setup, ids, radio.gain_linear[ids], 0, 0.0)
     fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
     personal_steps, shared_steps, batch = 2, 3, 8
     forward_backward_u = (
@@ -114,6 +114,16 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
     assert all(len(r["devices"]["id"]) < 4 for r in records)
     with pytest.raises(InfeasibleError):
         run_to_end(tmp_path / "fail", *tight, "allocator.on_infeasible=fail")
+
+
+def test_deadlines_follow_their_schedule(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "loosening", "deadline.fraction=0.5", "deadline.last_fraction=0.9")
+    np.testing.assert_allclose([r["deadline_s"] / r["dense_latency_s"] for r in records], [0.5, 0.7, 0.9])
+    total_s = 0.6 * sum(r["dense_latency_s"] for r in records)
+    budget = run_to_end(tmp_path / "budget", f"deadline.total_seconds={total_s}", "pruner.max_ratio=1.0")
+    assert budget[-1]["simulated_s"] <= total_s * 1.001
+    np.testing.assert_allclose(budget[0]["deadline_s"], total_s / 3)
+    np.testing.assert_allclose(budget[2]["deadline_s"], total_s - budget[1]["simulated_s"])
 
 
 def test_partial_participation_and_epochs(tmp_path: Path) -> None:
