@@ -175,7 +175,7 @@ def command(*arguments: str) -> list[str]:
 
 def kill_and_resume(tmp_path: Path, kind: str, kills: int) -> None:
     """Kills a real run with SIGKILL at random moments until it is done; its bytes must be those of one that was never killed."""
-    overrides = [*TINY, "rounds=40", f"execution.kind={kind}", "execution.workers=2", "training.shared_steps=20"]
+    overrides = [*TINY, "rounds=25", f"execution.kind={kind}", "execution.workers=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command("train", *overrides, f"out={whole}"), check=True, capture_output=True)
     rng, happened = random.Random(0), 0
