@@ -103,14 +103,17 @@ def load(run_dir: Path, config_hash: str) -> State:
     return state
 
 
-def read_json(path: Path) -> Any:
-    """Returns the parsed file; raises CheckpointError naming it when it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises CheckpointError naming it when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: damaged (not a JSON object)")
+    return value
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

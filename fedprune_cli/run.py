@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli import folder
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
-from fedprune_cli.errors import CheckpointError, ConfigError
+from fedprune_cli.errors import CheckpointError
 from fedprune_cli.execute import Executor, executor
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, pack, train
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model
@@ -115,8 +115,9 @@ def reopen(run_dir: Path) -> Setup:
     manifest = folder.read_json(run_dir / folder.MANIFEST)
     try:
         experiment = build_experiment(DictConfig(OmegaConf.create((run_dir / folder.CONFIG).read_text())))
-    except (OSError, ConfigError) as error:
-        raise CheckpointError(f"{run_dir / folder.CONFIG}: {error}") from None
+    except Exception as error:  # whatever a damaged file makes the YAML parser say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{run_dir / folder.CONFIG}: {reason}") from None
     setup = prepare(experiment)
     now, then = build_manifest(setup), manifest
     for key in ("config", "config_hash", "seed", "dataset", "model", "histogram"):
@@ -163,7 +164,7 @@ def round_problem(setup: Setup, ids: Array, gain: Array, number: int, elapsed_s:
     samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
     problem = build_problem(load, experiment.channel, gain, samples, size, t_down_s, experiment.pruner.max_ratio)
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_deadline(problem)[0])
-    return load, replace(problem, deadline_s=deadline_s)
+    return load, replace(problem, deadline_s=deadline_s, ids=ids)
 
 
 def sends_masks(setup: Setup) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -112,6 +113,15 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "drop", *tight, "allocator.on_infeasible=drop")
     assert {r["status"] for r in records} == {"dropped"}
     assert all(len(r["devices"]["id"]) < 4 for r in records)
+    half = run_to_end(tmp_path / "half", *tight, "allocator.on_infeasible=drop", "devices.per_round=2")
+    for record in half:  # messages name devices, not their places in the round
+        named = {int(text) for text in re.findall(r"dropped devices ([\d, ]+) with", record["message"])[0].split(",")}
+        assert not named & set(record["devices"]["id"])
+    chosen = [set(run.participants(make_setup("devices.per_round=2"), np.ones(5, bool), n).tolist()) for n in range(3)]
+    dropped = [
+        {int(t) for t in re.findall(r"dropped devices ([\d, ]+) with", r["message"])[0].split(",")} for r in half
+    ]
+    assert [d | set(r["devices"]["id"]) for d, r in zip(dropped, half, strict=True)] == chosen
     with pytest.raises(InfeasibleError):
         run_to_end(tmp_path / "fail", *tight, "allocator.on_infeasible=fail")
 
@@ -151,6 +161,9 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
         ("manifest.json", lambda b: b.replace(b'"sha256": "', b'"sha256": "0'), "dataset.sha256"),
         ("config.yaml", lambda b: b.replace(b"lr: 0.05", b"lr: 0.06"), "made with another config"),
         ("config.yaml", lambda b: b.replace(b"lr: 0.05", b"lr: -1"), "training.lr=-1"),
+        ("config.yaml", lambda b: b"a: [1,\n\x00", "config.yaml"),
+        ("config.yaml", lambda b: b"\xff\xfe", "config.yaml"),
+        ("manifest.json", lambda b: b"[]", "not a JSON object"),
     ):
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(tmp_path / "run", damaged)

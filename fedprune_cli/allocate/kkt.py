@@ -288,7 +288,7 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
         missing += f" (or {missing_hz / 1e6:.6g} MHz are missing)"
     if policy == "fail" or (policy == "stretch" and not np.isfinite(feasible_s)):
         hopeless = np.flatnonzero(~np.isfinite(floor_hz))
-        names = f"; no bandwidth helps devices {_listed(hopeless)}" if hopeless.size else ""
+        names = f"; no bandwidth helps devices {_listed(problem.names[hopeless])}" if hopeless.size else ""
         raise InfeasibleError(
             f"{missing} for devices that may drop {problem.max_ratio.max():.3g} of the shared part{names}: "
             "raise the deadline, pruner.max_ratio or channel.bandwidth_mhz, or choose allocator.on_infeasible=stretch or drop"
@@ -321,7 +321,7 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
         else 0.0
     )
     message = (
-        f"{missing}: dropped devices {_listed(np.flatnonzero(~admitted))} with {problem.weight[~admitted].sum():.3g} of the weight; "
+        f"{missing}: dropped devices {_listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
         f"no other choice admits more than {max(more, 0.0):.3g} more"
     )
     return problem.take(np.flatnonzero(admitted)) if fits else problem, admitted, "dropped", message

@@ -28,7 +28,7 @@ class Problem:
 
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
-    bandwidth_hz B; deadline_s T, infinite when open.
+    bandwidth_hz B; deadline_s T, infinite when open; ids: the devices' names in messages, int [K], their positions when None.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -40,12 +40,13 @@ class Problem:
     max_ratio: Array
     bandwidth_hz: float
     deadline_s: float
+    ids: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
         if size == 0:
             raise ConfigError("an allocation problem needs at least one device")
-        for field in fields(self):
+        for field in fields(self)[:-1]:
             values = np.atleast_1d(getattr(self, field.name))
             if field.name not in ("bandwidth_hz", "deadline_s") and values.shape != (size,):
                 raise ConfigError(f"{field.name}: {values.shape} entries for {size} devices")
@@ -68,10 +69,13 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        chosen = {
-            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s")
-        }
-        return replace(self, **chosen)
+        arrays = (f.name for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s", "ids"))
+        return replace(self, ids=self.names[index], **{name: getattr(self, name)[index] for name in arrays})
+
+    @property
+    def names(self) -> Array:
+        """What the devices are called in messages, int [K]."""
+        return np.arange(len(self.weight)) if self.ids is None else self.ids
 
 
 @dataclass(frozen=True)
