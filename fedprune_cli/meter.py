@@ -10,13 +10,12 @@ Ignored: the time to sort and pack, protocol headers, retransmissions, the serve
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import Problem, rate
+from fedprune_cli.allocate.problem import Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.models import ModelCost
@@ -44,27 +43,28 @@ class Meter:
 class Load:
     """What a round asks of its devices before anything is pruned, float64 [K].
 
-    shared_flops F, personal_flops G; cycles_per_flop, cpu_hz, energy_coefficient and tx_power_w of the devices.
+    shared_flops F, personal_flops G; fleet: the devices alone.
     """
 
     shared_flops: Array
     personal_flops: Array
-    cycles_per_flop: Array
-    cpu_hz: Array
-    energy_coefficient: Array
-    tx_power_w: Array
+    fleet: Fleet
 
     def take(self, index: Array) -> Load:
         """Returns the load of some of the devices."""
-        return Load(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index))
 
     def compute_s(self, kept: Array) -> Array:
         """Returns t_comp [K] when the fraction `kept` [K] of u remains."""
-        return self.cycles(kept) / self.cpu_hz
+        return self.cycles(kept) / self.fleet.cpu_hz
+
+    def compute_j(self, kept: Array) -> Array:
+        """Returns the joules [K] of computing when the fraction `kept` [K] of u remains: kappa f^2 a cycle."""
+        return self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
 
     def cycles(self, kept: Array) -> Array:
         """Returns the CPU cycles [K] of the round."""
-        return self.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
+        return self.fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
 
 
 def build_load(fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], cost: ModelCost, batch_size: int) -> Load:
@@ -76,9 +76,7 @@ def build_load(fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], cost:
         ],
         dtype=float,
     )
-    return Load(
-        flops[:, 0], flops[:, 1], fleet.cycles_per_flop[ids], fleet.cpu_hz[ids], fleet.energy_coefficient[ids], fleet.tx_power_w[ids]
-    )  # fmt: skip
+    return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
 
 
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
@@ -93,17 +91,22 @@ def build_problem(
     load: Load, channel: Channel, gain: Array, samples: Array, shared_params: int, t_down_s: float, max_ratio: float
 ) -> Problem:
     """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI."""
-    ones, zeros = np.ones(len(gain)), np.zeros(len(gain))
-    fixed_s = load.compute_s(zeros) + t_down_s
+    ones, zeros, fleet = np.ones(len(gain)), np.zeros(len(gain)), load.fleet
+    fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
+    limits = Limits(
+        min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
+        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=fleet.tx_power_w,
+    )  # fmt: skip
     return Problem(
-        shared_compute_s=load.cycles_per_flop * load.shared_flops / load.cpu_hz,
+        shared_compute_s=fleet.cycles_per_flop * load.shared_flops / fleet.cpu_hz,
         payload_bits=ones * BITS_PER_PARAM * shared_params,
         fixed_s=fixed_s,
-        snr_hz=load.tx_power_w * gain / channel.noise_w_per_hz,
+        snr_hz=fleet.tx_power_w * gain / channel.noise_w_per_hz,
         weight=samples / samples.sum(),
         bandwidth_hz=channel.bandwidth_hz,
         deadline_s=np.inf,
         max_ratio=ones * max_ratio,
+        limits=limits if fleet.limited else None,
     )
 
 
@@ -180,7 +183,7 @@ def measure(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
         downlink_s=np.full(len(kept), t_down_s),
-        joules=load.energy_coefficient * load.cpu_hz**2 * load.cycles(kept) + load.tx_power_w * uplink_s,
+        joules=load.compute_j(kept) + load.fleet.tx_power_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
         bytes_up=payload_bytes,
         bytes_down=bits_down / 8,

@@ -12,16 +12,24 @@ import numpy as np
 
 from fedprune_cli.allocate import Allocator
 from fedprune_cli.allocate.kkt import frontier
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
 from fedprune_cli.config import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model, count_cost, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.meter import BITS_PER_PARAM, build_load, build_problem, downlink_s
 from fedprune_cli.run import prepare, round_problem
-from fedprune_cli.world.devices import Fleet, read_table
+from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
+OWN_LIMITS = (
+    "min_bandwidth_hz",
+    "max_bandwidth_hz",
+    "energy_budget_j",
+    "shared_energy_j",
+    "fixed_energy_j",
+    "tx_power_w",
+)
 PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
 FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
@@ -39,13 +47,8 @@ def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
     Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
     the channel are the experiment's. Raises DataError naming the line of a bad row.
     """
-    header = _header(file)
-    if "shared_compute_s" in header or "snr_hz" in header:
-        columns = read_table(str(file), OWN_COLUMNS)
-        ratio = np.full(len(columns["weight"]), experiment.pruner.max_ratio)
-        problem = Problem(**columns, max_ratio=ratio, bandwidth_hz=experiment.channel.bandwidth_hz, deadline_s=math.inf)
-    else:
-        problem = _physical_problem(file, experiment)
+    own = {"shared_compute_s", "snr_hz"} & {*_header(file)}
+    problem = (_own_problem if own else _physical_problem)(file, experiment)
     return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
 
 
@@ -59,8 +62,29 @@ def _header(file: Path) -> list[str]:
         raise DataError(f"{file}: not a CSV text file ({error})") from None
 
 
+def _own_problem(file: Path, experiment: Experiment) -> Problem:
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS))
+    size = len(rows["weight"])
+    limits = None
+    if given := [name for name in OWN_LIMITS if name in rows]:
+        energy = ("energy_budget_j", "shared_energy_j", "tx_power_w")
+        if (some := [name for name in energy if name in given]) and (
+            missing := [name for name in energy if name not in given]
+        ):
+            raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
+        default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
+        limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
+    return Problem(
+        **{name: rows[name] for name in OWN_COLUMNS},
+        max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
+        bandwidth_hz=experiment.channel.bandwidth_hz,
+        deadline_s=math.inf,
+        limits=limits,
+    )
+
+
 def _physical_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"))
+    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
     size = len(rows["samples"])
     unknown = np.full(size, np.nan)
     fleet = Fleet(
@@ -68,8 +92,9 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
         cycles_per_flop=rows["cycles_per_flop"],
         tx_power_w=10 ** (rows["tx_power_dbm"] / 10 - 3),
         distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
-        energy_coefficient=np.zeros(size),
+        energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
+        **limit_columns(rows, experiment.devices.limits(size)),
     )
     dataset = experiment.data.load()
     shape = dataset.images.shape[1:]

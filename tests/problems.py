@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune_cli.allocate.kkt import least_feasible
-from fedprune_cli.allocate.problem import Problem, dense_deadline
+from fedprune_cli.allocate.problem import Limits, Problem, dense_deadline, rate
 
 
-def draw(rng: np.random.Generator, count: int) -> Problem:
-    """Returns a random feasible problem: gains over up to 12 decades, deadlines from barely feasible to slack, and degenerate devices."""
+def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem:
+    """Returns a random feasible problem: gains over up to 12 decades, deadlines from barely feasible to slack, and degenerate devices.
+
+    limited: with bandwidth limits and energy budgets, some of which bind.
+    """
     wild = rng.random() < 0.5
     snr_hz = 10 ** rng.uniform(3, 15, count) if wild else 10 ** rng.uniform(6, 9, count)
     compute_s = rng.uniform(0, 1, count) * (rng.random() < 0.8)
@@ -28,8 +31,31 @@ def draw(rng: np.random.Generator, count: int) -> Problem:
     if rng.random() < 0.2:
         ratio = rng.uniform(0, 1, count)
     problem = Problem(compute_s, bits, fixed_s, snr_hz, weight, ratio, 20e6, np.inf)
-    low, high = least_feasible(problem), dense_deadline(problem)[0]
+    if limited:
+        problem = with_limits(rng, problem)
+    low = least_feasible(problem)
+    high = max(dense_deadline(problem)[0], 1.5 * low if limited else 0.0)
     return replace(problem, deadline_s=low + (high - low) * rng.choice([1e-6, 1e-3, 0.1, 0.3, 0.5, 0.9, 1.1]))
+
+
+def with_limits(rng: np.random.Generator, problem: Problem) -> Problem:
+    """Returns the problem with limits that its devices can keep at some deadline."""
+    count = len(problem.weight)
+    share_hz = problem.bandwidth_hz / count
+    least_hz = share_hz * rng.uniform(0, 0.5, count) * (rng.random(count) < 0.3)
+    most_hz = np.where(
+        rng.random(count) < 0.4, np.maximum(least_hz, share_hz * 10 ** rng.uniform(-1, 1, count)), np.inf
+    )
+    shared_j, fixed_j = rng.uniform(0, 1, count) * (rng.random() < 0.8), rng.uniform(0, 0.1, count)
+    power_w = 10 ** rng.uniform(-2, 0, count)
+    r = np.maximum(rate(np.full(count, share_hz), problem.snr_hz), 1e-300)
+    dense_j = shared_j + power_w * problem.payload_bits / r
+    budget_j = np.where(rng.random(count) < 0.7, fixed_j + dense_j * 10 ** rng.uniform(-0.5, 0.2, count), np.inf)
+    while True:
+        limited = replace(problem, limits=Limits(least_hz, most_hz, budget_j, shared_j, fixed_j, power_w))
+        if np.isfinite(least_feasible(limited)):
+            return limited
+        budget_j = budget_j * 1.5
 
 
 def literature(fraction: float, seed: int, count: int = 10) -> Problem:

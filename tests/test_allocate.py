@@ -6,16 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from problems import draw, literature
+from problems import draw, literature, with_limits
 from scipy.special import lambertw
 
+from fedprune_cli.allocate.baselines import Dense
 from fedprune_cli.allocate.kkt import allocate, certify, frontier, least_feasible, min_latency, solve_p1
 from fedprune_cli.allocate.problem import (
     LN2,
     Allocation,
+    Limits,
     Problem,
     bandwidth_of,
     dense_deadline,
+    energy,
     kept_fraction,
     log_snr_for_rate,
     rate,
@@ -64,7 +67,7 @@ def never_better(ours: Allocation, problem: Problem, bandwidth_hz: np.ndarray) -
 
 
 def compare_with_cvxpy(count: int, seed: int) -> None:
-    """The literature's scenario with every edge: one device, identical devices, a dead channel, a tight budget, an infeasible round."""
+    """The literature's scenario with every edge: one device, identical ones, a dead channel, limits, a tight budget, infeasibility."""
     rng = np.random.Generator(np.random.PCG64(seed))
     for at in range(count):
         size = (1, 2, 3, 5, 10)[at % 5]
@@ -81,6 +84,8 @@ def compare_with_cvxpy(count: int, seed: int) -> None:
                 max_ratio=np.ones(size),
                 deadline_s=2.0,
             )
+        if at % 5 == 4 and at % 10 != 9:
+            problem = with_limits(rng, problem)
         least_s = least_feasible(problem)
         if at % 10 == 8:
             with pytest.raises(InfeasibleError):
@@ -122,7 +127,7 @@ def test_cvxpy_is_never_better_on_wild_instances() -> None:
 def certify_many(count: int, seed: int, sizes: tuple[int, ...]) -> None:
     rng = np.random.Generator(np.random.PCG64(seed))
     for at in range(count):
-        problem = draw(rng, int(rng.choice(sizes)))
+        problem = draw(rng, int(rng.choice(sizes)), limited=at % 3 == 2)
         b, price = solve_p1(problem)
         kept = np.clip(kept_fraction(problem, rate(b, problem.snr_hz)), problem.min_kept, 1.0)
         certificate = certify(problem, kept, b, price)
@@ -180,3 +185,67 @@ def test_bad_problems_are_refused_by_name(change: dict[str, object], message: st
     }
     with pytest.raises(ConfigError, match=message):
         Problem(**(good | {"bandwidth_hz": 1.0, "deadline_s": 1.0} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_bandwidth_hz": np.array([0.0, -1.0])}, "device 1, min_bandwidth_hz=-1.0: must be finite and >= 0"),
+        (
+            {"max_bandwidth_hz": np.array([0.0, 1.0])},
+            "device 0, max_bandwidth_hz=0.0: must be > 0 and at least the minimum",
+        ),
+        ({"energy_budget_j": np.array([np.nan, 1.0])}, "device 0, energy_budget_j=nan"),
+        ({"tx_power_w": np.array([1.0, 0.0])}, "device 1, tx_power_w=0.0: must be finite and > 0"),
+        ({"fixed_energy_j": np.ones(3)}, "fixed_energy_j"),
+    ],
+)
+def test_bad_limits_are_refused_by_name(change: dict[str, np.ndarray], message: str) -> None:
+    names = (
+        "min_bandwidth_hz",
+        "max_bandwidth_hz",
+        "energy_budget_j",
+        "shared_energy_j",
+        "fixed_energy_j",
+        "tx_power_w",
+    )
+    with pytest.raises(ConfigError, match=message):
+        Limits(**(dict.fromkeys(names, np.ones(2)) | change))
+
+
+def test_limits_that_never_bind_change_nothing() -> None:
+    """To the bit where they are infinite; a generous budget goes through the two stretches and gives the same optimum."""
+    for seed in range(5):
+        problem = literature(0.5, seed)
+        size = len(problem.weight)
+        none = Limits(np.zeros(size), *[np.full(size, np.inf)] * 2, *[np.ones(size)] * 3)
+        generous = replace(none, energy_budget_j=np.full(size, 1e6), max_bandwidth_hz=np.full(size, 1e9))
+        plain, free, wide = (
+            allocate(replace(problem, limits=limits), "fail", solve_p1, least_feasible, exact=True)
+            for limits in (None, none, generous)
+        )
+        np.testing.assert_array_equal(plain.prune_ratio, free.prune_ratio)
+        np.testing.assert_allclose(plain.prune_ratio, wide.prune_ratio, atol=1e-9)
+
+
+def test_what_a_limit_binds_is_said_and_dense_allocators_refuse_a_budget_that_they_break() -> None:
+    problem = literature(0.8, seed=0)
+    problem = replace(problem, weight=np.where(np.arange(10) == 2, 1.0, 0.01))  # worth all the band that it can use
+    size = len(problem.weight)
+    # half of what it costs to send everything on the whole band
+    half_j = 0.5 * 0.2 * problem.payload_bits / rate(np.full(size, problem.bandwidth_hz), problem.snr_hz)
+    nothing, endless = np.zeros(size), np.full(size, np.inf)
+    budget_j = np.where(np.arange(size) == 2, half_j, np.inf)
+    slow = Limits(nothing, endless, budget_j, nothing, nothing, np.full(size, 0.2))
+    allocation = allocate(replace(problem, limits=slow), "fail", solve_p1, least_feasible, exact=True)
+    assert allocation.binds[2] == "energy"
+    joules = energy(replace(problem, limits=slow), 1 - allocation.prune_ratio, allocation.bandwidth_hz)
+    assert np.isclose(joules[2], half_j[2])
+    with pytest.raises(
+        InfeasibleError, match="'dense' does not choose ratios and breaks the energy budget of devices 2"
+    ):
+        Dense("dense").solve(replace(problem, limits=slow), 0, 0)
+    with pytest.raises(
+        InfeasibleError, match=r"no deadline brings the weighted mean ratio to 0: .* raise devices.energy_budget_j"
+    ):
+        min_latency(replace(problem, limits=slow), 0.0)

@@ -12,21 +12,24 @@ from fedprune_cli.allocate.kkt import (
     allocate,
     build_allocation,
     least_feasible,
+    listed,
     min_latency,
     min_max,
     settle,
     solve_p1,
 )  # fmt: skip
 from fedprune_cli.allocate.problem import (
+    TIGHT,
     Allocation,
     Problem,
+    energy,
     kept_fraction,
     latency,
     least_deadline,
     rate,
     required_bandwidth,
 )
-from fedprune_cli.errors import require
+from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
@@ -110,7 +113,7 @@ class Fixed:
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         kept = np.full(len(problem.weight), 1 - self.ratio)
         deadline_s, bandwidth_hz = least_deadline(problem, kept)
-        return _everyone(replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
+        return _everyone(self.name, replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
 
 
 @dataclass(frozen=True)
@@ -133,23 +136,39 @@ class DenseEqual:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         kept, bandwidth_hz = np.ones(len(problem.weight)), equal_share(problem)
-        return _everyone(
-            replace(problem, deadline_s=float(latency(problem, kept, bandwidth_hz).max())), kept, bandwidth_hz
-        )
+        deadline_s = float(latency(problem, kept, bandwidth_hz).max())
+        return _everyone(self.name, replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
 
 
-def _everyone(problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
+def _everyone(name: str, problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
+    """Returns the allocation of all devices; raises InfeasibleError when it breaks a limit that this allocator does not look at."""
+    if problem.limits is not None:
+        over = energy(problem, kept, bandwidth_hz) > problem.limits.energy_budget_j * (1 + TIGHT)
+        if over.any() or bandwidth_hz.sum() > problem.bandwidth_hz * (1 + TIGHT):
+            broken = (
+                f"the energy budget of devices {listed(problem.names[over])}" if over.any() else "the total bandwidth"
+            )
+            raise InfeasibleError(
+                f"allocator {name!r} does not choose ratios and breaks {broken}: choose an allocator that aims at a deadline, "
+                "such as kkt, or raise devices.energy_budget_j"
+            )
     return build_allocation(problem, kept, bandwidth_hz, np.ones(len(kept), dtype=bool), 0.0, None, "feasible", "")
 
 
 def equal_share(problem: Problem) -> Array:
-    """Returns B / K for every device [K]."""
-    return np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
+    """Returns B / K for every device, or what its limits make of it [K]."""
+    return np.clip(problem.bandwidth_hz / len(problem.weight), problem.least_hz, problem.most_hz)
 
 
 def _least_equal(problem: Problem) -> float:
-    """The smallest deadline at which every device can keep its least on an equal share."""
-    return float(latency(problem, problem.min_kept, equal_share(problem)).max())
+    """The smallest deadline at which every device can keep its least on an equal share; infinite when its limits forbid it."""
+    share = equal_share(problem)
+    always = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
+    if problem.limits is not None and (
+        share.sum() > problem.bandwidth_hz * (1 + TIGHT) or (always > share * (1 + TIGHT)).any()
+    ):
+        return np.inf
+    return float(latency(problem, problem.min_kept, share).max())
 
 
 @dataclass(frozen=True)
@@ -197,7 +216,8 @@ class Alternating(_WithPolicy):
         for _ in range(self.iterations):
             kept = np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), problem.min_kept, 1.0)
             needed = np.minimum(required_bandwidth(problem, kept), bandwidth_hz)
-            bandwidth_hz = needed + (problem.bandwidth_hz - needed.sum()) / len(needed)
+            spare_hz = max(problem.bandwidth_hz - needed.sum(), 0.0) / len(needed)
+            bandwidth_hz = np.minimum(needed + spare_hz, problem.most_hz)
         return bandwidth_hz, 0.0
 
 
@@ -210,7 +230,7 @@ class Greedy(_WithPolicy):
 
     def _fill(self, problem: Problem) -> tuple[Array, float]:
         floor = required_bandwidth(problem, problem.min_kept)
-        useful = np.minimum(required_bandwidth(problem, np.ones(len(floor))), problem.bandwidth_hz)
+        useful = np.minimum(required_bandwidth(problem, np.ones(len(floor))), problem.most_hz)
         wants = np.where((problem.payload_bits > 0) & (problem.snr_hz > 0), np.maximum(useful - floor, 0.0), 0.0)
         order = np.lexsort((problem.payload_bits, problem.shared_compute_s, -problem.weight, -problem.snr_hz))
         left = max(problem.bandwidth_hz - floor.sum(), 0.0)
@@ -234,7 +254,8 @@ class Random(_WithPolicy):
 
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
-    """Takes back what rounding handed out too much."""
+    """Takes back what rounding handed out too much, and what is above a device's limit."""
+    bandwidth_hz = np.minimum(bandwidth_hz, problem.most_hz)
     return (
         bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0) if bandwidth_hz.sum() > 0 else bandwidth_hz
     )

@@ -6,6 +6,7 @@ At the optimum x_k = min(1, phi_k(b_k)), and w_k phi_k'(b_k) = price wherever no
     w phi' = m h(L) / (1 + A g(L))^2,   m = w (T - d) / (c ln 2),   A = a R / c,   h(L) = L - (1 - e^-L),
 
 which increases with L, so each device's L follows from the price by a one-dimensional root, and the price from the budget by another.
+Where an energy budget binds too, x_k = min(1, phi_k, psi_k) with psi of phi's form: two stretches of bandwidth, each with its m and A.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedprune_cli.allocate.problem import (
     BLOCK,
     LN2,
     MAX_LOG_SNR,
+    TIGHT,
     Allocation,
     Certificate,
     Problem,
@@ -35,22 +37,24 @@ from fedprune_cli.allocate.problem import (
     rate_slope,
     required_bandwidth,
     required_rate,
+    resources,
 )  # fmt: skip
 from fedprune_cli.errors import CertificateError, InfeasibleError
 from fedprune_cli.state import Array
 
 TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
 SAMPLE = 4_096  # devices that guess the price for a much larger number
-TIGHT = 1e-12  # relative slack within which a budget counts as met
 Policy = Literal["stretch", "drop", "fail"]
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """The devices that compete for bandwidth, and their marginal value as a function of L.
+    """The stretches of bandwidth over which devices compete, and their marginal value as a function of L.
 
-    log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth that make sense for the device;
-    log_bottom, log_top: ln(w phi') there.
+    A device has one, or two where its energy budget takes over from its deadline or the other way round: the first runs from
+    its least bandwidth to the crossing, the second on from there. Both share the device's L.
+    index: the device, log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth of the stretch;
+    base_hz: what the stretches before it hold; log_bottom, log_top: ln(w x') at wide and narrow.
     """
 
     index: Array
@@ -59,8 +63,17 @@ class _Curves:
     A: Array
     wide: Array
     narrow: Array
+    base_hz: Array
     log_bottom: Array
     log_top: Array
+
+    def bandwidth(self, L: Array) -> Array:
+        """Returns the bandwidth [n] that each stretch adds to its device."""
+        return bandwidth_of(L, self.snr_hz) - self.base_hz
+
+    def per_device(self, values: Array, count: int) -> Array:
+        """Returns the sum of `values` [n] over each device's stretches [count]."""
+        return np.bincount(self.index, values, count)
 
     def value_and_slope(self, L: Array, part: slice = slice(None)) -> tuple[Array, Array]:
         """Returns ln(w phi'), increasing in L, and its derivative, for the devices of `part`."""
@@ -118,21 +131,60 @@ class _Curves:
 
 
 def _curves(problem: Problem) -> _Curves:
-    index = np.flatnonzero((problem.payload_bits > 0) & (problem.snr_hz > 0) & (problem.deadline_s > problem.fixed_s))
+    competes = (problem.payload_bits > 0) & (problem.snr_hz > 0)
+    for resource in resources(problem):
+        competes &= resource.left > 0
+    index = np.flatnonzero(competes)
     p = problem.take(index) if len(index) else None
     if p is None:
-        return _Curves(index, *[np.zeros(0)] * 7)
+        return _Curves(index, *[np.zeros(0)] * 8)
     R = p.snr_hz / LN2
     dense_bps, least_bps = required_rate(p, np.ones(len(index))), required_rate(p, p.min_kept)
     # no device can have more than the whole band; twice that never binds, so the price stays that of the budget
-    everything = np.log1p(p.snr_hz / (2 * p.bandwidth_hz))
-    wide = np.where(dense_bps < R, np.maximum(log_snr_for_rate(dense_bps, p.snr_hz), everything), everything)
-    narrow = np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz), everything)
     with np.errstate(divide="ignore"):
-        log_m = np.log(p.weight) + np.log(p.deadline_s - p.fixed_s) - np.log(p.payload_bits * LN2)
-    ends = wide, np.maximum(narrow, wide)
-    curves = _Curves(index, p.snr_hz, log_m, p.shared_compute_s * R / p.payload_bits, *ends, *ends)
-    return replace(curves, log_bottom=curves.log_value(ends[0]), log_top=curves.log_value(ends[1]))
+        everything = np.log1p(p.snr_hz / (2 * p.bandwidth_hz if p.limits is None else p.limits.max_bandwidth_hz))
+        everything = np.maximum(everything, np.log1p(p.snr_hz / (2 * p.bandwidth_hz)))
+    wide = np.where(dense_bps < R, np.maximum(log_snr_for_rate(dense_bps, p.snr_hz), everything), everything)
+    narrow = np.maximum(np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz), everything), wide)
+    if p.limits is not None:
+        with np.errstate(divide="ignore"):
+            narrow = np.minimum(narrow, np.log1p(p.snr_hz / p.limits.min_bandwidth_hz))
+        wide = np.minimum(wide, narrow)
+    time, *others = resources(p)
+    with np.errstate(divide="ignore"):
+        log_m = np.log(p.weight) + np.log(time.left) - np.log(time.transfer * LN2)
+    A = time.work * R / time.transfer
+    if others:
+        energy = others[0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_m_energy = np.log(p.weight) + np.log(energy.left) - np.log(energy.transfer * LN2)
+            A_energy = energy.work * R / energy.transfer
+            energy_first = energy.left / energy.transfer < time.left / time.transfer  # binds at little bandwidth
+            crossing_bps = (time.left * energy.transfer - energy.left * time.transfer) / (
+                energy.left * time.work - time.left * energy.work
+            )
+            finite = np.isfinite(energy.left)
+            L = np.where(
+                finite & (crossing_bps > 0) & (crossing_bps < R), log_snr_for_rate(crossing_bps, p.snr_hz), 0.0
+            )
+        crossing = np.clip(L, wide, narrow)
+        first = _pick(energy_first & finite, (log_m_energy, A_energy), (log_m, A))
+        second = _pick(energy_first | ~finite, (log_m, A), (log_m_energy, A_energy))
+        two = np.flatnonzero((crossing > wide) & (L > 0))
+        stretches = (
+            _Curves(index, p.snr_hz, *first, np.where(L > 0, crossing, wide), narrow, np.zeros(len(index)), log_m, log_m),
+            _Curves(index[two], p.snr_hz[two], second[0][two], second[1][two], wide[two], crossing[two],
+                    bandwidth_of(crossing[two], p.snr_hz[two]), log_m[two], log_m[two]),
+        )  # fmt: skip
+        names = [field.name for field in fields(_Curves)]
+        curves = _Curves(*(np.concatenate([getattr(stretch, name) for stretch in stretches]) for name in names))
+    else:
+        curves = _Curves(index, p.snr_hz, log_m, A, wide, narrow, np.zeros(len(index)), log_m, log_m)
+    return replace(curves, log_bottom=curves.log_value(curves.wide), log_top=curves.log_value(curves.narrow))
+
+
+def _pick(which: Array, yes: tuple[Array, Array], no: tuple[Array, Array]) -> tuple[Array, Array]:
+    return np.where(which, yes[0], no[0]), np.where(which, yes[1], no[1])
 
 
 def solve_p1(problem: Problem) -> tuple[Array, float]:
@@ -141,26 +193,28 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
     Where everybody can stay dense the price is 0 and the bandwidth that is left is shared in proportion.
     """
     curves = _curves(problem)
-    bandwidth_hz = np.zeros(len(problem.weight))
+    bandwidth_hz = problem.least_hz.copy()  # of those that do not compete
     if not len(curves.index):
         return bandwidth_hz, 0.0
-    widest, narrowest = bandwidth_of(curves.wide, curves.snr_hz), bandwidth_of(curves.narrow, curves.snr_hz)
+    count = len(bandwidth_hz)
+    bandwidth_hz[curves.index] = 0.0
+    budget_hz = problem.bandwidth_hz - bandwidth_hz.sum()
+    widest, narrowest = curves.bandwidth(curves.wide), curves.bandwidth(curves.narrow)
     worth = problem.weight[curves.index] > 0
     demand = np.where(worth, widest, narrowest)
-    if demand.sum() <= problem.bandwidth_hz:
-        bandwidth_hz[curves.index] = demand * (problem.bandwidth_hz / demand.sum() if demand.any() else 0.0)
-        return bandwidth_hz, 0.0
+    if demand.sum() <= budget_hz:
+        shares = curves.per_device(demand, count) * (budget_hz / demand.sum() if demand.any() else 0.0)
+        return np.minimum(bandwidth_hz + shares, problem.most_hz), 0.0
 
-    if narrowest.sum() >= problem.bandwidth_hz:  # exactly tight: everybody gets its least, to the budget's last digit
-        bandwidth_hz[curves.index] = narrowest * (problem.bandwidth_hz / narrowest.sum())
+    if narrowest.sum() >= budget_hz:  # exactly tight: everybody gets its least, to the budget's last digit
+        bandwidth_hz += curves.per_device(narrowest, count) * (budget_hz / narrowest.sum())
         return bandwidth_hz, float(np.exp(curves.log_top[worth].max(initial=-np.inf)))
-    b, price = _fill(curves, problem.bandwidth_hz)
-    bandwidth_hz[curves.index] = b
-    return bandwidth_hz, price
+    b, price = _fill(curves, budget_hz)
+    return bandwidth_hz + curves.per_device(b, count), price
 
 
 def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
-    """Returns the bandwidth [n] and the price at which the devices use the budget up: Newton on ln(sum b) in ln(price), guarded.
+    """Returns the bandwidth [n] and the price at which the stretches use the budget up: Newton on ln(sum b) in ln(price), guarded.
 
     The budget closes to 1e-13. Scaling the rest away would be worse: where floors take nearly the whole band, it is large for the others.
     """
@@ -172,13 +226,13 @@ def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
     if count > 2 * SAMPLE:  # what a sample of the devices would pay is a good place to start
         sample = curves.take(slice(None, None, count // SAMPLE))
         share_hz = budget_hz * len(sample.index) / count
-        least_hz, most_hz = (float(bandwidth_of(end, sample.snr_hz).sum()) for end in (sample.narrow, sample.wide))
+        least_hz, most_hz = (float(sample.bandwidth(end).sum()) for end in (sample.narrow, sample.wide))
         if least_hz < share_hz < most_hz and np.isfinite(sample.log_m).any():
             log_price = np.log(_fill(sample, share_hz)[1])
     log_price = float(np.clip(log_price, low, high))
     for _ in range(200):
         L = curves.log_snr_at(log_price, L)
-        b = bandwidth_of(L, curves.snr_hz)
+        b = curves.bandwidth(L)
         excess = float(b.sum()) / budget_hz - 1
         if abs(excess) <= 1e-13 or high - low <= 1e-15 * max(abs(low), abs(high)):
             break
@@ -186,7 +240,7 @@ def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
         free = (curves.wide < L) & (curves.narrow > L)
         # d ln b / dL = -1 / (1 - e^-L)
         steepness = curves.value_and_slope(L)[1]
-        slope = -float((b / -np.expm1(-L) / steepness)[free].sum()) / b.sum()
+        slope = -float(((b + curves.base_hz) / -np.expm1(-L) / steepness)[free].sum()) / b.sum()
         step = log_price - np.log1p(excess) / slope if slope < 0 and excess > -1 else np.nan
         step = step if low < step < high else 0.5 * (low + high)
         L = np.where(free, L + (step - log_price) / steepness, L)  # where each device is about to be
@@ -199,11 +253,12 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
     floor = problem.min_kept
     # t <= T as x <= phi(b): relative to the whole model, so that a device that keeps nearly nothing is judged like the rest
-    late = kept - np.where(
-        problem.deadline_s >= problem.fixed_s, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0
-    )
+    possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
+    late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
     primal = max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
+        float((bandwidth_hz / problem.most_hz).max()) - 1,
+        float((1 - bandwidth_hz / np.maximum(problem.least_hz, 1e-300)).max(initial=0.0, where=problem.least_hz > 0)),
         float(late.max()),
         float((kept - 1).max()),
         float((floor - kept).max()),
@@ -214,14 +269,14 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     stationarity = dual = 0.0
     x, b = kept[curves.index], bandwidth_hz[curves.index]
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        L = np.minimum(np.log1p(curves.snr_hz / b), MAX_LOG_SNR)
+        L = np.clip(np.log1p(curves.snr_hz / b), curves.wide, np.minimum(curves.narrow, MAX_LOG_SNR))
         log_ratio = curves.log_value(L) - np.log(price_per_hz)
     error = np.where(problem.weight[curves.index] > 0, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
-    dense, least = x >= 1 - TIGHT, x <= floor[curves.index] + TIGHT
+    full, empty = _ends(problem, curves, x)
     if price_per_hz > 0:
-        inner = ~dense & ~least
+        inner = ~full & ~empty
         stationarity = float(np.abs(error[inner]).max(initial=0.0))
-        dual = max(float(error[least & ~dense].max(initial=0.0)), float(-error[dense & ~least].min(initial=0.0)), 0.0)
+        dual = max(float(error[empty & ~full].max(initial=0.0)), float(-error[full & ~empty].min(initial=0.0)), 0.0)
     else:
         # at no price everybody takes what there is to gain
         stationarity = float(
@@ -236,20 +291,33 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     return Certificate(primal, stationarity, dual, slackness, gap)
 
 
+def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]:
+    """Returns which stretches [n] are used up and which are not begun, for the devices' x = `kept` [n]."""
+    most, least = np.ones(len(kept)), problem.min_kept[curves.index]
+    if problem.limits is not None and len(kept):
+        p = problem.take(curves.index)
+        most, least = (
+            np.clip(kept_fraction(p, rate(bandwidth_of(end, p.snr_hz), p.snr_hz)), p.min_kept, 1.0)
+            for end in (curves.wide, curves.narrow)
+        )
+    return kept >= most - TIGHT, kept <= least + TIGHT
+
+
 def _most(problem: Problem) -> Array:
     """The most each device could keep with the whole band to itself [K]."""
-    everything = np.where(problem.payload_bits > 0, problem.bandwidth_hz, 0.0)
+    everything = np.where(problem.payload_bits > 0, problem.most_hz, 0.0)
     return np.minimum(1.0, kept_fraction(problem, rate(everything, problem.snr_hz)))
 
 
 def _best_response(problem: Problem, curves: _Curves, price_per_hz: float) -> tuple[Array, float]:
     """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
-    best = _most(problem)
+    best, least_hz = _most(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):
         return best, 0.0
     L = curves.log_snr_at(float(np.log(price_per_hz)), np.sqrt(curves.wide * curves.narrow))
-    b = bandwidth_of(L, curves.snr_hz)
-    best[curves.index] = np.minimum(1.0, kept_fraction(problem.take(curves.index), rate(b, curves.snr_hz)))
+    least_hz[curves.index] = 0.0
+    b = least_hz + curves.per_device(curves.bandwidth(L), len(best))
+    best[curves.index] = np.minimum(1.0, kept_fraction(problem, rate(b, problem.snr_hz)))[curves.index]
     return best, float(b.sum())
 
 
@@ -273,61 +341,82 @@ def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Arr
     """Returns a feasible problem, the admitted devices (bool [K]), the status and a message, by the policy for infeasible rounds.
 
     `drop` admits devices in the order of least bandwidth per weight as long as they fit; the message bounds what a better set could
-    add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one. `fail` raises InfeasibleError.
+    add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one, and drops only those whom no
+    deadline helps. `fail` raises InfeasibleError.
     """
     everyone = np.ones(len(problem.weight), dtype=bool)
     if least is least_feasible and has_room(problem):
         return problem, everyone, "feasible", ""
     feasible_s = least(problem)
-    if feasible_s <= problem.deadline_s * (1 + TIGHT):
+    if feasible_s <= problem.deadline_s * (1 + TIGHT) and feasible_s < np.inf:
         return problem, everyone, "feasible", ""
-    floor_hz = required_bandwidth(problem, problem.min_kept)
-    missing_hz = floor_hz.sum() - problem.bandwidth_hz
-    missing = f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
-    if np.isfinite(missing_hz):
-        missing += f" (or {missing_hz / 1e6:.6g} MHz are missing)"
-    if policy == "fail" or (policy == "stretch" and not np.isfinite(feasible_s)):
-        hopeless = np.flatnonzero(~np.isfinite(floor_hz))
-        names = f"; no bandwidth helps devices {_listed(problem.names[hopeless])}" if hopeless.size else ""
-        raise InfeasibleError(
-            f"{missing} for devices that may drop {problem.max_ratio.max():.3g} of the shared part{names}: "
-            "raise the deadline, pruner.max_ratio or channel.bandwidth_mhz, or choose allocator.on_infeasible=stretch or drop"
-        )
+    missing = _missing(problem, feasible_s)
+    if policy == "fail":
+        knobs = "the deadline, pruner.max_ratio or channel.bandwidth_mhz"
+        if problem.limits is not None:
+            knobs += ", devices.max_bandwidth_mhz or devices.energy_budget_j"
+        raise InfeasibleError(f"{missing}: raise {knobs}, or choose allocator.on_infeasible=stretch or drop")
+    if policy == "stretch" and feasible_s < np.inf:
+        stretched = replace(problem, deadline_s=feasible_s)
+        return stretched, everyone, "stretched", f"{missing}: stretched to {feasible_s:.6g} s"
     if policy == "stretch":
-        return (
-            replace(problem, deadline_s=feasible_s),
-            everyone,
-            "stretched",
-            f"{missing}: stretched to {feasible_s:.6g} s",
-        )
+        admitted, bound = _largest_set(replace(problem, deadline_s=np.inf), least)
+    else:
+        admitted, bound = _largest_set(problem, least)
+    message = f"{missing}: {_dropped(problem, admitted, bound)}"
+    rest = problem.take(np.flatnonzero(admitted)) if admitted.any() else problem
+    if policy == "stretch" and admitted.any() and (rest_s := least(rest)) > problem.deadline_s * (1 + TIGHT):
+        return replace(rest, deadline_s=rest_s), admitted, "stretched", f"{message}; stretched to {rest_s:.6g} s"
+    return rest, admitted, "dropped", message
 
+
+def _missing(problem: Problem, feasible_s: float) -> str:
+    """Says what an infeasible round lacks."""
+    floor_hz = required_bandwidth(problem, problem.min_kept)
+    hopeless = np.flatnonzero(~np.isfinite(floor_hz))
+    missing_hz = floor_hz.sum() - problem.bandwidth_hz
+    text = f"for devices that may drop {problem.max_ratio.max():.3g} of the shared part "
+    if feasible_s < np.inf:
+        text += f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
+    else:
+        text += "no deadline is late enough"
+    if not hopeless.size:
+        return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
+    return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.names[hopeless])}"
+
+
+def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
+    """Returns the longest prefix that fits (bool [K]), cheapest least bandwidth per weight first, and the weight that no set can add."""
+    floor_hz = required_bandwidth(problem, problem.min_kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = floor_hz / problem.weight
     order = np.argsort(np.where(np.isnan(cost), 0.0, cost), kind="stable")
-    fits, too_many = 0, len(order)  # the longest prefix that fits, by bisection: one more device never makes room
+    fits, too_many = 0, len(order)  # by bisection: one more device never makes room
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        if least(problem.take(order[:count])) <= problem.deadline_s * (1 + TIGHT):
+        least_s = least(problem.take(order[:count]))
+        if least_s < np.inf and least_s <= problem.deadline_s * (1 + TIGHT):
             fits = count
         else:
             too_many = count
     admitted = np.zeros(len(order), dtype=bool)
     admitted[order[:fits]] = True
     next_one = order[fits]
-    room_hz = problem.bandwidth_hz - floor_hz[admitted].sum()
-    more = (
-        problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0)
-        if np.isfinite(floor_hz[next_one]) and floor_hz[next_one] > 0
-        else 0.0
-    )
-    message = (
-        f"{missing}: dropped devices {_listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
-        f"no other choice admits more than {max(more, 0.0):.3g} more"
-    )
-    return problem.take(np.flatnonzero(admitted)) if fits else problem, admitted, "dropped", message
+    if not 0 < floor_hz[next_one] < np.inf:
+        return admitted, 0.0
+    room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
+    return admitted, float(problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0))
 
 
-def _listed(devices: Array) -> str:
+def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
+    return (
+        f"dropped devices {listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
+        f"no other choice admits more than {bound:.3g} more"
+    )
+
+
+def listed(devices: Array) -> str:
+    """Returns the first ten devices, and how many more there are, for a message."""
     return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
 
 
@@ -369,6 +458,9 @@ def build_allocation(
     x[admitted], b[admitted] = kept, bandwidth_hz
     binds = np.full(len(admitted), "deadline", dtype=object)
     binds[problem.payload_bits == 0] = "compute"
+    if len(of := resources(problem)) > 1:
+        r = rate(b, problem.snr_hz)
+        binds[of[1].kept(r) < of[0].kept(r)] = "energy"
     binds[x <= problem.min_kept + TIGHT] = "max_ratio"
     binds[x >= 1 - TIGHT] = "dense"
     binds[~admitted] = "dropped"
@@ -393,9 +485,12 @@ def build_allocation(
 
 def min_max(problem: Problem) -> tuple[Array, float]:
     """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
+    most = _most(problem) * (1 - TIGHT)  # of a limit its own root is the last digit too much
 
     def needs(common: float) -> Array:
-        return required_bandwidth(problem, np.minimum(np.maximum(problem.min_kept, common), _most(problem)))
+        return required_bandwidth(
+            problem, np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
+        )
 
     low, high = 0.0, 1.0
     if needs(1.0).sum() > problem.bandwidth_hz:
@@ -407,11 +502,15 @@ def min_max(problem: Problem) -> tuple[Array, float]:
     else:
         low = 1.0
     bandwidth_hz = needs(low)
-    return bandwidth_hz * min(problem.bandwidth_hz / max(bandwidth_hz.sum(), 1e-300), 1 / TIGHT), 0.0
+    share = min(problem.bandwidth_hz / max(bandwidth_hz.sum(), 1e-300), 1 / TIGHT)
+    return np.minimum(bandwidth_hz * share, problem.most_hz), 0.0
 
 
 def min_latency(problem: Problem, budget: float) -> float:
-    """Returns P2's deadline: the smallest T at which the weighted mean ratio of P1 is at most `budget`."""
+    """Returns P2's deadline: the smallest T at which the weighted mean ratio of P1 is at most `budget`.
+
+    Raises InfeasibleError when energy budgets keep the mean ratio above it at any deadline.
+    """
     total = problem.weight.sum()
     low, high = least_feasible(problem), dense_deadline(problem)[0]
 
@@ -423,6 +522,13 @@ def min_latency(problem: Problem, budget: float) -> float:
 
     if mean_ratio(low) <= budget:
         return low
+    if len(resources(problem)) > 1:
+        high = max(low, high) * 2**20  # only the energy budgets bind that late
+        if mean_ratio(high) > budget:
+            raise InfeasibleError(
+                f"no deadline brings the weighted mean ratio to {budget:g}: the energy budgets alone cost {mean_ratio(high):.4g}; "
+                "raise devices.energy_budget_j or allocator.mean_ratio"
+            )
     while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if mean_ratio(middle) <= budget else (middle, high)

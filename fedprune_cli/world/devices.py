@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +33,17 @@ RANGES = {
     "fixed_s": (0, 1e12),
     "snr_hz": (0, 1e30),
     "weight": (0, 1e12),
+    "max_ratio": (0, 1),
+    "min_bandwidth_mhz": (0, 1e6),
+    "max_bandwidth_mhz": (1e-6, 1e6),
+    "energy_budget_j": (0, 1e12),
+    "min_bandwidth_hz": (0, 1e12),
+    "max_bandwidth_hz": (1, 1e12),
+    "shared_energy_j": (0, 1e12),
+    "fixed_energy_j": (0, 1e12),
+    "tx_power_w": (1e-13, 1e7),
 }
+LIMIT_COLUMNS = ("min_bandwidth_mhz", "max_bandwidth_mhz", "energy_budget_j")
 WHOLE = ("round", "device", "available", "samples")
 
 
@@ -41,7 +52,9 @@ class Fleet:
     """The devices, one array entry each [N].
 
     cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (a cycle costs kappa f^2 joules);
-    path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it.
+    path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it;
+    min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of a round's
+    computing and sending, infinite without one.
     """
 
     cpu_hz: Array
@@ -50,6 +63,19 @@ class Fleet:
     distance_m: Array
     energy_coefficient: Array
     path_gain_linear: Array
+    min_bandwidth_hz: Array
+    max_bandwidth_hz: Array
+    energy_budget_j: Array
+
+    def take(self, index: Array) -> Fleet:
+        """Returns some of the devices, in that order."""
+        return Fleet(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    @property
+    def limited(self) -> bool:
+        """Whether any device has a limit besides its time."""
+        unlimited = np.isinf(self.max_bandwidth_hz) & np.isinf(self.energy_budget_j) & (self.min_bandwidth_hz == 0)
+        return not bool(unlimited.all())
 
 
 class Devices(Protocol):
@@ -66,6 +92,12 @@ class Devices(Protocol):
     def fresh(self) -> int: ...
 
     @property
+    def energy_coefficient(self) -> float: ...
+
+    def limits(self, size: int) -> dict[str, Array]:
+        """Returns the limits of every device as columns of a Fleet [size]."""
+
+    @property
     def num_devices(self) -> int:
         """Devices that train; `fresh` more never do."""
 
@@ -73,10 +105,48 @@ class Devices(Protocol):
         """Returns the training devices and then the fresh ones. Raises DataError for a bad table."""
 
 
-def _check_common(per_round: int | None, fresh: int, energy_coefficient: float) -> None:
-    require(per_round is None or per_round >= 1, "per_round", per_round, ">= 1 or null")
-    require(0 <= fresh <= MAX_DEVICES, "fresh", fresh, ">= 0")
-    require(0 <= energy_coefficient < math.inf, "energy_coefficient", energy_coefficient, ">= 0")
+@dataclass(frozen=True)
+class Common:
+    """What every fleet says: who takes part, who never trains, what energy costs, and the limits of every device (None: none)."""
+
+    name: str
+    per_round: int | None
+    fresh: int
+    energy_coefficient: float
+    min_bandwidth_hz: float
+    max_bandwidth_hz: float | None
+    energy_budget_j: float | None
+
+    def __post_init__(self) -> None:
+        require(self.per_round is None or self.per_round >= 1, "per_round", self.per_round, ">= 1 or null")
+        require(0 <= self.fresh <= MAX_DEVICES, "fresh", self.fresh, ">= 0")
+        coefficient = self.energy_coefficient
+        require(0 <= coefficient < math.inf, "energy_coefficient", coefficient, ">= 0")
+        least, most, budget = self.min_bandwidth_hz, self.max_bandwidth_hz, self.energy_budget_j
+        require(0 <= least < math.inf, "min_bandwidth_hz", least, ">= 0")
+        require(
+            most is None or max(least, 1) <= most < math.inf, "max_bandwidth_hz", most, "at least the minimum, or null"
+        )
+        require(budget is None or 0 < budget < math.inf, "energy_budget_j", budget, "> 0 or null")
+
+    def limits(self, size: int) -> dict[str, Array]:
+        """Returns the limits of every device as columns of a Fleet [size]."""
+        values = {
+            "min_bandwidth_hz": self.min_bandwidth_hz,
+            "max_bandwidth_hz": math.inf if self.max_bandwidth_hz is None else self.max_bandwidth_hz,
+            "energy_budget_j": math.inf if self.energy_budget_j is None else self.energy_budget_j,
+        }
+        return {name: np.full(size, value) for name, value in values.items()}
+
+
+def limit_columns(rows: Mapping[str, Array], default: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns a table's own limits as columns of a Fleet, where it has them, else the default."""
+    megahertz = {
+        name: rows[f"{name}_mhz"] * 1e6 for name in ("min_bandwidth", "max_bandwidth") if f"{name}_mhz" in rows
+    }
+    own = {f"{name}_hz": values for name, values in megahertz.items()}
+    own |= {"energy_budget_j": rows["energy_budget_j"]} if "energy_budget_j" in rows else {}
+    return {**default, **own}
 
 
 def _check_range(config: object, low: str, high: str, least: float, most: float) -> None:
@@ -86,20 +156,16 @@ def _check_range(config: object, low: str, high: str, least: float, most: float)
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Common):
     """A fleet of `count` devices and `fresh` more that never train, placed uniformly in a disk with a hole."""
 
-    name: str
     count: int
-    per_round: int | None
-    fresh: int
     min_distance_m: float
     radius_m: float
-    energy_coefficient: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.count <= MAX_DEVICES, "count", self.count, f"in 1..{MAX_DEVICES}")
-        _check_common(self.per_round, self.fresh, self.energy_coefficient)
         require(
             self.per_round is None or self.per_round <= self.count,
             "per_round",
@@ -124,6 +190,7 @@ class Placed:
             distance_m=np.sqrt(self.min_distance_m**2 + (self.radius_m**2 - self.min_distance_m**2) * place),
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=np.full(size, np.nan),
+            **self.limits(size),
         )
 
     def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
@@ -196,27 +263,24 @@ class Classes(Placed):
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Common):
     """A fleet from a CSV file with the columns cpu_ghz, cycles_per_flop, tx_power_dbm and either distance_km or gain_db.
 
+    min_bandwidth_mhz, max_bandwidth_mhz and energy_budget_j may be columns too, and then replace the configuration's.
     The last `fresh` rows never train. Other columns (an id, a remark) are passed over.
     """
 
-    name: str
     file: str
-    per_round: int | None
-    fresh: int
-    energy_coefficient: float
-
-    def __post_init__(self) -> None:
-        _check_common(self.per_round, self.fresh, self.energy_coefficient)
 
     @property
     def num_devices(self) -> int:
         return len(self._rows()["cpu_ghz"]) - self.fresh
 
     def _rows(self) -> dict[str, Array]:
-        rows = read_table(self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"), either=("distance_km", "gain_db"))
+        rows = read_table(
+            self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"),
+            either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS,
+        )  # fmt: skip
         if len(rows["cpu_ghz"]) <= self.fresh:
             raise DataError(
                 f"{self.file}: {len(rows['cpu_ghz'])} devices, of which devices.fresh={self.fresh} never train: none is left"
@@ -239,6 +303,7 @@ class Table:
             distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
+            **limit_columns(rows, self.limits(size)),
         )
 
 

@@ -12,7 +12,7 @@ from problems import draw, literature
 from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.baselines import Kkt
 from fedprune_cli.allocate.kkt import certify, least_feasible, solve_p1
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, kept_fraction, latency, rate
+from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, energy, kept_fraction, latency, rate
 from fedprune_cli.config import build_experiment, compose_config
 from fedprune_cli.errors import InfeasibleError
 
@@ -34,18 +34,25 @@ def solve(name: str, problem: Problem, policy: str = "stretch") -> Allocation:
     return allocator_of(name, policy).solve(problem, 0, 0)
 
 
-def instances(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10)) -> list[Problem]:
+def instances(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10), name: str = "dense") -> list[Problem]:
+    """Returns wild problems; every third one with limits where the allocator looks at them."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    return [draw(rng, int(rng.choice(sizes))) for _ in range(count)]
+    return [draw(rng, int(rng.choice(sizes)), limited=name in AIMS and at % 3 == 2) for at in range(count)]
 
 
 @each_allocator
 def test_every_allocation_is_feasible(name: str) -> None:
-    for problem in [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=1):
+    for problem in (
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=1, name=name)
+    ):
         allocation = solve(name, problem)
         admitted = allocation.admitted
         assert allocation.bandwidth_hz.sum() <= problem.bandwidth_hz * (1 + 1e-9)
-        assert (allocation.bandwidth_hz >= 0).all()
+        assert (allocation.bandwidth_hz[admitted] >= problem.least_hz[admitted] * (1 - 1e-9)).all()
+        assert (allocation.bandwidth_hz <= problem.most_hz * (1 + 1e-9)).all()
+        if problem.limits is not None:
+            joules = energy(problem, 1 - allocation.prune_ratio, allocation.bandwidth_hz)
+            assert (joules <= problem.limits.energy_budget_j * (1 + 1e-9))[admitted].all()
         if name not in ("fixed", "dense", "dense_equal"):
             assert (allocation.prune_ratio <= problem.max_ratio + 1e-9)[admitted].all()
         assert (allocation.prune_ratio >= -1e-12).all()
@@ -59,7 +66,9 @@ def test_every_allocation_is_feasible(name: str) -> None:
 
 @each_that_aims
 def test_none_is_better_than_the_optimum(name: str) -> None:
-    for problem in [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=2):
+    for problem in (
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=2, name=name)
+    ):
         allocation = solve(name, problem)
         if allocation.status == "stretched":
             problem = replace(problem, deadline_s=allocation.deadline_s)
@@ -71,7 +80,7 @@ def test_none_is_better_than_the_optimum(name: str) -> None:
 def test_the_order_of_devices_is_irrelevant(name: str) -> None:
     if name == "random":
         pytest.skip("shares are drawn by position; the run keeps devices in id order")
-    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=3):
+    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=3, name=name):
         order = np.random.Generator(np.random.PCG64(0)).permutation(len(problem.weight))
         a, b = solve(name, problem), solve(name, problem.take(order))
         np.testing.assert_allclose(a.objective, b.objective, atol=LOOSE.get(name, 1e-9))
@@ -83,10 +92,17 @@ def test_the_order_of_devices_is_irrelevant(name: str) -> None:
 @each_allocator
 def test_units_scale_out(name: str) -> None:
     """Milliseconds for seconds, and kilobits for bits: the same ratios and shares."""
-    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=4):
+    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=4, name=name):
         t, q = 1e3, 1e-3
+        limits = problem.limits
+        if limits is not None:
+            limits = replace(
+                limits, min_bandwidth_hz=limits.min_bandwidth_hz * q / t, max_bandwidth_hz=limits.max_bandwidth_hz * q / t,
+                tx_power_w=limits.tx_power_w / t,
+            )  # fmt: skip
         scaled = replace(
-            problem, shared_compute_s=problem.shared_compute_s * t, fixed_s=problem.fixed_s * t, deadline_s=problem.deadline_s * t,
+            problem, limits=limits, deadline_s=problem.deadline_s * t,
+            shared_compute_s=problem.shared_compute_s * t, fixed_s=problem.fixed_s * t,
             payload_bits=problem.payload_bits * q, snr_hz=problem.snr_hz * q / t, bandwidth_hz=problem.bandwidth_hz * q / t,
         )  # fmt: skip
         a, b = solve(name, problem), solve(name, scaled)
@@ -100,7 +116,9 @@ def test_units_scale_out(name: str) -> None:
 def test_more_bandwidth_or_a_later_deadline_is_never_worse(name: str) -> None:
     if name in ("random", "alternating", "greedy"):
         pytest.skip("no theorem: what these hand out moves with what the floors leave over")
-    for problem in [literature(0.5, seed) for seed in range(2)] if name == "cvxpy" else instances(30, seed=5):
+    for problem in (
+        [literature(0.5, seed) for seed in range(2)] if name == "cvxpy" else instances(30, seed=5, name=name)
+    ):
         at = replace(problem, deadline_s=max(problem.deadline_s, 1.01 * least_feasible(problem)))
         before = solve(name, at)
         if before.status == "stretched":
@@ -151,7 +169,7 @@ def test_drop_admits_as_many_as_any_set_could() -> None:
 
 def test_the_certificate_holds_and_would_notice() -> None:
     noticed = 0
-    for problem in instances(100, seed=8, sizes=(2, 5, 20)):
+    for problem in instances(100, seed=8, sizes=(2, 5, 20), name="kkt"):
         allocation = solve("kkt", problem)
         assert allocation.certificate
         assert allocation.certificate.residual <= 1e-9
@@ -240,9 +258,17 @@ def test_impossible_edges() -> None:
     base = literature(0.5, seed=0)
     dead = replace(base, snr_hz=np.where(np.arange(10) == 3, 0.0, base.snr_hz), deadline_s=30.0)
     with pytest.raises(InfeasibleError, match="no bandwidth helps devices 3"):
-        Kkt("kkt", "stretch").solve(dead, 0, 0)
-    dropped = Kkt("kkt", "drop").solve(dead, 0, 0)
-    assert not dropped.admitted[3]
+        Kkt("kkt", "fail").solve(dead, 0, 0)
+    assert not Kkt("kkt", "drop").solve(dead, 0, 0).admitted[3]
+    alone = Kkt("kkt", "stretch").solve(
+        replace(dead, deadline_s=1e6), 0, 0
+    )  # no deadline helps a device without a signal
+    assert alone.status == "dropped"
+    assert np.flatnonzero(~alone.admitted).tolist() == [3]
+    assert "no bandwidth helps devices 3: dropped devices 3" in alone.message
+    both = Kkt("kkt", "stretch").solve(replace(dead, deadline_s=0.5 * least_feasible(base)), 0, 0)
+    assert both.status == "stretched"
+    assert np.flatnonzero(~both.admitted).tolist() == [3]
     allowed = Kkt("kkt", "fail").solve(replace(dead, max_ratio=np.ones(10)), 0, 0)
     assert allowed.prune_ratio[3] == 1
     assert allowed.bandwidth_hz[3] == 0
