@@ -222,7 +222,12 @@ def report(
 @app.command()
 def compare(
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Methods to compare, joined by commas.")] = "proposed,personalized",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to compare, joined by commas; default: the experiment's arms, or proposed,personalized."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each is run with every method.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Where the comparison goes; default: beside the runs.")] = None,
 ) -> None:
@@ -236,21 +241,36 @@ def compare(
         raise ConfigError(f"--seeds {seeds}: must be whole numbers joined by commas")
     if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides or []):
         raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
-    members = [(method, seed) for seed in seeds.split(",") for method in methods.split(",")]
-    configs = [compose_config([*(overrides or []), f"method={method}", f"seed={seed}"]) for method, seed in members]
+    arms = _arms(overrides or [], methods)
+    members = [(arm, seed) for seed in seeds.split(",") for arm in arms]
+    configs = [compose_config([*(overrides or []), *arms[arm], f"seed={seed}"]) for arm, seed in members]
     experiments = [build_experiment(config) for config in configs]  # all are checked before the first one runs
-    for (method, seed), config, experiment in zip(members, configs, experiments, strict=True):
+    for (arm, seed), config, experiment in zip(members, configs, experiments, strict=True):
         if (experiment.run_dir / "summary.json").exists():
-            print(f"{method}, seed {seed}: finished before, {experiment.run_dir}")
+            print(f"{arm}, seed {seed}: finished before, {experiment.run_dir}")
             continue
-        print(f"{method}, seed {seed}: {experiment.run_dir}", flush=True)
+        print(f"{arm}, seed {seed}: {experiment.run_dir}", flush=True)
         if experiment.run_dir.exists():
             _resume(experiment.run_dir)
         else:
             _start(experiment, config)
     run_dirs = [experiment.run_dir for experiment in experiments]
     digest = hashlib.sha256(" ".join(str(path) for path in run_dirs).encode()).hexdigest()[:8]
-    _compare(run_dirs, out or run_dirs[0].parent / f"comparison-{digest}")
+    _compare(run_dirs, out or run_dirs[0].parent / f"comparison-{digest}", [arm for arm, _ in members])
+
+
+def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
+    """Returns what to compare, name -> overrides: the methods named, else the experiment's arms, else the two of the headline."""
+    from omegaconf import OmegaConf
+
+    from fedprune_cli.config import compose_config
+
+    arms = OmegaConf.to_container(compose_config(overrides).arms or OmegaConf.create({}))
+    if methods is not None or not arms:
+        return {name: [f"method={name}"] for name in (methods or "proposed,personalized").split(",")}
+    if not isinstance(arms, dict) or not all(isinstance(of, list) for of in arms.values()):
+        raise ConfigError("arms: must map each name to a list of overrides, such as {tight: [deadline.fraction=0.3]}")
+    return {str(name): [str(override) for override in of] for name, of in arms.items()}
 
 
 @app.command()
@@ -365,11 +385,11 @@ def verify(
         )
 
 
-def _compare(run_dirs: list[Path], out: Path) -> None:
+def _compare(run_dirs: list[Path], out: Path, labels: list[str] | None = None) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli import report as reports
 
-    comparison = reports.compare([reports.read_run(path) for path in run_dirs])
+    comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
     with _status("drawing the comparison"):
         page = reports.write_comparison(comparison, out)
     _print(reports.comparison_table(comparison))

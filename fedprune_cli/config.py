@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS, Allocator
+from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.errors import ConfigError, require, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
@@ -117,6 +118,7 @@ class Experiment:
     method: Method
     pruner: Pruner
     allocator: Allocator
+    weights: Weights
     training: Training
     deadline: Deadline
     evaluation: Evaluation
@@ -168,6 +170,7 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "method": METHODS,
     "pruner": PRUNERS,
     "allocator": ALLOCATORS,
+    "weights": WEIGHTS,
 }
 SECTIONS: dict[str, type] = {
     "training": Training,
@@ -245,7 +248,8 @@ def build_experiment(config: DictConfig) -> Experiment:
         values: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    values.pop("hydra", None)
+    for key in ("hydra", "arms"):  # how runs are launched and compared, not what one of them is
+        values.pop(key, None)
     fields = [field.name for field in dataclasses.fields(Experiment)]
     for key in values:
         if key not in fields:

@@ -88,7 +88,7 @@ def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float)
 
 
 def build_problem(
-    load: Load, channel: Channel, gain: Array, samples: Array, shared_params: int, t_down_s: float, max_ratio: float
+    load: Load, channel: Channel, gain: Array, weight: Array, shared_params: int, t_down_s: float, max_ratio: float
 ) -> Problem:
     """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI."""
     ones, zeros, fleet = np.ones(len(gain)), np.zeros(len(gain)), load.fleet
@@ -102,7 +102,7 @@ def build_problem(
         payload_bits=ones * BITS_PER_PARAM * shared_params,
         fixed_s=fixed_s,
         snr_hz=fleet.tx_power_w * gain / channel.noise_w_per_hz,
-        weight=samples / samples.sum(),
+        weight=weight,
         bandwidth_hz=channel.bandwidth_hz,
         deadline_s=np.inf,
         max_ratio=ones * max_ratio,

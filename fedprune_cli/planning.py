@@ -38,7 +38,7 @@ def problem_from_config(experiment: Experiment) -> Problem:
     """Returns the first round's problem of an experiment, all its training devices, outages apart."""
     setup = prepare(experiment)
     ids = np.arange(setup.scenario.num_devices)
-    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, 0.0)[1]
+    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots)[1]
 
 
 def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
@@ -105,11 +105,13 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
     plans: list[tuple[Phase, ...]] = [
         experiment.training.plan(experiment.method.phases(), int(n)) for n in rows["samples"]
     ]
-    load = build_load(fleet, np.arange(size), plans, cost, experiment.training.batch_size)
+    ids = np.arange(size)
+    load = build_load(fleet, ids, plans, cost, experiment.training.batch_size)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)
+    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(size))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
     return build_problem(
-        load, experiment.channel, gain, rows["samples"], cost.shared_params, t_down_s, experiment.pruner.max_ratio
+        load, experiment.channel, gain, weight, cost.shared_params, t_down_s, experiment.pruner.max_ratio
     )
 
 

@@ -203,9 +203,9 @@ COLUMNS: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of several methods on the same seeds.
+    """Runs of several methods, or arms of an experiment, on the same seeds.
 
-    runs: method -> its runs in seed order; reference: the method that sets the target and the reductions, None if absent;
+    runs: method or arm -> its runs in seed order; reference: the one that sets the target and the reductions, None if absent;
     targets: seed -> target accuracy; figures: method -> column -> estimate.
     Reductions are against the reference on its own optimal bandwidth; the shares are of the reference's mean round on EQUAL bandwidth.
     """
@@ -219,15 +219,19 @@ class Comparison:
 EQUAL_SUFFIX = " (equal bandwidth)"
 
 
-def compare(runs: Sequence[Run], reference: str = "personalized") -> Comparison:
-    """Returns the comparison; raises CheckpointError when the runs are not of the same data, devices, channel and seeds."""
+def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference: str = "personalized") -> Comparison:
+    """Returns the comparison of runs grouped by `labels`, by method when None; `reference` is a method.
+
+    Raises CheckpointError when the runs are not of the same data, devices, channel and seeds.
+    """
     groups: dict[str, dict[int, Run]] = {}
-    for run in runs:
+    for run, label in zip(runs, labels or [run.method for run in runs], strict=True):
         if run.summary is None:
             raise CheckpointError(f"{run.path}: not finished; continue it with `fedprune resume {run.path}`")
-        if run.seed in groups.setdefault(run.method, {}):
-            raise CheckpointError(f"{run.path}: a second run of {run.method} with seed {run.seed}; give one of each")
-        groups[run.method][run.seed] = run
+        if run.seed in groups.setdefault(label, {}):
+            raise CheckpointError(f"{run.path}: a second run of {label} with seed {run.seed}; give one of each")
+        groups[label][run.seed] = run
+    named = next((label for label, of in groups.items() if next(iter(of.values())).method == reference), None)
     seeds = sorted(next(iter(groups.values())))
     first = runs[0]
     for method, members in groups.items():
@@ -241,17 +245,17 @@ def compare(runs: Sequence[Run], reference: str = "personalized") -> Comparison:
                     raise CheckpointError(
                         f"{run.path}: another {key} than {first.path}; runs are compared in the same world"
                     )
-    base = groups.get(reference)
+    base = groups[named] if named else None
     targets = {seed: held_accuracy(base[seed]) - TARGET_MARGIN for seed in seeds} if base else {}
     estimates: dict[str, dict[str, Estimate | None]] = {}
     for method, members in groups.items():
         rows = [_figures(members[seed], base[seed] if base else None, targets.get(seed)) for seed in seeds]
         estimates[method] = {key: estimate([row[key] for row in rows]) for key, _, _ in COLUMNS}
-        if base and method == reference:
+        if base and method == named:
             rows = [_equal_bandwidth_figures(base[seed], targets[seed]) for seed in seeds]
             estimates[method + EQUAL_SUFFIX] = {key: estimate([row[key] for row in rows]) for key, _, _ in COLUMNS}
     ordered = {method: tuple(members[seed] for seed in seeds) for method, members in groups.items()}
-    return Comparison(ordered, reference if base else None, targets, estimates)
+    return Comparison(ordered, named, targets, estimates)
 
 
 def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, float | None]:

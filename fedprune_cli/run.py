@@ -61,7 +61,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     if not len(ids):
         return idle_round(setup, state, workers)
 
-    load, problem = round_problem(setup, ids, radio.gain_linear[ids], state.round, float(state.slots["simulated_s"]))
+    load, problem = round_problem(setup, ids, radio.gain_linear[ids], state.round, state.slots)
     allocation = experiment.allocator.solve(problem, experiment.seed, state.round)
     taking = np.flatnonzero(allocation.admitted)
     devices = ids[taking]
@@ -69,6 +69,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     prune_ratio = state.slots["prune_ratio"].copy()
     prune_ratio[devices] = allocation.prune_ratio[taking]
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed)
+    errors = pruning_errors(state, masks, devices)
 
     updates = workers.map(train, [train_unit(setup, state, masks, device) for device in devices.tolist()])
     shared, gradient = server_step(setup, state, masks, updates)
@@ -79,10 +80,11 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     measured = measure_round(setup, load, allocation, masks, updates, radio.gain_linear[ids])
     clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
     slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
+    slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors)
     new = State(state.round + 1, shared, personal, slots | experiment.pruner.next_slots(state, gradient))
 
     scores = test_models(setup, new, masks, workers)
-    return new, build_record(setup, state, new, problem, allocation, masks, updates, measured, gradient, scores)
+    return new, build_record(setup, new, problem, allocation, updates, measured, gradient, errors, scores)
 
 
 def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
@@ -151,8 +153,10 @@ def plan(setup: Setup, device: int) -> tuple[Phase, ...]:
     return experiment.training.plan(experiment.method.phases(), len(setup.scenario.partition.train[device]))
 
 
-def round_problem(setup: Setup, ids: Array, gain: Array, number: int, elapsed_s: float) -> tuple[Load, Problem]:
-    """Returns the devices' load and the allocation problem with the deadline of round `number`, `elapsed_s` into the run.
+def round_problem(
+    setup: Setup, ids: Array, gain: Array, number: int, slots: Mapping[str, Array]
+) -> tuple[Load, Problem]:
+    """Returns the devices' load and the allocation problem of round `number`, given what the state remembers in `slots`.
 
     The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
     """
@@ -162,8 +166,10 @@ def round_problem(setup: Setup, ids: Array, gain: Array, number: int, elapsed_s:
     bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(size) % 2 == 0))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
     samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
-    problem = build_problem(load, experiment.channel, gain, samples, size, t_down_s, experiment.pruner.max_ratio)
-    deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_deadline(problem)[0])
+    weight = experiment.weights.weight(samples, ids, slots)
+    problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, experiment.pruner.max_ratio)
+    elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
+    deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     return load, replace(problem, deadline_s=deadline_s, ids=ids)
 
 
@@ -174,6 +180,11 @@ def sends_masks(setup: Setup) -> bool:
         and setup.experiment.allocator.prunes
         and not setup.experiment.pruner.derivable
     )
+
+
+def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
+    """Returns ||u - u m_k||^2, float64 [K], of the devices."""
+    return np.array([np.square(state.shared[~masks[device]], dtype=np.float64).sum() for device in devices.tolist()])
 
 
 def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
@@ -240,15 +251,14 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
 
 
 def build_record(
-    setup: Setup, state: State, new: State, problem: Problem, allocation: Allocation, masks: Masks,
-    updates: Sequence[Update], measured: Measurement, gradient: Array, scores: Mapping[int, Score],
+    setup: Setup, new: State, problem: Problem, allocation: Allocation,
+    updates: Sequence[Update], measured: Measurement, gradient: Array, errors: Array, scores: Mapping[int, Score],
 ) -> Record:  # fmt: skip
     """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`."""
     scenario, admitted = setup.scenario, allocation.admitted
     samples = np.array([len(indices) for indices in scenario.partition.train])
     ids = [update.device for update in updates]
     weights = samples[ids] / max(samples[ids].sum(), 1)
-    errors = [float(np.square(state.shared[~masks[device]], dtype=np.float64).sum()) for device in ids]
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
     losses = [update.train_loss for update in updates]
     certificate = allocation.certificate
@@ -283,6 +293,7 @@ def build_record(
             "uplink_s": measured.uplink_s.tolist(),
             "downlink_s": measured.downlink_s.tolist(),
             "latency_s": measured.latency_s.tolist(),
+            "pruning_error": errors.tolist(),
             "joules": measured.joules.tolist(),
             "bytes_up": [int(size) for size in measured.bytes_up],
             "train_loss": losses,
@@ -332,7 +343,7 @@ def prepare(experiment: Experiment) -> Setup:
     parts = build_parts(experiment, scenario)
     cost = count_cost(parts, scenario.dataset.images.shape[1:])
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
-    slots |= experiment.pruner.slots(cost.shared_params)
+    slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     personal = np.tile(parts.personal.numpy(), (scenario.num_devices, 1))
     return Setup(experiment, scenario, cost, State(0, parts.shared.numpy().copy(), personal, slots))
 

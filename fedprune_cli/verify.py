@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ import numpy as np
 from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.errors import CertificateError
-from fedprune_cli.run import Setup, participants, round_problem
+from fedprune_cli.run import Record, Setup, participants, round_problem
+from fedprune_cli.state import Array
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +51,14 @@ class Findings:
         return table
 
 
+def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict[str, Array]:
+    """Returns what the next round's problem needs to know, from a round's record."""
+    of = record["devices"]
+    ids, ratio, error = (np.array(of[key]) for key in ("id", "prune_ratio", "pruning_error"))
+    learned = setup.experiment.weights.next_slots(slots, ids.astype(int), ratio, error)
+    return {**slots, **learned, "simulated_s": np.array(record["simulated_s"])}
+
+
 def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     """Returns the findings on all recorded rounds; the Nth, 2Nth, ... are also solved by cvxpy, at their own deadline."""
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
@@ -58,14 +68,15 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     failures: list[str] = []
     residual = gap = difference = 0.0
     certified = solved = unsolved = 0
-    clock = [0.0, *(record["simulated_s"] for record in records)]
+    slots = dict(setup.initial.slots)
     for number, record in enumerate(records):
         conditions = setup.scenario.at(number)
         ids = participants(setup, conditions.available, number)
         if not len(ids):
             continue
-        _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, clock[number])
+        _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, slots)
         allocation = experiment.allocator.solve(problem, experiment.seed, number)
+        slots = next_slots(setup, slots, record)
         taking = np.flatnonzero(allocation.admitted)
         recorded = np.array([record["devices"]["prune_ratio"], record["devices"]["bandwidth_hz"]])
         recomputed = np.array([allocation.prune_ratio[taking], allocation.bandwidth_hz[taking]])

@@ -87,6 +87,8 @@ def test_hydra_shows_and_sweeps() -> None:
         (("compare", "--seeds", "a"), 2, "error: --seeds a"),
         (("compare", "seed=3"), 2, "error: compare chooses"),
         (("compare", "--methods", "proposed,nope"), 2, "error: unknown method option 'nope'"),
+        (("compare", "arms={a: 1}"), 2, "error: arms: must map each name to a list of overrides"),
+        (("compare", 'arms={a: ["rounds=x"]}'), 2, "error: rounds"),
         (("trian",), 2, ""),
     ],
 )
@@ -167,3 +169,12 @@ def test_the_installed_command_is_on_the_path() -> None:
     script = Path(sys.executable).with_name("fedprune")
     assert script.exists(), "make install puts it there"
     assert subprocess.run([script, "--version"], capture_output=True, env={**os.environ}, check=False).returncode == 0
+
+
+def test_compare_takes_the_arms_of_an_experiment() -> None:
+    arms = 'arms={tight: ["method=proposed", "deadline.fraction=0.4"], dense: ["method=personalized"]}'
+    result = fedprune("compare", *TINY, arms, "--out", "cmp")
+    assert result.returncode == 0, result.stderr
+    header = Path("cmp/table.csv").read_text().splitlines()[0]
+    assert header.split(",")[1::3] == ["tight mean", "dense mean", "dense (equal bandwidth) mean"]
+    assert "tight takes" in result.stdout
