@@ -199,6 +199,7 @@ COLUMNS: tuple[Column, ...] = (
     ("bandwidth_share", "off equal bandwidth: by bandwidth %", lambda v: f"{100 * v:.1f}"),
     ("pruning_share", "off equal bandwidth: by pruning %", lambda v: f"{100 * v:.1f}"),
 )
+TERMINAL_COLUMNS = ("latency_s", "accuracy", "accuracy_p10", "fresh_accuracy", "latency_reduction", "time_reduction")
 
 
 @dataclass(frozen=True)
@@ -357,9 +358,13 @@ def _less(reduction: Estimate) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Returns the comparison for the terminal, a row a figure."""
-    methods = list(comparison.figures)
-    return _table("comparison", ["", *methods], _comparison_rows(comparison))
+    """Returns the comparison for the terminal: its main figures, a row a method; the page has all of them."""
+    shown = [(key, title, show) for key, title, show in COLUMNS if key in TERMINAL_COLUMNS]
+    rows = [
+        [method, *("-" if (cell := cells[key]) is None else cell.text(show) for key, _, show in shown)]
+        for method, cells in comparison.figures.items()
+    ]
+    return _table("comparison", ["", *(title for _, title, _ in shown)], rows)
 
 
 def _comparison_rows(comparison: Comparison) -> list[list[str]]:
