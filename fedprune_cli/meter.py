@@ -67,15 +67,15 @@ class Load:
         return self.fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
 
 
-def build_load(fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], cost: ModelCost, batch_size: int) -> Load:
-    """Returns the load of the devices `ids`, device i following the phases plans[i]."""
-    flops = np.array(
-        [
-            [sum(phase.steps * batch_size * cost.flops[phase.kind][part] for phase in plan) for part in (0, 1)]
-            for plan in plans
-        ],
-        dtype=float,
-    )
+def build_load(
+    fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], costs: Sequence[ModelCost], batch_size: int
+) -> Load:
+    """Returns the load of the devices `ids`, device i following the phases plans[i] on a model that costs costs[i]."""
+    flops = np.zeros((len(plans), 2))
+    for row, plan, cost in zip(flops, plans, costs, strict=True):
+        counted = cost.flops
+        for phase in plan:
+            row += phase.steps * batch_size * np.array(counted[phase.kind])
     return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
 
 

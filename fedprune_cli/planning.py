@@ -106,7 +106,7 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
         experiment.training.plan(experiment.method.phases(), int(n)) for n in rows["samples"]
     ]
     ids = np.arange(size)
-    load = build_load(fleet, ids, plans, cost, experiment.training.batch_size)
+    load = build_load(fleet, ids, plans, [cost] * size, experiment.training.batch_size)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)
     weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(size))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)

@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli import folder
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
-from fedprune_cli.errors import CheckpointError
+from fedprune_cli.errors import CheckpointError, ConfigError
 from fedprune_cli.execute import Executor, executor
-from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, pack, train
+from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model
 from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.learn.prune import Masks, build_masks
+from fedprune_cli.learn.prune import Masks, build_masks, least_kept
 from fedprune_cli.learn.server import aggregate
+from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.meter import (
     BITS_PER_PARAM,
     Load,
@@ -45,12 +46,22 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rounds share: the experiment, its world, the model's counted cost and the state before round 1."""
+    """What all rounds share: the experiment, its world, the model's counted cost and the state before round 1.
+
+    layout: where the model's channels lie, when devices leave whole ones out.
+    """
 
     experiment: Experiment
     scenario: Scenario
     cost: ModelCost
     initial: State
+    layout: Layout | None
+
+    @property
+    def max_ratio(self) -> float:
+        """The most a device may drop: rho_max, or what the smallest slice of the model leaves."""
+        most = self.experiment.pruner.max_ratio
+        return most if self.layout is None else min(most, 1 - least_kept(self.layout))
 
 
 def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Record]:
@@ -68,7 +79,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
 
     prune_ratio = state.slots["prune_ratio"].copy()
     prune_ratio[devices] = allocation.prune_ratio[taking]
-    masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed)
+    masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
     errors = pruning_errors(state, masks, devices)
 
     updates = workers.map(train, [train_unit(setup, state, masks, device) for device in devices.tolist()])
@@ -162,12 +173,13 @@ def round_problem(
     """
     experiment, scenario, size = setup.experiment, setup.scenario, setup.cost.shared_params
     plans = [plan(setup, device) for device in ids]
-    load = build_load(scenario.fleet, ids, plans, setup.cost, experiment.training.batch_size)
-    bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(size) % 2 == 0))
+    load = build_load(scenario.fleet, ids, plans, [setup.cost] * len(ids), experiment.training.batch_size)
+    bits = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
+    bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(bits) % 2 == 0))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
     samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
     weight = experiment.weights.weight(samples, ids, slots)
-    problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, experiment.pruner.max_ratio)
+    problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, setup.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     return load, replace(problem, deadline_s=deadline_s, ids=ids)
@@ -190,8 +202,22 @@ def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
 def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
     """Returns a device's training task."""
     return Unit(
-        "training", state.round, device, state.shared, state.personal[device], pack(masks[device]), plan(setup, device)
+        "training",
+        state.round,
+        device,
+        state.shared,
+        state.personal[device],
+        kept_of(masks, device),
+        plan(setup, device),
     )
+
+
+def kept_of(masks: Masks, device: int) -> Array | tuple[Array, ...] | None:
+    """Returns what a unit of work says of the device's mask: nothing when it keeps everything."""
+    mask = masks[device]
+    if mask.all():
+        return None
+    return masks.kept_units(device) if masks.units else np.packbits(mask)
 
 
 def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Update]) -> tuple[Array, Array]:
@@ -211,16 +237,31 @@ def measure_round(
 ) -> Measurement:
     """Returns the modelled cost of what was really kept and encoded, for the admitted devices."""
     size, taking = setup.cost.shared_params, np.flatnonzero(allocation.admitted)
-    codes = [encode_mask(masks[update.device]) for update in updates] if sends_masks(setup) else []
+    codes = [encode_mask(masks.sent(update.device)) for update in updates] if sends_masks(setup) else []
     bits_down = BITS_PER_PARAM * size + 8 * sum(map(len, codes))
+    kept = np.array([len(update.shared) for update in updates]) / max(size, 1)
+    load = load.take(taking)
+    if masks.units:  # the model is smaller: its own FLOPs, not a share of the whole one's
+        load, kept = sliced_load(setup, masks, [update.device for update in updates]), np.ones(len(updates))
     return measure(
-        load.take(taking),
+        load,
         rate_bps=allocation.rate_bps[taking],
-        kept=np.array([len(update.shared) for update in updates]) / max(size, 1),
+        kept=kept,
         payload_bytes=np.array([len(update.shared.tobytes()) for update in updates], dtype=float),
         bits_down=bits_down,
         t_down_s=downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down),
     )
+
+
+def sliced_load(setup: Setup, masks: Masks, devices: Sequence[int]) -> Load:
+    """Returns the load of devices that leave whole channels out."""
+    assert setup.layout
+    of_cutoff = {
+        cutoff: setup.cost.sliced(setup.layout.kept_params(masks.kept_units(device)))
+        for device, cutoff in zip(devices, masks.kept[devices].tolist(), strict=True)
+    }
+    plans, costs = [plan(setup, device) for device in devices], [of_cutoff[c] for c in masks.kept[devices].tolist()]
+    return build_load(setup.scenario.fleet, np.array(devices), plans, costs, setup.experiment.training.batch_size)
 
 
 def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> dict[int, Score]:
@@ -232,7 +273,7 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
     if new.round % evaluation.every and new.round != setup.experiment.rounds:
         return {}
     own = [
-        Unit("test", new.round, device, new.shared, new.personal[device], pack(masks[device]), ())
+        Unit("test", new.round, device, new.shared, new.personal[device], kept_of(masks, device), ())
         for device in range(scenario.num_devices)
     ]
     fresh = [
@@ -315,7 +356,7 @@ def accuracy_figures(setup: Setup, scores: Mapping[int, Score]) -> Record:
 def idle_round(setup: Setup, state: State, workers: Executor) -> tuple[State, Record]:
     """Returns a round in which every device is in outage: nothing is trained, sent or waited for."""
     new = replace(state, round=state.round + 1)
-    masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed)
+    masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed, setup.layout)
     unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "pruning_error", "dense_latency_s",
                "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
     zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
@@ -345,7 +386,20 @@ def prepare(experiment: Experiment) -> Setup:
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     personal = np.tile(parts.personal.numpy(), (scenario.num_devices, 1))
-    return Setup(experiment, scenario, cost, State(0, parts.shared.numpy().copy(), personal, slots))
+    layout = build_layout(experiment, parts, cost)
+    return Setup(experiment, scenario, cost, State(0, parts.shared.numpy().copy(), personal, slots), layout)
+
+
+def build_layout(experiment: Experiment, parts: Parts, cost: ModelCost) -> Layout | None:
+    """Returns where the model's channels lie when devices leave whole ones out, else None."""
+    try:
+        return (
+            find_channels(parts, cost)
+            if experiment.pruner.granularity == "channel" and experiment.allocator.prunes
+            else None
+        )
+    except ConfigError as error:
+        raise ConfigError(f"pruner.granularity=channel with model={experiment.model.name}: {error}") from None
 
 
 def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
@@ -357,10 +411,11 @@ def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
 
 def build_learner(experiment: Experiment, scenario: Scenario) -> Learner:
     """Returns what a worker needs; every worker builds its own, since a model is scratch memory."""
-    dataset, partition = scenario.dataset, scenario.partition
+    dataset, partition, parts = scenario.dataset, scenario.partition, build_parts(experiment, scenario)
+    layout = build_layout(experiment, parts, count_cost(parts, dataset.images.shape[1:]))
     return Learner(
-        experiment.seed, experiment.training, build_parts(experiment, scenario), dataset.images, dataset.labels,
-        dataset.scale, dataset.mean, dataset.std, partition.train, partition.test,
+        experiment.seed, experiment.training, parts, dataset.images, dataset.labels,
+        dataset.scale, dataset.mean, dataset.std, partition.train, partition.test, layout,
     )  # fmt: skip
 
 
@@ -389,7 +444,9 @@ def build_manifest(setup: Setup) -> Record:
             "personal_params": cost.personal_params,
             "shared_bits": BITS_PER_PARAM * cost.shared_params,
             "personal_bits": BITS_PER_PARAM * cost.personal_params,
-            "flops_per_sample": {kind: {"shared": u, "personal": v} for kind, (u, v) in cost.flops.items()},
+            "flops_per_sample": {
+                kind: {"shared": round(u), "personal": round(v)} for kind, (u, v) in cost.flops.items()
+            },
         },
         "fresh_devices": len(partition.train) - scenario.num_devices,
         "train_samples": [len(indices) for indices in partition.train],

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from fedprune_cli.errors import DeviceError, require
 from fedprune_cli.learn.models import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
@@ -55,7 +56,8 @@ class Training:
 class Learner:
     """All that a worker needs to do any device's work: the model, the pooled data and who owns which samples.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device.
+    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device; layout: where the channels lie, when
+    devices leave whole ones out.
     """
 
     seed: int
@@ -68,12 +70,14 @@ class Learner:
     std: tuple[float, ...]
     train: tuple[Array, ...]
     test: tuple[Array, ...]
+    layout: Layout | None
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One device's task: its id, the round, u [U] as broadcast, v_k [V], the packed mask (None keeps all), its phases.
+    """One device's task: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, its phases.
 
+    kept: None for everything, a mask of u packed into bits, or the units of whole channels, a bool array a channel group.
     stage names the work in error messages.
     """
 
@@ -82,7 +86,7 @@ class Unit:
     device: int
     shared: Array
     personal: Array
-    packed_mask: Array | None
+    kept: Array | tuple[Array, ...] | None
     phases: tuple[Phase, ...]
 
 
@@ -105,25 +109,21 @@ class Score:
     total: int
 
 
-def pack(mask: Array) -> Array | None:
-    """Returns the mask as bits, an eighth of its size, or None when it keeps everything."""
-    return None if mask.all() else np.packbits(mask)
-
-
 def train(learner: Learner, unit: Unit) -> Update:
     """Returns the device's update after its local steps from (u * m_k, v_k) (model.md, section 2, step 3).
 
-    A dropped entry is zero and its gradient is zeroed: it never moves. Raises DeviceError when the loss is not finite.
+    A dropped entry is zero and its gradient is zeroed: it never moves. Of whole channels nothing is left to compute: the model is
+    smaller, and what it lacks of v_k stays as it was. Raises DeviceError when the loss is not finite.
     """
-    mask = _load(learner, unit)
-    keep = None if mask is None else learner.parts.shared_views(torch.from_numpy(mask).float())
+    model = _load(learner, unit)
     loss: float | None = None
     for index, phase in enumerate(unit.phases):
-        loss = _run_phase(learner, unit, index, phase, keep, loss)
-    shared = learner.parts.shared.numpy()
-    return Update(
-        unit.device, shared.copy() if mask is None else shared[mask], learner.parts.personal.numpy().copy(), loss
-    )
+        loss = _run_phase(learner, unit, index, phase, model.keep, loss)
+    shared = model.shared.numpy()
+    personal = model.personal.numpy()
+    if model.personal_mask is not None:
+        personal, personal[model.personal_mask] = unit.personal.copy(), personal
+    return Update(unit.device, shared.copy() if model.mask is None else shared[model.mask], personal.copy(), loss)
 
 
 def evaluate(learner: Learner, unit: Unit) -> Score:
@@ -140,16 +140,40 @@ def evaluate(learner: Learner, unit: Unit) -> Score:
     return Score(unit.device, correct, len(indices))
 
 
-def _load(learner: Learner, unit: Unit) -> Array | None:
-    """Sets the model to (u * m_k, v_k); returns m_k, or None when it keeps everything."""
+@dataclass(frozen=True)
+class _Loaded:
+    """A device's model as vectors that its parameters share, u * m_k or what is left of it, and what stays fixed.
+
+    mask: which of the `shared` entries the device keeps, None for all of them; keep: the same, cut like the parameters;
+    personal_mask: which entries of v_k are in the model, None for all.
+    """
+
+    shared: Tensor
+    personal: Tensor
+    mask: Array | None
+    keep: tuple[Tensor, ...] | None
+    personal_mask: Array | None
+
+
+def _load(learner: Learner, unit: Unit) -> _Loaded:
+    """Sets the model to (u * m_k, v_k), or to the slice of it that the device keeps."""
     parts = learner.parts
+    if isinstance(unit.kept, tuple):
+        assert learner.layout
+        mask, personal_mask, shapes = learner.layout.masks(unit.kept)
+        shared, personal = torch.from_numpy(unit.shared[mask]), torch.from_numpy(unit.personal[personal_mask])
+        parts.point(shared, personal, shapes)
+        return _Loaded(shared, personal, None, None, personal_mask)
+    if learner.layout is not None:  # the last device may have left a slice behind
+        parts.point(parts.shared, parts.personal, list(learner.layout.shapes.values()))
     parts.shared.copy_(torch.from_numpy(unit.shared))
     parts.personal.copy_(torch.from_numpy(unit.personal))
-    if unit.packed_mask is None:
-        return None
-    mask = np.unpackbits(unit.packed_mask, count=unit.shared.size).astype(bool)
+    if unit.kept is None:
+        return _Loaded(parts.shared, parts.personal, None, None, None)
+    mask = np.unpackbits(unit.kept, count=unit.shared.size).astype(bool)
     parts.shared.mul_(torch.from_numpy(mask))
-    return mask
+    keep = parts.shared_views(torch.from_numpy(mask).float())
+    return _Loaded(parts.shared, parts.personal, mask, keep, None)
 
 
 def _run_phase(

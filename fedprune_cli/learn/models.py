@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fedprune_cli.errors import ConfigError, require, unknown
 from fedprune_cli.rng import stream
+from fedprune_cli.state import Array
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -207,21 +209,38 @@ class Parts:
     personal_params: tuple[nn.Parameter, ...]
     names: tuple[tuple[str, int], ...]  # (parameter name, entries), shared ones first
 
+    @property
+    def all_params(self) -> tuple[nn.Parameter, ...]:
+        """All parameters, shared ones first."""
+        return self.shared_params + self.personal_params
+
     def shared_views(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Returns `vector` [U] cut like `shared_params`, in the same shapes and memory order."""
-        return _views(vector, self.shared_params)
+        return _views(vector, [flat_shape(param) for param in self.shared_params])
+
+    def point(self, shared: Tensor, personal: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Makes the parameters views into other vectors, of other flat shapes: the same model, or a slice of it."""
+        count = len(self.shared_params)
+        views = _views(shared, shapes[:count]) + _views(personal, shapes[count:])
+        for param, view in zip(self.all_params, views, strict=True):
+            param.data = view
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.groups = module.weight.shape[0] // module.weight.shape[1]
 
 
-def _views(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def flat_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the shape of a parameter in the layout of the flat vectors: (out, h, w, in) for a convolution."""
+    shape = tuple(tensor.shape)
+    return shape if len(shape) != 4 else (shape[0], *shape[2:], shape[1])
+
+
+def _views(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
     views, start = [], 0
-    for tensor in like:
-        piece = vector[start : start + tensor.numel()]
-        if tensor.dim() == 4:
-            out, channels, height, width = tensor.shape
-            views.append(piece.view(out, height, width, channels).permute(0, 3, 1, 2))
-        else:
-            views.append(piece.view(tensor.shape))
-        start += tensor.numel()
+    for shape in shapes:
+        piece = vector[start : start + math.prod(shape)].view(shape)
+        views.append(piece.permute(0, 3, 1, 2) if len(shape) == 4 else piece)
+        start += math.prod(shape)
     return tuple(views)
 
 
@@ -232,7 +251,7 @@ def split_model(model: nn.Sequential, personal: str) -> Parts:
     for is_personal in (False, True):
         named = [(n, p) for n, p in model.named_parameters() if (n.split(".")[0] in chosen) == is_personal]
         vector = torch.zeros(sum(p.numel() for _, p in named))
-        for (_, param), view in zip(named, _views(vector, [p for _, p in named]), strict=True):
+        for (_, param), view in zip(named, _views(vector, [flat_shape(p) for _, p in named]), strict=True):
             view.copy_(param.detach())
             param.data = view
         vectors.append(vector)
@@ -245,14 +264,28 @@ def split_model(model: nn.Sequential, personal: str) -> Parts:
 class ModelCost:
     """What a model costs, counted and not typed in.
 
-    shared_params U, personal_params V; flops: per training step kind (`personal`, `shared`, `both`: which part is
-    updated) the FLOPs of one sample, forward and backward, in the shared and in the personalized blocks.
-    Counted are matrix products and convolutions (2 FLOPs a multiply-add); elementwise work is not.
+    shared_params U, personal_params V; param_flops: per training step kind (`personal`, `shared`, `both`: which part is
+    updated) the FLOPs of one sample, forward and backward, that each parameter takes part in, float64 [parameters], the
+    `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs a multiply-add); elementwise work is not.
     """
 
     shared_params: int
     personal_params: int
-    flops: dict[str, tuple[int, int]]
+    num_shared: int
+    param_flops: dict[str, Array]
+
+    @property
+    def flops(self) -> dict[str, tuple[float, float]]:
+        """Per step kind the FLOPs of one sample in the shared and in the personalized blocks."""
+        at = self.num_shared
+        return {kind: (float(f[:at].sum()), float(f[at:].sum())) for kind, f in self.param_flops.items()}
+
+    def sliced(self, kept: Array) -> ModelCost:
+        """Returns the cost of a model that has the fraction `kept` [parameters] of each parameter's entries.
+
+        Exact for whole channels: a convolution's or a matrix product's work is in proportion to its entries.
+        """
+        return replace(self, param_flops={kind: counts * kept for kind, counts in self.param_flops.items()})
 
 
 def count_cost(parts: Parts, shape: Shape) -> ModelCost:
@@ -260,8 +293,8 @@ def count_cost(parts: Parts, shape: Shape) -> ModelCost:
     flops = {}
     for kind in ("personal", "shared", "both"):
         trained = parts.shared_params * (kind != "personal") + parts.personal_params * (kind != "shared")
-        flops[kind] = _step_flops(parts, shape, trained) if trained else (0, 0)
-    return ModelCost(parts.shared.numel(), parts.personal.numel(), flops)
+        flops[kind] = _step_flops(parts, shape, trained) if trained else np.zeros(len(parts.names))
+    return ModelCost(parts.shared.numel(), parts.personal.numel(), len(parts.shared_params), flops)
 
 
 def _conv_backward_flops(
@@ -272,21 +305,33 @@ def _conv_backward_flops(
     return conv_flop_count(list(x), list(weight), list(grad_out), transposed) * sum(output_mask[:2])  # type: ignore[index]
 
 
-def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -> tuple[int, int]:
+def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -> Array:
+    """Returns the FLOPs of one sample's step by parameter: of layers by their rule, of what blocks do besides by PyTorch's counter."""
     set_trained(parts, trained)
+    of_layer: dict[str, float] = {}
+
+    def count(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        forward = 2 * output.numel() * weight[0].numel()
+        # the gradients of the weight and of the input each cost what the forward pass costs
+        of_layer[name] = forward * (1 + weight.requires_grad + inputs[0].requires_grad)
+
+    layers = [(n, m) for n, m in parts.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(functools.partial(count, name)) for name, layer in layers]
     conv_backward = {torch.ops.aten.convolution_backward: _conv_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=conv_backward) as counter:
         loss = nn.functional.cross_entropy(parts.model(torch.zeros(1, *shape)), torch.zeros(1, dtype=torch.long))
         torch.autograd.grad(loss, trained)
-    shared = personal = 0
-    for name, counts in counter.get_flop_counts().items():
-        path = name.split(".")
-        if len(path) == 2:  # a block: Sequential.<block>
-            total = sum(counts.values())
-            personal, shared = (
-                (personal + total, shared) if path[1] in parts.personal_blocks else (personal, shared + total)
-            )
-    return shared, personal
+    for hook in hooks:
+        hook.remove()
+    of_block = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    names = [name for name, _ in parts.names]
+    flops = np.array([of_layer.get(name.removesuffix(".weight"), 0.0) for name in names], dtype=np.float64)
+    for block, _ in parts.model.named_children():
+        own = np.array([name.split(".")[0] == block for name in names])
+        flops[own] += (of_block.get(block, 0) - flops[own].sum()) / max(own.sum(), 1)
+    return flops
 
 
 def set_trained(parts: Parts, trained: tuple[nn.Parameter, ...]) -> None:

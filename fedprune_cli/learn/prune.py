@@ -1,13 +1,15 @@
-"""Pruners: one ranking of the shared entries a round; a device keeps the first ones, as many as its ratio allows."""
+"""Pruners: one ranking of the shared entries or channels a round; a device keeps the first ones, as many as its ratio allows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedprune_cli.errors import require
+from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, State
 
@@ -23,6 +25,10 @@ class Pruner(Protocol):
 
     @property
     def max_ratio(self) -> float: ...
+
+    @property
+    def granularity(self) -> str:
+        """`weight` drops single entries: a mask, whose saving of computation is modelled. `channel` leaves whole channels out."""
 
     derivable: ClassVar[bool]
 
@@ -42,10 +48,12 @@ class Magnitude:
 
     name: str
     max_ratio: float
+    granularity: str
     derivable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 <= self.max_ratio <= 1, "max_ratio", self.max_ratio, "in [0, 1]")
+        require(self.granularity in ("weight", "channel"), "granularity", self.granularity, "'weight' or 'channel'")
 
     def importance(self, state: State, seed: int) -> Array:
         return np.abs(state.shared)
@@ -93,24 +101,59 @@ PRUNERS: dict[str, type[Pruner]] = {"magnitude": Magnitude, "taylor": Taylor, "r
 class Masks:
     """The nested masks of a round: m_k keeps the entries with rank < kept[k].
 
-    rank: int64 [U], 0 for the most important entry, ties by index. kept: int64 [K], entries kept by each device.
+    rank: int64 [U], 0 for the most important entry, ties by index. kept: int64 [K].
+    units: for whole channels the rank of each unit, an array a channel group; empty for single entries.
     """
 
     rank: Array
     kept: Array
+    units: tuple[Array, ...] = ()
 
     def __getitem__(self, device: int) -> Array:
         """Returns m_k, bool [U]."""
         return self.rank < self.kept[device]
 
+    def kept_units(self, device: int) -> tuple[Array, ...]:
+        """Returns which units the device keeps, a bool array a channel group."""
+        return tuple(rank < self.kept[device] for rank in self.units)
 
-def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int) -> Masks:
-    """Returns masks with exactly round((1 - rho_k) U) entries for every device, `prune_ratio` [K] (model.md, section 2)."""
+    def sent(self, device: int) -> Array:
+        """Returns the bits that tell a device what it keeps: one an entry, or one a unit."""
+        return np.concatenate(self.kept_units(device)) if self.units else self[device]
+
+
+def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int, layout: Layout | None = None) -> Masks:
+    """Returns the masks of every device, `prune_ratio` [K] (model.md, section 2).
+
+    Of single entries exactly round((1 - rho_k) U); with a `layout`, the largest slice of which neither the entries nor the
+    computation exceed the share 1 - rho_k, and at least the first unit of every channel group.
+    """
     size = state.shared.size
     kept = np.rint((1 - prune_ratio) * size).astype(np.int64)
     if (kept == size).all():
         return Masks(np.arange(size), kept)  # nobody drops anything: no order is needed
-    order = np.argsort(-pruner.importance(state, seed), kind="stable")
+    importance = pruner.importance(state, seed)
+    if layout is not None:
+        units, level = layout.levels(importance)
+        cutoff = np.searchsorted(np.cumsum(np.bincount(level)), kept, side="right")
+        for share in shares_by_level(layout, level):
+            cutoff = np.minimum(cutoff, np.searchsorted(share, (1 - prune_ratio) * (1 + 1e-12), side="right"))
+        return Masks(level, np.maximum(cutoff, 1), units)
+    order = np.argsort(-importance, kind="stable")
     rank = np.empty(size, dtype=np.int64)
     rank[order] = np.arange(size)
     return Masks(rank, kept)
+
+
+def shares_by_level(layout: Layout, level: Array) -> list[Array]:
+    """Returns for each kind of step the share of the shared part's computation up to each level, float64 [levels]."""
+    sums = [np.cumsum(np.bincount(level, flops)) for flops in layout.shared_flops.values() if flops.any()]
+    return [total / total[-1] for total in sums]
+
+
+def least_kept(layout: Layout) -> float:
+    """Returns the smallest share 1 - rho that a slice can be held to: its first unit of every channel group."""
+    _, level = layout.levels(
+        np.zeros(sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared]))
+    )
+    return max(float((level == 0).mean()), *(float(share[0]) for share in shares_by_level(layout, level)))

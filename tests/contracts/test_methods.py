@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fedprune_cli import run
 from fedprune_cli.execute import Execution, executor
-from fedprune_cli.learn.client import Unit, pack, train
+from fedprune_cli.learn.client import Unit, train
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.learn.server import aggregate
 from fedprune_cli.rng import stream
@@ -60,7 +60,7 @@ def test_a_dropped_entry_never_moves_on_the_device_that_dropped_it(name: str) ->
     setup = make_setup(f"method={name}", "training.momentum=0.9", "training.weight_decay=0.1")
     learner = run.build_learner(setup.experiment, setup.scenario)
     mask = np.arange(setup.cost.shared_params) % 3 == 0
-    unit = Unit("test", 0, 1, setup.initial.shared, setup.initial.personal[1], pack(mask), run.plan(setup, 1))
+    unit = Unit("test", 0, 1, setup.initial.shared, setup.initial.personal[1], np.packbits(mask), run.plan(setup, 1))
     update = train(learner, unit)
     whole = learner.parts.shared.numpy()
     assert (whole[~mask] == 0).all()
