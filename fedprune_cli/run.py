@@ -20,6 +20,7 @@ from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, l
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError
 from fedprune_cli.execute import Executor, executor
+from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model
 from fedprune_cli.learn.personalize import Phase
@@ -48,7 +49,7 @@ Record = dict[str, Any]
 class Setup:
     """What all rounds share: the experiment, its world, the model's counted cost and the state before round 1.
 
-    layout: where the model's channels lie, when devices leave whole ones out.
+    layout: where the model's channels lie, when devices leave whole ones out; batched: whether devices train side by side.
     """
 
     experiment: Experiment
@@ -56,6 +57,7 @@ class Setup:
     cost: ModelCost
     initial: State
     layout: Layout | None
+    batched: bool
 
     @property
     def max_ratio(self) -> float:
@@ -82,7 +84,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
     errors = pruning_errors(state, masks, devices)
 
-    updates = workers.map(train, [train_unit(setup, state, masks, device) for device in devices.tolist()])
+    updates = train_devices(setup, workers, [train_unit(setup, state, masks, device) for device in devices.tolist()])
     shared, gradient = server_step(setup, state, masks, updates)
     personal = state.personal.copy()
     for update in updates:
@@ -212,6 +214,15 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
     )
 
 
+def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
+    """Returns the devices' updates in the order of the units: small models side by side, others one by one."""
+    if not setup.batched or not units:
+        return workers.map(train, units)
+    done = workers.map(train_block, blocks(units, setup.experiment.training.block))
+    by_device = {update.device: update for block in done for update in block}
+    return [by_device[unit.device] for unit in units]
+
+
 def kept_of(masks: Masks, device: int) -> Array | tuple[Array, ...] | None:
     """Returns what a unit of work says of the device's mask: nothing when it keeps everything."""
     mask = masks[device]
@@ -228,7 +239,8 @@ def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Upda
     shared = aggregate(state.shared, kept, values, weights)
     lr = setup.experiment.training.lr
     steps = [sum(phase.steps for phase in plan(setup, update.device) if phase.kind != "personal") for update in updates]
-    slopes = [(state.shared[m] - v) / (lr * max(n, 1)) for m, v, n in zip(kept, values, steps, strict=True)]
+    before = [state.shared if v.size == m.size else state.shared[m] for m, v in zip(kept, values, strict=True)]
+    slopes = [(u - v) / (lr * max(n, 1)) for u, v, n in zip(before, values, steps, strict=True)]
     return shared, aggregate(np.zeros_like(state.shared), kept, slopes, weights)
 
 
@@ -387,7 +399,8 @@ def prepare(experiment: Experiment) -> Setup:
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     personal = np.tile(parts.personal.numpy(), (scenario.num_devices, 1))
     layout = build_layout(experiment, parts, cost)
-    return Setup(experiment, scenario, cost, State(0, parts.shared.numpy().copy(), personal, slots), layout)
+    initial = State(0, parts.shared.numpy().copy(), personal, slots)
+    return Setup(experiment, scenario, cost, initial, layout, layout is None and batches(parts, experiment.training))
 
 
 def build_layout(experiment: Experiment, parts: Parts, cost: ModelCost) -> Layout | None:

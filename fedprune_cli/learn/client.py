@@ -6,6 +6,7 @@ The unit of arithmetic is one device's work with fixed batch shapes, so that its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,10 @@ EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's iden
 
 @dataclass(frozen=True)
 class Training:
-    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size)."""
+    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size).
+
+    block: devices whose small models are trained side by side (`batched`); 1: one by one.
+    """
 
     batch_size: int
     shared_steps: int
@@ -36,6 +40,7 @@ class Training:
     momentum: float
     weight_decay: float
     epochs: float | None
+    block: int
 
     def __post_init__(self) -> None:
         require(1 <= self.batch_size <= 10**6, "batch_size", self.batch_size, "in 1..1000000")
@@ -44,6 +49,7 @@ class Training:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, ">= 0")
         require(self.epochs is None or 0 < self.epochs < 10**6, "epochs", self.epochs, "> 0 or null")
+        require(1 <= self.block <= 1000, "block", self.block, "in 1..1000")
 
     def plan(self, phases: tuple[Phase, ...], num_samples: int) -> tuple[Phase, ...]:
         """Returns the phases with the steps (tau of model.md) that a device with `num_samples` training samples takes."""
@@ -135,7 +141,7 @@ def evaluate(learner: Learner, unit: Unit) -> Score:
     indices, correct = learner.test[unit.device], 0
     with torch.inference_mode():
         for start in range(0, len(indices), EVALUATION_BATCH):
-            x, y = _samples(learner, indices[start : start + EVALUATION_BATCH])
+            x, y = samples(learner, indices[start : start + EVALUATION_BATCH])
             correct += int((learner.parts.model(x).argmax(1) == y).sum())
     return Score(unit.device, correct, len(indices))
 
@@ -187,7 +193,7 @@ def _run_phase(
     if phase.steps == 0 or not (shared or personal):
         return previous_loss
     set_trained(parts, shared + personal)
-    x, y = _samples(learner, own[_batches(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
+    x, y = samples(learner, own[batch_positions(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
     velocity: Tensors = ()
     total_loss = torch.zeros(())
     for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
@@ -208,24 +214,28 @@ def _run_phase(
                 torch._foreach_add_(shared, grads[: len(shared)], alpha=-config.lr)
             if personal:
                 torch._foreach_add_(personal, grads[len(shared) :], alpha=-config.personal_lr)
-    mean_loss = float(total_loss) / phase.steps
+    return require_finite(float(total_loss) / phase.steps, unit, phase, config, x.shape[1:])
+
+
+def require_finite(mean_loss: float, unit: Unit, phase: Phase, config: Training, shape: Sequence[int]) -> float:
+    """Returns the loss; raises DeviceError saying where it came from when it is not finite."""
     if not math.isfinite(mean_loss):
         raise DeviceError(
             f"round {unit.round + 1}, device {unit.device}, {unit.stage}, {phase.kind} steps: the training loss is {mean_loss} "
-            f"(batches {list(x.shape[1:])} of {config.batch_size}); lower training.lr={config.lr} or "
+            f"(batches {list(shape)} of {config.batch_size}); lower training.lr={config.lr} or "
             f"training.personal_lr={config.personal_lr}"
         )
     return mean_loss
 
 
-def _batches(seed: int, unit: Unit, phase: int, num_samples: int, count: int) -> Array:
+def batch_positions(seed: int, unit: Unit, phase: int, num_samples: int, count: int) -> Array:
     """Returns `count` positions: epoch after epoch, each a new permutation; a batch may straddle two epochs."""
     rng = stream(seed, "batch", unit.round, unit.device, phase)
     epochs = math.ceil(count / num_samples)
     return np.concatenate([rng.permutation(num_samples) for _ in range(epochs)])[:count]
 
 
-def _samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:
+def samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:
     """Returns normalised images, float32 [n, C, H, W] in channels-last memory, and labels [n]."""
     images = torch.from_numpy(learner.images[indices]).float().div_(learner.scale)
     mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (learner.mean, learner.std))

@@ -17,6 +17,10 @@ def aggregate(old: Array, masks: Sequence[Array], values: Sequence[Array], weigh
     """
     total, weight = np.zeros(old.size), np.zeros(old.size)
     for mask, value, w in zip(masks, values, weights, strict=True):
-        total[mask] += w * value.astype(np.float64)
-        weight[mask] += w
+        if value.size == old.size:  # all of it, without picking entries: several times faster
+            total += w * value.astype(np.float64)
+            weight += w
+        else:
+            total[mask] += w * value.astype(np.float64)
+            weight[mask] += w
     return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), old).astype(old.dtype)

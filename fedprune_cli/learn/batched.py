@@ -1,0 +1,197 @@
+"""Small models of several devices trained side by side: one batched matrix product a layer instead of a step a device.
+
+A step of a small multilayer perceptron costs more Python than arithmetic. A block of devices takes its steps together, with the
+backward pass written out and the update made by the product itself. The unit of arithmetic is the block: it always has the same number
+of members, filled up with copies, so that a device's bits do not depend on who shares its block. They differ in the last digits from
+those of the loop over devices (`client.train`), which the tests hold it against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedprune_cli.learn.client import (
+    Learner,
+    Training,
+    Unit,
+    Update,
+    batch_positions,
+    require_finite,
+    samples,
+)  # fmt: skip
+from fedprune_cli.learn.models import Parts
+from fedprune_cli.learn.personalize import Phase
+
+MAX_PARAMS = 200_000  # of larger models the arithmetic outweighs what batching saves
+STEPS = 32  # gathered at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer's place in the flat vectors, float32 [members, ...] views: weight [members, out, in], bias [members, out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    is_personal: bool
+
+
+def batches(parts: Parts, training: Training) -> bool:
+    """Whether the model is a small perceptron, trained in a way that blocks can follow."""
+    leaves = [module for module in parts.model.modules() if not isinstance(module, nn.Sequential)]
+    linear = [module for module in leaves if isinstance(module, nn.Linear)]
+    in_turn = all(isinstance(module, nn.Linear | nn.ReLU | nn.Flatten) for module in leaves)
+    alternating = [type(m) for m in leaves if not isinstance(m, nn.Flatten)] == [nn.Linear, nn.ReLU] * (
+        len(linear) - 1
+    ) + [nn.Linear]
+    small = parts.shared.numel() + parts.personal.numel() <= MAX_PARAMS
+    return training.block > 1 and in_turn and alternating and small and training.momentum == 0
+
+
+def blocks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
+    """Returns the units in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
+    ordered = sorted(units, key=lambda unit: (sum(phase.steps for phase in unit.phases), unit.device))
+    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def train_block(learner: Learner, units: Sequence[Unit]) -> list[Update]:
+    """Returns each device's update after its local steps from (u * m_k, v_k), as `client.train` does one by one.
+
+    Raises DeviceError when a loss is not finite.
+    """
+    members = [*units, *[units[0]] * (learner.training.block - len(units))]
+    shared = torch.from_numpy(np.stack([unit.shared for unit in members]))
+    personal = torch.from_numpy(np.stack([unit.personal for unit in members]))
+    keep = _masks(members, shared.shape[1])
+    if keep is not None:
+        shared *= keep
+    layers = _layers(learner.parts, shared, personal)
+    losses: list[float | None] = [None] * len(members)
+    for index in range(len(units[0].phases)):
+        _run_phase(learner, members, index, layers, shared, keep, losses)
+    updates = []
+    for row, (unit, loss) in enumerate(zip(units, losses, strict=False)):
+        u = shared[row].numpy()
+        kept = u.copy() if keep is None else u[keep[row].numpy() > 0]
+        updates.append(Update(unit.device, kept, personal[row].numpy().copy(), loss))
+    return updates
+
+
+def _masks(members: Sequence[Unit], size: int) -> Tensor | None:
+    """Returns the masks, float32 [members, U], or None when all keep everything."""
+    if all(unit.kept is None for unit in members):
+        return None
+    masks = np.ones((len(members), size), dtype=np.float32)
+    for row, unit in zip(masks, members, strict=True):
+        if unit.kept is not None:
+            assert isinstance(unit.kept, np.ndarray)
+            row[:] = np.unpackbits(unit.kept, count=size)
+    return torch.from_numpy(masks)
+
+
+def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
+    views: dict[str, Tensor] = {}
+    for vector, params, first in (
+        (shared, parts.shared_params, 0),
+        (personal, parts.personal_params, len(parts.shared_params)),
+    ):
+        start = 0
+        for (name, count), param in zip(parts.names[first:], params, strict=False):
+            views[name] = vector[:, start : start + count].view(-1, *param.shape)
+            start += count
+    own = {id(param) for param in parts.personal_params}
+    return [
+        _Layer(views[f"{name}.weight"], views.get(f"{name}.bias"), id(layer.weight) in own)
+        for name, layer in parts.model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def _run_phase(
+    learner: Learner, members: Sequence[Unit], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
+    losses: list[float | None],
+) -> None:  # fmt: skip
+    """Takes one phase's SGD steps of all members in place, and notes their mean losses."""
+    config, phases = learner.training, [unit.phases[index] for unit in members]
+    rates = [_rate(layer, phases[0], config) for layer in layers]
+    steps = np.array([phase.steps for phase in phases])
+    if not steps.any() or not any(rates):
+        return
+    positions = [
+        learner.train[unit.device][batch_positions(learner.seed, unit, index, len(learner.train[unit.device]), count * config.batch_size)]
+        for unit, count in zip(members, steps.tolist(), strict=True)
+    ]  # fmt: skip
+    active = torch.from_numpy(steps[:, None] > np.arange(steps.max())).float()
+    total = torch.zeros(len(members))
+    for start in range(0, int(steps.max()), STEPS):
+        x, y = _gather(learner, positions, start, min(STEPS, int(steps.max()) - start))
+        for step in range(x.shape[1]):
+            total += _step(layers, rates, x[:, step], y[:, step], active[:, start + step], config.weight_decay)
+            if keep is not None:
+                shared *= keep
+    for row, (unit, phase) in enumerate(zip(members, phases, strict=True)):
+        if phase.steps:
+            losses[row] = require_finite(
+                float(total[row]) / phase.steps, unit, phase, learner.training, learner.images.shape[1:]
+            )
+
+
+def _rate(layer: _Layer, phase: Phase, config: Training) -> float:
+    """Returns the step size of a layer in a phase, 0 where it is frozen."""
+    frozen = phase.kind == ("shared" if layer.is_personal else "personal")
+    return 0.0 if frozen else config.personal_lr if layer.is_personal else config.lr
+
+
+def _gather(learner: Learner, positions: Sequence[np.ndarray], start: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Returns inputs [members, steps, batch, features] and labels [members, steps, batch]; who has fewer steps gets any sample."""
+    batch = learner.training.batch_size
+    chosen = np.zeros((len(positions), steps * batch), dtype=np.int64)
+    for row, own in zip(chosen, positions, strict=True):
+        part = own[start * batch : (start + steps) * batch]
+        row[: len(part)] = part
+    x, y = samples(learner, chosen.ravel())
+    return x.flatten(1).view(len(positions), steps, batch, -1), y.view(len(positions), steps, batch)
+
+
+def _step(
+    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, active: Tensor, weight_decay: float
+) -> Tensor:
+    """Takes one SGD step of every active member in place; returns its losses before it [members], 0 where inactive."""
+    inputs: list[Tensor] = []
+    for layer in layers:
+        if inputs:
+            x = torch.relu_(x)
+        inputs.append(x)
+        x = _linear(x, layer)
+    logits = torch.log_softmax(x, 2)
+    target = y.unsqueeze(2)
+    loss = -logits.gather(2, target).mean((1, 2)) * active
+    # the gradient of the mean cross-entropy: softmax minus one-hot, over the batch; nothing for those that are done
+    error = logits.exp_().scatter_add_(2, target, torch.full_like(target, -1, dtype=x.dtype))
+    error *= (active / y.shape[1])[:, None, None]
+    lowest = next(at for at, rate in enumerate(rates) if rate)
+    for at in range(len(layers) - 1, lowest - 1, -1):
+        layer, rate = layers[at], rates[at]
+        back = torch.bmm(error, layer.weight) if at > lowest else None
+        if rate:
+            if weight_decay:
+                layer.weight.mul_(1 - rate * weight_decay * active[:, None, None])
+            layer.weight.baddbmm_(error.transpose(1, 2), inputs[at], alpha=-rate)
+            if layer.bias is not None:
+                if weight_decay:
+                    layer.bias.mul_(1 - rate * weight_decay * active[:, None])
+                layer.bias.add_(error.sum(1), alpha=-rate)
+        if back is not None:
+            error = back.mul_(inputs[at] > 0)
+    return loss
+
+
+def _linear(x: Tensor, layer: _Layer) -> Tensor:
+    """Returns x W' + b of every member."""
+    if layer.bias is None:
+        return torch.bmm(x, layer.weight.transpose(1, 2))
+    return torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight.transpose(1, 2))
