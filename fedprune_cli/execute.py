@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from fedprune_cli.errors import DeviceError, require
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
+
+ATTEMPTS = 3  # of the same work, before it is taken to be what kills its workers
+ALIGNMENT = 64  # bytes: what numpy and vector instructions like
 
 _context: Any = None  # what a worker process built once, at its start
 
@@ -48,20 +58,75 @@ class _Serial:
         return [f(self.context, unit) for unit in units]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Processes:
+    """Workers in processes. The pool is the one thing here that changes: a broken one is replaced."""
+
+    start: Callable[[], ProcessPoolExecutor]
     pool: ProcessPoolExecutor
 
     def map(self, f: Callable[[Any, Unit], Result], units: Iterable[Unit]) -> list[Result]:
-        try:
-            return list(self.pool.map(_work, ((f, unit) for unit in units)))
-        except BrokenProcessPool:
-            raise DeviceError(
-                "a worker process died (killed, or out of memory?); the finished rounds are safe, resume the run"
-            ) from None
+        """As Executor.map; when a worker dies, names it on stderr and does the lost work again on new workers."""
+        tasks, results = list(units), {}
+        for _ in range(ATTEMPTS):
+            futures = {at: self.pool.submit(_work, (f, task)) for at, task in enumerate(tasks) if at not in results}
+            workers = multiprocessing.active_children()
+            for at, future in futures.items():
+                with contextlib.suppress(BrokenProcessPool):
+                    results[at] = future.result()
+            if len(results) == len(tasks):
+                return [results[at] for at in range(len(tasks))]
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            lost = f"{_dead(workers)} died; the work of {len(tasks) - len(results)} units is"
+            print(f"warning: {lost} done again", file=sys.stderr, flush=True)
+            self.pool = self.start()
+        raise DeviceError(
+            f"{lost} lost for the {ATTEMPTS}rd time (out of memory?); the finished rounds are safe, resume the run"
+        )
 
 
-def _start(build: Callable[[], Any]) -> None:
+def _dead(workers: Sequence[BaseProcess]) -> str:
+    """Returns which workers of a broken pool died by themselves: it ends the others with SIGTERM."""
+    dead = [worker for worker in workers if worker.exitcode not in (None, 0, -signal.SIGTERM)]
+    named = [f"worker process {worker.pid} (exit code {worker.exitcode})" for worker in dead]
+    return " and ".join(named) or "a worker process"
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A pickled object whose arrays lie in an unnamed file, which workers map: one copy in memory for all of them."""
+
+    data: bytes
+    spans: tuple[tuple[int, int], ...]
+    file: BinaryIO
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """While a worker is started: hands it the file's descriptor, and there gives the object back."""
+        return _open, (self.data, self.spans, reduction.DupFd(self.file.fileno()))
+
+
+def _share(value: Any) -> _Shared:
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    file, spans, at = tempfile.TemporaryFile(), [], 0  # noqa: SIM115  # closed with the last reference to it
+    for buffer in buffers:
+        at += -at % ALIGNMENT
+        file.seek(at)
+        file.write(buffer.raw())
+        spans.append((at, at + buffer.raw().nbytes))
+        at = spans[-1][1]
+    file.truncate(max(at, 1))
+    file.flush()
+    return _Shared(data, tuple(spans), cast(BinaryIO, file))
+
+
+def _open(data: bytes, spans: tuple[tuple[int, int], ...], descriptor: Any) -> Any:
+    with open(descriptor.detach(), "rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return pickle.loads(data, buffers=[mapped[start:end] for start, end in spans])  # from this program's own parent
+
+
+def _start(build: Any) -> None:
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -95,8 +160,16 @@ def executor(execution: Execution, build: Callable[[], Any]) -> Iterator[Executo
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(build,))
+    shared = _share(build)
+    # a server imports what is heavy once, and forks every worker from there: they start at once and share its memory
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedprune_cli.run"])
+
+    def start() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, context, initializer=functools.partial(_start, shared))
+
+    processes = _Processes(start, start())
     try:
-        yield _Processes(pool)
+        yield processes
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        processes.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,92 @@
+"""Executors: the same results in order from both, one copy of the data, and a dead worker's work done again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune_cli.errors import DeviceError
+from fedprune_cli.execute import Execution, executor
+
+Context = tuple[np.ndarray, np.ndarray]
+
+
+def build(big: np.ndarray, small: np.ndarray) -> Context:
+    return big, small
+
+
+def scaled(context: Context, unit: int) -> float:
+    return float(context[0].sum()) * unit + float(context[1][0])
+
+
+def die_once(context: Context, unit: tuple[int, str]) -> int:
+    """Kills its worker the first time that unit 3 is worked on."""
+    number, marker = unit
+    if number == 3 and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * 10
+
+
+def die(context: Context, unit: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def fail(context: Context, unit: int) -> int:
+    raise DeviceError(f"unit {unit} is bad")
+
+
+def mapped_bytes(context: Context, unit: int) -> tuple[bool, bool]:
+    """Whether the big array is read-only and lies in a file that is mapped, not in this process's own memory."""
+    address = context[0].__array_interface__["data"][0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return not context[0].flags.writeable, "deleted" in line
+    return False, False
+
+
+@pytest.fixture
+def context() -> functools.partial[Context]:
+    return functools.partial(build, np.arange(100_000.0), np.array([7.0]))
+
+
+def test_both_executors_give_the_same_results_in_order(context: functools.partial[Context]) -> None:
+    results = []
+    for execution in (Execution("serial", None), Execution("processes", 1), Execution("processes", 2)):
+        with executor(execution, context) as workers:
+            results.append([*workers.map(scaled, range(20)), *workers.map(scaled, [5])])
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_work_of_a_dead_worker_is_done_again_and_it_is_named(
+    context: functools.partial[Context], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with executor(Execution("processes", 2), context) as workers:
+        assert workers.map(die_once, [(n, str(tmp_path / "died")) for n in range(8)]) == [10 * n for n in range(8)]
+        assert workers.map(scaled, [1]) == workers.map(scaled, [1])  # and the new workers go on
+    assert "(exit code -9) died; the work of" in capfd.readouterr().err
+
+
+def test_work_that_always_kills_its_worker_ends_in_one_line(context: functools.partial[Context]) -> None:
+    with executor(Execution("processes", 1), context) as workers, pytest.raises(DeviceError, match="the 3rd time"):
+        workers.map(die, [1])
+
+
+def test_an_error_of_the_work_is_the_work_s_own(context: functools.partial[Context]) -> None:
+    with executor(Execution("processes", 2), context) as workers:
+        with pytest.raises(DeviceError, match="unit 4 is bad"):
+            workers.map(fail, [4, 5])
+        assert workers.map(scaled, [0]) == [7.0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's view of a process's memory")
+def test_the_data_are_mapped_and_not_copied(context: functools.partial[Context]) -> None:
+    with executor(Execution("processes", 2), context) as workers:
+        assert set(workers.map(mapped_bytes, range(4))) == {(True, True)}
