@@ -87,16 +87,18 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How models are tested: each device's test share, every how many rounds, personal steps on a fresh device."""
+    """How models are tested: each device's test share, every how many rounds, on how many devices (None: all), a fresh one's steps."""
 
     test_fraction: float
     every: int
+    devices: int | None
     fresh_steps: int
     target_accuracy: float | None
 
     def __post_init__(self) -> None:
         require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
         require(self.every >= 1, "every", self.every, ">= 1")
+        require(self.devices is None or self.devices >= 1, "devices", self.devices, ">= 1 or null")
         require(0 <= self.fresh_steps <= 10**6, "fresh_steps", self.fresh_steps, "in 0..1000000")
         target = self.target_accuracy
         require(target is None or 0 < target <= 1, "target_accuracy", target, "in (0, 1] or null")

@@ -4,6 +4,7 @@ config.yaml, manifest.json   what was asked, and what it was asked of
 rounds.jsonl                 modelled figures, one object a round; written before the state of its round
 timings.jsonl                measured wall time, kept apart
 state.safetensors            the last finished round; replaced by rename
+personal-<round>.f32         the devices' personalized parts, appended to; begun anew when most of its rows are old
 summary.json, report/        after the last round
 """
 
@@ -11,18 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedprune_cli.errors import CheckpointError, OutputError
-from fedprune_cli.state import State, decode, encode
+from fedprune_cli.state import Array, Personal, State, chain, decode, encode
 
 STATE, CONFIG, MANIFEST, SUMMARY = "state.safetensors", "config.yaml", "manifest.json", "summary.json"
 LOGS = ("rounds.jsonl", "timings.jsonl")
+DEAD_ROWS = 4  # rows a live one, from which a file of personal rows is begun anew
 
 
 @contextlib.contextmanager
@@ -71,14 +78,73 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def commit(run_dir: Path, state: State, config_hash: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Appends a finished round's `entries` (log name -> object), then replaces the state."""
+def commit(run_dir: Path, state: State, config_hash: str, entries: Mapping[str, Mapping[str, Any]]) -> State:
+    """Appends a finished round's `entries` (log name -> object) and personal rows, then replaces the state; returns it as stored."""
     for log, entry in entries.items():
         with writing(run_dir / log), (run_dir / log).open("ab") as file:
             file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+    before = state.personal.name
+    state = replace(state, personal=_store(run_dir, state.personal, state.round))
     _replace(run_dir / STATE, encode(state, config_hash))
+    if state.personal.name != before:
+        (run_dir / before).unlink(missing_ok=True)
+    return state
+
+
+def _store(run_dir: Path, personal: Personal, number: int) -> Personal:
+    """Returns the parts with their new rows on disk: appended, or written anew with the live ones when those are few.
+
+    Until the state is replaced nothing refers to what is written here.
+    """
+    if not personal.new or not len(personal.initial):
+        return replace(personal, new={})
+    devices = sorted(personal.new)
+    trained = personal.place >= 0
+    trained[devices] = True
+    anew = len(personal.stored) + len(devices) > DEAD_ROWS * int(trained.sum())
+    if anew:
+        devices = np.flatnonzero(trained).tolist()
+    name, start = (f"personal-{number}.f32", 0) if anew else (personal.name, len(personal.stored))
+    sha256, place, size = "" if anew else personal.sha256, personal.place.copy(), personal.initial.nbytes
+    with writing(run_dir / name), (run_dir / name).open("wb" if anew or not start else "r+b") as file:
+        file.seek(start * size)
+        for device in devices:
+            row = personal[device]
+            file.write(row.tobytes())
+            sha256 = chain(sha256, [row])
+        file.flush()
+        os.fsync(file.fileno())
+    place[devices] = start + np.arange(len(devices))
+    stored = _map(run_dir / name, (start + len(devices), len(personal.initial)))
+    return Personal(personal.initial, place, stored, name, sha256)
+
+
+def _map(path: Path, shape: tuple[int, int]) -> Array:
+    return np.memmap(path, dtype=np.float32, mode="r", shape=shape) if all(shape) else np.zeros(shape, np.float32)
+
+
+def _read_personal(run_dir: Path, name: str, shape: tuple[int, int], sha256: str) -> Array:
+    """Returns the stored rows; cuts off what a killed process wrote after them and removes the files that it left behind."""
+    path, size = run_dir / name, 4 * shape[0] * shape[1]
+    if not re.fullmatch(r"personal-\d+\.f32", name):
+        raise CheckpointError(f"{run_dir / STATE}: damaged checkpoint (no personal file {name!r})")
+    for other in run_dir.glob("personal-*.f32"):
+        if other != path or not size:
+            other.unlink()
+    if not size:
+        return np.zeros(shape, np.float32)
+    try:
+        if path.stat().st_size > size:
+            os.truncate(path, size)
+        intact = path.stat().st_size == size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    stored = _map(path, shape) if intact else np.zeros((0, 0), np.float32)
+    if not intact or chain("", stored) != sha256:
+        raise CheckpointError(f"{path}: damaged (its content does not match its checksum)")
+    return stored
 
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -95,7 +161,7 @@ def load(run_dir: Path, config_hash: str) -> State:
         data = (run_dir / STATE).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{run_dir / STATE}: {error.strerror}") from None
-    state, written_hash = decode(data, str(run_dir / STATE))
+    state, written_hash = decode(data, str(run_dir / STATE), functools.partial(_read_personal, run_dir))
     if written_hash != config_hash:
         raise CheckpointError(f"{run_dir / STATE}: belongs to configuration {written_hash}, not to {config_hash}")
     for log in LOGS:

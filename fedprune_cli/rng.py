@@ -10,6 +10,7 @@ import numpy as np
 Purpose = Literal[
     "allocator",  # random baseline allocator
     "batch",  # minibatch order of (round, device, phase)
+    "evaluation",  # which devices are tested, when not all
     "fading",  # block fading of (round)
     "fleet",  # clocks, powers and distances
     "importance",  # random pruner, of (round)

@@ -39,7 +39,7 @@ from fedprune_cli.meter import (
     measure,
 )
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, State
+from fedprune_cli.state import Array, State, untrained
 from fedprune_cli.world.scenario import Scenario, build_scenario
 
 Record = dict[str, Any]
@@ -86,9 +86,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
 
     updates = train_devices(setup, workers, [train_unit(setup, state, masks, device) for device in devices.tolist()])
     shared, gradient = server_step(setup, state, masks, updates)
-    personal = state.personal.copy()
-    for update in updates:
-        personal[update.device] = update.personal
+    personal = state.personal.replaced({update.device: update.personal for update in updates})
 
     measured = measure_round(setup, load, allocation, masks, updates, radio.gain_linear[ids])
     clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
@@ -113,9 +111,8 @@ def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
                     started = time.perf_counter()
                     state, record = round_step(setup, state, workers)
                     timing = {"round": state.round, "wall_s": time.perf_counter() - started}
-                    folder.commit(
-                        run_dir, state, experiment.config_hash, {"rounds.jsonl": record, "timings.jsonl": timing}
-                    )
+                    entries = {"rounds.jsonl": record, "timings.jsonl": timing}
+                    state = folder.commit(run_dir, state, experiment.config_hash, entries)
                     yield record
         folder.finish(run_dir, summarise(experiment, run_dir))
 
@@ -179,7 +176,7 @@ def round_problem(
     bits = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
     bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(bits) % 2 == 0))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
-    samples = np.array([len(scenario.partition.train[device]) for device in ids], dtype=float)
+    samples = scenario.partition.train.sizes[ids].astype(float)
     weight = experiment.weights.weight(samples, ids, slots)
     problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, setup.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
@@ -215,12 +212,13 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
 
 
 def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
-    """Returns the devices' updates in the order of the units: small models side by side, others one by one."""
-    if not setup.batched or not units:
-        return workers.map(train, units)
-    done = workers.map(train_block, blocks(units, setup.experiment.training.block))
-    by_device = {update.device: update for block in done for update in block}
-    return [by_device[unit.device] for unit in units]
+    """Returns the devices' updates in the order of the units: small models side by side, others and slices one by one."""
+    together = [unit for unit in units if setup.batched and not isinstance(unit.kept, tuple)]
+    in_blocks = workers.map(train_block, blocks(together, setup.experiment.training.block)) if together else []
+    done = {update.device: update for block in in_blocks for update in block}
+    rest = [unit for unit in units if unit.device not in done]
+    done |= {update.device: update for update in workers.map(train, rest)} if rest else {}
+    return [done[unit.device] for unit in units]
 
 
 def kept_of(masks: Masks, device: int) -> Array | tuple[Array, ...] | None:
@@ -235,7 +233,7 @@ def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Upda
     """Returns the new u [U], and the mean gradient that the updates imply: the way each entry went, per unit of step size."""
     kept = [masks[update.device] for update in updates]
     values = [update.shared for update in updates]
-    weights = [len(setup.scenario.partition.train[update.device]) for update in updates]
+    weights = setup.scenario.partition.train.sizes[[update.device for update in updates]].tolist()
     shared = aggregate(state.shared, kept, values, weights)
     lr = setup.experiment.training.lr
     steps = [sum(phase.steps for phase in plan(setup, update.device) if phase.kind != "personal") for update in updates]
@@ -286,7 +284,7 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
         return {}
     own = [
         Unit("test", new.round, device, new.shared, new.personal[device], kept_of(masks, device), ())
-        for device in range(scenario.num_devices)
+        for device in tested_devices(setup)
     ]
     fresh = [
         Unit(
@@ -294,7 +292,7 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
             new.round,
             device,
             new.shared,
-            setup.initial.personal[0],
+            setup.initial.personal.initial,
             None,
             (Phase("personal", evaluation.fresh_steps),),
         )
@@ -303,13 +301,22 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
     return {score.device: score for score in workers.map(evaluate, own + fresh)}
 
 
+def tested_devices(setup: Setup) -> list[int]:
+    """Returns the training devices whose models are tested: all, or the same `evaluation.devices` of them throughout the run."""
+    count, wanted = setup.scenario.num_devices, setup.experiment.evaluation.devices
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    chosen = stream(setup.experiment.seed, "evaluation").choice(count, wanted, replace=False)
+    return sorted(chosen.tolist())
+
+
 def build_record(
     setup: Setup, new: State, problem: Problem, allocation: Allocation,
     updates: Sequence[Update], measured: Measurement, gradient: Array, errors: Array, scores: Mapping[int, Score],
 ) -> Record:  # fmt: skip
     """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`."""
     scenario, admitted = setup.scenario, allocation.admitted
-    samples = np.array([len(indices) for indices in scenario.partition.train])
+    samples = scenario.partition.train.sizes
     ids = [update.device for update in updates]
     weights = samples[ids] / max(samples[ids].sum(), 1)
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
@@ -350,9 +357,13 @@ def build_record(
             "joules": measured.joules.tolist(),
             "bytes_up": [int(size) for size in measured.bytes_up],
             "train_loss": losses,
-            "accuracy": [scores[device].correct / scores[device].total for device in ids] if scores else None,
+            "accuracy": [_accuracy(scores.get(device)) for device in ids] if scores else None,
         },
     }
+
+
+def _accuracy(score: Score | None) -> float | None:
+    return None if score is None else score.correct / score.total
 
 
 def accuracy_figures(setup: Setup, scores: Mapping[int, Score]) -> Record:
@@ -360,7 +371,7 @@ def accuracy_figures(setup: Setup, scores: Mapping[int, Score]) -> Record:
     count = setup.scenario.num_devices
     own = {device: score for device, score in scores.items() if device < count}
     fresh = [score.correct / score.total for device, score in scores.items() if device >= count]
-    samples = np.array([len(indices) for indices in setup.scenario.partition.train])
+    samples = setup.scenario.partition.train.sizes
     figures = accuracies(own, samples) if own else dict.fromkeys(("accuracy", "accuracy_mean", "accuracy_p10"))
     return figures | {"fresh_accuracy": float(np.mean(fresh)) if fresh else None}
 
@@ -397,10 +408,10 @@ def prepare(experiment: Experiment) -> Setup:
     cost = count_cost(parts, scenario.dataset.images.shape[1:])
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
-    personal = np.tile(parts.personal.numpy(), (scenario.num_devices, 1))
+    personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     layout = build_layout(experiment, parts, cost)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
-    return Setup(experiment, scenario, cost, initial, layout, layout is None and batches(parts, experiment.training))
+    return Setup(experiment, scenario, cost, initial, layout, batches(parts, experiment.training))
 
 
 def build_layout(experiment: Experiment, parts: Parts, cost: ModelCost) -> Layout | None:
@@ -462,8 +473,8 @@ def build_manifest(setup: Setup) -> Record:
             },
         },
         "fresh_devices": len(partition.train) - scenario.num_devices,
-        "train_samples": [len(indices) for indices in partition.train],
-        "test_samples": [len(indices) for indices in partition.test],
+        "train_samples": partition.train.sizes.tolist(),
+        "test_samples": partition.test.sizes.tolist(),
         "histogram": partition.histogram.tolist(),
     }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,26 +17,105 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
+class Ragged(Sequence[Array]):
+    """Arrays of different lengths laid end to end: item i is flat[starts[i] : starts[i + 1]]."""
+
+    flat: Array
+    starts: Array
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, at: int) -> Array:  # type: ignore[override]  # no slices
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        return self.flat[self.starts[at] : self.starts[at + 1]]
+
+    @property
+    def sizes(self) -> Array:
+        """The lengths [items]."""
+        return np.diff(self.starts)
+
+
+def ragged(pieces: Sequence[Array]) -> Ragged:
+    """Returns the arrays laid end to end."""
+    flat = np.concatenate(pieces) if len(pieces) else np.zeros(0, dtype=np.int64)
+    return Ragged(flat, np.cumsum([0, *map(len, pieces)]))
+
+
+@dataclass(frozen=True)
+class Personal:
+    """The personalized parts v_k of all devices: each device's initial row until it trains, then its last one.
+
+    Only what trained takes memory or disk: a run may have a hundred thousand devices of which a hundred train a round.
+    initial: float32 [V]; place: int64 [N], a device's row among the stored ones, -1 before its first; stored: float32 [rows, V], in
+    memory or mapped from the run's file `name`; sha256: of the stored rows, chained row by row; new: rows that came since.
+    """
+
+    initial: Array
+    place: Array
+    stored: Array
+    name: str
+    sha256: str = ""
+    new: Mapping[int, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __getitem__(self, device: int) -> Array:
+        """Returns v_k, float32 [V]."""
+        if device in self.new:
+            return self.new[device]
+        place = self.place[device]
+        return self.initial if place < 0 else np.array(self.stored[place])
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[device] for device in range(len(self)))
+
+    def replaced(self, rows: Mapping[int, Array]) -> Personal:
+        """Returns the parts after the devices in `rows` trained."""
+        return Personal(self.initial, self.place, self.stored, self.name, self.sha256, {**self.new, **rows})
+
+
+def untrained(initial: Array, num_devices: int) -> Personal:
+    """Returns the parts before the first round."""
+    size = len(initial)
+    return Personal(initial, np.full(num_devices, -1), np.zeros((0, size), dtype=np.float32), "personal-0.f32")
+
+
+def chain(sha256: str, rows: Sequence[Array] | Array) -> str:
+    """Returns the hash of stored rows after more of them: each row's hash covers the one before."""
+    for row in rows:
+        sha256 = hashlib.sha256(sha256.encode() + np.ascontiguousarray(row).tobytes()).hexdigest()
+    return sha256
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that the next round depends on, apart from the configuration.
 
     round: rounds finished so far, the cursor of every random stream.
     shared: float32 [U], the global part u.
-    personal: float32 [K, V], row k is v_k and never leaves device k.
+    personal: v_k of every device, which never leaves it.
     slots: named arrays that outlive a round: the clock `simulated_s` [], the last `prune_ratio` [K], and what a plug-in adds.
     """
 
     round: int
     shared: Array
-    personal: Array
+    personal: Personal
     slots: Mapping[str, Array]
 
 
 def encode(state: State, config_hash: str) -> bytes:
-    """Returns the checkpoint as a plain safetensors file; equal states give equal bytes."""
-    tensors = {"shared": state.shared, "personal": state.personal}
+    """Returns the checkpoint as a plain safetensors file; equal states give equal bytes.
+
+    Stored personal rows lie in a file of their own, of which it holds the name, the number of rows and the hash.
+    """
+    personal = state.personal
+    tensors = {"shared": state.shared, "personal/initial": personal.initial, "personal/place": personal.place}
     tensors |= {f"slots/{name}": value for name, value in state.slots.items()}
-    meta: dict[str, object] = {"round": state.round, "config_hash": config_hash}
+    stored = [personal.name, len(personal.stored), personal.sha256]
+    meta: dict[str, object] = {"round": state.round, "config_hash": config_hash, "personal": stored}
     digest = hashlib.sha256(json.dumps(meta).encode())
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].dtype}{tensors[name].shape}".encode())
@@ -48,17 +127,24 @@ def encode(state: State, config_hash: str) -> bytes:
     )
 
 
-def decode(data: bytes, where: str) -> tuple[State, str]:
-    """Returns the state and the config hash that `encode` wrote; raises CheckpointError when any byte differs."""
+def decode(data: bytes, where: str, read: Callable[[str, tuple[int, int], str], Array]) -> tuple[State, str]:
+    """Returns the state and the config hash that `encode` wrote; raises CheckpointError when any byte differs.
+
+    read: returns the stored personal rows of a file's name, shape and hash.
+    """
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header["__metadata__"]["fedprune"])
         slots = {name.removeprefix("slots/"): value for name, value in tensors.items() if name.startswith("slots/")}
-        state, config_hash = State(meta["round"], tensors["shared"], tensors["personal"], slots), meta["config_hash"]
+        name, rows, sha256 = meta["personal"]
+        initial, place = tensors["personal/initial"], tensors["personal/place"]
+        empty = Personal(initial, place, np.broadcast_to(np.float32(0), (rows, len(initial))), name, sha256)
+        state, config_hash = State(meta["round"], tensors["shared"], empty, slots), meta["config_hash"]
         intact = encode(state, config_hash) == data
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: damaged checkpoint ({type(error).__name__})") from None
     if not intact:
         raise CheckpointError(f"{where}: damaged checkpoint (its content does not match its checksum)")
-    return state, config_hash
+    stored = read(name, (rows, len(initial)), sha256)
+    return State(state.round, state.shared, Personal(initial, place, stored, name, sha256), slots), config_hash

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -20,13 +21,16 @@ from omegaconf import OmegaConf
 
 from fedprune_cli import folder, run
 from fedprune_cli.allocate.problem import dense_deadline
+from fedprune_cli.config import compose_config
 from fedprune_cli.errors import CheckpointError, InfeasibleError
+from fedprune_cli.execute import executor
 
 RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 
 
 def results(run_dir: Path) -> dict[str, bytes]:
-    return {name: (run_dir / name).read_bytes() for name in RESULTS}
+    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
+    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
 
 
 def test_serial_and_processes_give_the_same_bytes(tmp_path: Path) -> None:
@@ -157,6 +161,8 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
         ("state.safetensors", lambda b: b[:-1], "damaged checkpoint"),
         ("rounds.jsonl", lambda b: b.replace(b'"round": 2', b'"round": 7'), "line 2 is damaged"),
         ("rounds.jsonl", lambda b: b"".join(b.splitlines(keepends=True)[:1]), "has 1 rounds, the checkpoint 3"),
+        ("PERSONAL", lambda b: b[:-4], r"personal-\d+\.f32: damaged"),
+        ("PERSONAL", lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], r"personal-\d+\.f32: damaged"),
         ("manifest.json", lambda b: b[:100], "damaged"),
         ("manifest.json", lambda b: b.replace(b'"sha256": "', b'"sha256": "0'), "dataset.sha256"),
         ("config.yaml", lambda b: b.replace(b"lr: 0.05", b"lr: 0.06"), "made with another config"),
@@ -167,9 +173,37 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
     ):
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(tmp_path / "run", damaged)
-        (damaged / name).write_bytes(change((damaged / name).read_bytes()))
+        file = next(damaged.glob("personal-*.f32")) if name == "PERSONAL" else damaged / name
+        file.write_bytes(change(file.read_bytes()))
         with pytest.raises(CheckpointError, match=message):
             list(run.run(run.reopen(damaged), damaged))
+
+
+def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: Path) -> None:
+    """Twelve devices, two a round: the file of personal rows stays within four times the live ones, at every round."""
+    overrides = ("devices.count=12", "devices.per_round=2", "rounds=30", "evaluation.every=30", "evaluation.devices=3")
+    setup = make_setup(*overrides)
+    run.create(setup, compose_config([*TINY, *overrides]), tmp_path / "run")
+    size, trained, state = setup.initial.personal.initial.nbytes, set(), setup.initial
+    with executor(
+        setup.experiment.execution, functools.partial(run.build_learner, setup.experiment, setup.scenario)
+    ) as workers:
+        for record in run.run(setup, tmp_path / "run"):
+            trained |= set(record["devices"]["id"])
+            (file,) = (tmp_path / "run").glob("personal-*.f32")
+            assert file.stat().st_size <= 4 * len(trained) * size
+            state, _ = run.round_step(setup, state, workers)  # all rows in memory: the reference
+    stored = folder.load(tmp_path / "run", setup.experiment.config_hash)
+    assert (file.name != "personal-0.f32") == (4 * len(trained) < 60)
+    np.testing.assert_array_equal(list(stored.personal), list(state.personal))
+    assert len(run.tested_devices(setup)) == 3
+    garbage = tmp_path / "run" / "personal-99.f32"  # what a killed process leaves behind
+    garbage.write_bytes(b"half")
+    with file.open("ab") as rows:
+        rows.write(b"more")
+    again = folder.load(tmp_path / "run", setup.experiment.config_hash)
+    assert not garbage.exists()
+    np.testing.assert_array_equal(list(stored.personal), list(again.personal))
 
 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fedprune_cli.learn.client import (
     Unit,
     Update,
     batch_positions,
+    make_whole,
     require_finite,
     samples,
 )  # fmt: skip
@@ -63,6 +64,7 @@ def train_block(learner: Learner, units: Sequence[Unit]) -> list[Update]:
 
     Raises DeviceError when a loss is not finite.
     """
+    make_whole(learner)
     members = [*units, *[units[0]] * (learner.training.block - len(units))]
     shared = torch.from_numpy(np.stack([unit.shared for unit in members]))
     personal = torch.from_numpy(np.stack([unit.personal for unit in members]))

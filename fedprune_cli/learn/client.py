@@ -19,7 +19,7 @@ from fedprune_cli.learn.models import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
+from fedprune_cli.state import Array, Ragged
 
 Tensors = tuple[Tensor, ...] | list[Tensor]  # what the foreach kernels take
 EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's identity because it fixes shapes
@@ -74,8 +74,8 @@ class Learner:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: tuple[Array, ...]
-    test: tuple[Array, ...]
+    train: Ragged
+    test: Ragged
     layout: Layout | None
 
 
@@ -170,8 +170,7 @@ def _load(learner: Learner, unit: Unit) -> _Loaded:
         shared, personal = torch.from_numpy(unit.shared[mask]), torch.from_numpy(unit.personal[personal_mask])
         parts.point(shared, personal, shapes)
         return _Loaded(shared, personal, None, None, personal_mask)
-    if learner.layout is not None:  # the last device may have left a slice behind
-        parts.point(parts.shared, parts.personal, list(learner.layout.shapes.values()))
+    make_whole(learner)
     parts.shared.copy_(torch.from_numpy(unit.shared))
     parts.personal.copy_(torch.from_numpy(unit.personal))
     if unit.kept is None:
@@ -180,6 +179,12 @@ def _load(learner: Learner, unit: Unit) -> _Loaded:
     parts.shared.mul_(torch.from_numpy(mask))
     keep = parts.shared_views(torch.from_numpy(mask).float())
     return _Loaded(parts.shared, parts.personal, mask, keep, None)
+
+
+def make_whole(learner: Learner) -> None:
+    """Gives the model all its channels back: the last device may have left a slice of it behind."""
+    if learner.layout is not None:
+        learner.parts.point(learner.parts.shared, learner.parts.personal, list(learner.layout.shapes.values()))
 
 
 def _run_phase(

@@ -63,9 +63,9 @@ class Radio:
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
         """Gilbert-Elliott from its stationary distribution: in outage a fraction enter / (enter + leave) of the time."""
-        reachable = np.ones((rounds, num_devices), dtype=bool)
         if self.outage_enter == 0:
-            return reachable
+            return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
+        reachable = np.ones((rounds, num_devices), dtype=bool)
         lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (
             self.outage_enter + self.outage_leave
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
+from fedprune_cli.state import Array, Ragged, ragged
 
 
 class PartitionConfig(Protocol):
@@ -19,11 +20,8 @@ class PartitionConfig(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def min_samples(self) -> int: ...
-
-    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
-        """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
+    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        """Returns every device's train and test samples; raises ConfigError when there are too few."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,27 @@ class Iid:
             2 <= self.min_samples <= 10**9, "min_samples", self.min_samples, ">= 2 (one to train on, one to test on)"
         )
 
+    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        """A disjoint cover of the data. A device that `assign` left short is filled up with random samples of the largest: no retries."""
+        if num_devices * self.min_samples > len(labels):
+            raise ConfigError(
+                f"{num_devices} devices with at least {self.min_samples} samples each need {num_devices * self.min_samples} samples, the "
+                f"data has {len(labels)}: lower devices.count, devices.fresh or partition.min_samples, or take partition=drawn"
+            )
+        rng = stream(seed, "partition")
+        owner = self.assign(labels, num_devices, rng)
+        _fill_up(owner, num_devices, self.min_samples, rng)
+        train, test = [], []
+        order = np.argsort(owner, kind="stable")
+        for device, own in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
+            shuffled = stream(seed, "split", device).permutation(own)
+            cut = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+            test.append(np.sort(shuffled[:cut]))
+            train.append(np.sort(shuffled[cut:]))
+        return ragged(train), ragged(test)
+
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
         owner = np.empty(len(labels), dtype=np.int64)
         owner[rng.permutation(len(labels))] = np.arange(len(labels)) % num_devices
         return owner
@@ -125,11 +143,59 @@ class Shards(Iid):
         return owner
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Any number of devices, each with `samples` drawn with repetition from the whole data, its classes mixed by Dirichlet(alpha).
+
+    What devices train on and what they are tested on come from two disjoint pools of the data.
+    """
+
+    name: str
+    samples: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        require(2 <= self.samples <= 10**6, "samples", self.samples, "in 2..1000000 (one to train on, one to test on)")
+        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+
+    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        rng = stream(seed, "partition")
+        classes = np.unique(labels)
+        mix = rng.standard_gamma(self.alpha, (num_devices, len(classes)))
+        empty = ~(mix.sum(1) > 0)  # a tiny alpha makes all draws underflow: one class gets everything
+        mix[empty, rng.integers(len(classes), size=int(empty.sum()))] = 1.0
+        mix /= mix.sum(1, keepdims=True)
+        cut = min(max(round(test_fraction * self.samples), 1), self.samples - 1)
+        pools = []
+        for label in classes:
+            own = rng.permutation(np.flatnonzero(labels == label))
+            edge = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+            if edge < 1:
+                raise ConfigError(
+                    f"class {label} has {len(own)} samples: at least 2 are needed, one to train on and one to test on"
+                )
+            pools.append((own[edge:], own[:edge]))
+        counts = [self.samples - cut, cut]
+        train, test = (self._draw([pool[part] for pool in pools], mix, count, rng) for part, count in enumerate(counts))
+        return train, test
+
+    def _draw(self, pools: Sequence[Array], mix: Array, count: int, rng: np.random.Generator) -> Ragged:
+        """Returns `count` samples of every device, as many of each class as its mix says."""
+        of_class = rng.multinomial(count, mix)
+        device = np.concatenate([np.repeat(np.arange(len(mix)), column) for column in of_class.T])
+        drawn = np.concatenate(
+            [pool[rng.integers(len(pool), size=n)] for pool, n in zip(pools, of_class.sum(0), strict=True)]
+        )
+        order = np.lexsort((drawn, device))
+        return Ragged(drawn[order], np.arange(len(mix) + 1) * count)
+
+
 PARTITIONS: dict[str, type[PartitionConfig]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "shards": Shards,
     "quantity": Quantity,
+    "drawn": Drawn,
 }
 
 
@@ -153,37 +219,20 @@ def _apportion(shares: Array, count: int) -> Array:
 class Partition:
     """train, test: sample indices of every device, int64; histogram: samples of each class, int64 [devices, classes]."""
 
-    train: tuple[Array, ...]
-    test: tuple[Array, ...]
+    train: Ragged
+    test: Ragged
     histogram: Array
 
 
 def build_partition(
     config: PartitionConfig, labels: Array, num_classes: int, num_devices: int, test_fraction: float, seed: int
 ) -> Partition:
-    """Returns every device's train and test samples: a disjoint cover of the data with at least `min_samples` a device.
-
-    A device that the draw left short is filled up with random samples of the then largest devices: no retries.
-    Raises ConfigError when there are too few samples for that many devices.
-    """
-    if num_devices * config.min_samples > len(labels):
-        raise ConfigError(
-            f"{num_devices} devices with at least {config.min_samples} samples each need {num_devices * config.min_samples} samples, "
-            f"the data has {len(labels)}: lower devices.count, devices.fresh or partition.min_samples"
-        )
-    rng = stream(seed, "partition")
-    owner = config.assign(labels, num_devices, rng)
-    _fill_up(owner, num_devices, config.min_samples, rng)
-    train, test = [], []
-    order = np.argsort(owner, kind="stable")
-    for device, own in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
-        shuffled = stream(seed, "split", device).permutation(own)
-        cut = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
-        test.append(np.sort(shuffled[:cut]))
-        train.append(np.sort(shuffled[cut:]))
+    """Returns every device's train and test samples, at least one of each; raises ConfigError when there are too few for all."""
+    train, test = config.split(labels, num_devices, test_fraction, seed)
     histogram = np.zeros((num_devices, num_classes), dtype=np.int64)
-    np.add.at(histogram, (owner, labels), 1)
-    return Partition(tuple(train), tuple(test), histogram)
+    for part in (train, test):
+        np.add.at(histogram, (np.repeat(np.arange(num_devices), part.sizes), labels[part.flat]), 1)
+    return Partition(train, test, histogram)
 
 
 def _fill_up(owner: Array, num_devices: int, least: int, rng: np.random.Generator) -> None:

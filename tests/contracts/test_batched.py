@@ -73,7 +73,7 @@ def test_one_by_one_and_side_by_side_agree_to_the_last_digits(tmp_path: Path) ->
 
 def test_only_small_perceptrons_under_plain_sgd_are_batched() -> None:
     assert make_setup().batched
-    for override in ("training.block=1", "training.momentum=0.9", "model.hidden=[4000]", "pruner.granularity=channel"):
+    for override in ("training.block=1", "training.momentum=0.9", "model.hidden=[4000]"):
         assert not make_setup(override).batched, override
 
 

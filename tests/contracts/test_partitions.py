@@ -16,6 +16,7 @@ from fedprune_cli.rng import stream
 from fedprune_cli.world.partition import PARTITIONS, Partition, PartitionConfig, build_partition
 
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
+each_cover = pytest.mark.parametrize("name", [name for name in PARTITIONS if name != "drawn"])  # it repeats samples
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def labels_of(size: int, classes: int, seed: int) -> np.ndarray:
     return labels
 
 
-@each_partition
+@each_cover
 @given(
     size=st.integers(40, 400),
     classes=st.integers(2, 12),
@@ -48,7 +49,7 @@ def test_a_partition_is_a_disjoint_cover(
 ) -> None:
     labels = labels_of(size, classes, seed)
     partition = build(name, labels, devices, seed=seed, test_fraction=fraction)
-    together = np.concatenate(partition.train + partition.test)
+    together = np.concatenate([partition.train.flat, partition.test.flat])
     assert sorted(together) == list(range(size))
     for device in range(devices):
         train, test = partition.train[device], partition.test[device]
@@ -80,7 +81,7 @@ def test_five_hundred_skewed_devices_take_under_a_second(name: str) -> None:
     assert min(map(sum, partition.histogram)) >= 4
 
 
-@each_partition
+@each_cover
 def test_too_many_devices_are_refused_with_the_numbers(name: str) -> None:
     with pytest.raises(
         ConfigError, match=r"30 devices with at least 4 samples each need 120 samples, the data has 100"
@@ -143,3 +144,18 @@ def test_the_split_stream_is_the_devices_own() -> None:
     own = np.sort(np.concatenate([partition.train[2], partition.test[2]]))
     shuffled = stream(0, "split", 2).permutation(own)
     np.testing.assert_array_equal(partition.test[2], np.sort(shuffled[:5]))
+
+
+def test_devices_that_draw_their_samples_may_be_more_than_the_data_have() -> None:
+    labels = labels_of(2000, 5, 0)
+    partition = build("drawn", labels, 3000, "partition.alpha=0.1", test_fraction=0.25)
+    assert set(partition.train.sizes) == {15}
+    assert set(partition.test.sizes) == {5}
+    assert not set(partition.train.flat) & set(partition.test.flat)  # nobody is tested on what anybody trained on
+    assert (partition.histogram.sum(1) == 20).all()
+    shares = np.sort(partition.histogram / 20, axis=1)
+    assert shares[:, -1].mean() > 0.8  # skewed
+    even = build("drawn", labels, 500, "partition.alpha=1000", test_fraction=0.25).histogram
+    np.testing.assert_allclose(even.sum(0) / even.sum(), 0.2, atol=0.02)
+    with pytest.raises(ConfigError, match="class 1 has 1 samples"):
+        build("drawn", np.array([0] * 50 + [1]), 5)

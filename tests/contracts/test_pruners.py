@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fedprune_cli.config import build_experiment, compose_config
 from fedprune_cli.learn.prune import PRUNERS, Pruner, build_masks
-from fedprune_cli.state import State
+from fedprune_cli.state import State, untrained
 
+NOBODY = untrained(np.zeros(0, np.float32), 0)
 each_pruner = pytest.mark.parametrize("name", PRUNERS)
 
 
@@ -24,7 +25,7 @@ def pruner_of(name: str) -> Pruner:
 def state_of(pruner: Pruner, size: int, seed: int) -> State:
     rng = np.random.Generator(np.random.PCG64(seed))
     shared = np.round(rng.normal(size=size), 1).astype(np.float32)  # rounded: ties happen
-    return State(2, shared, np.zeros((0, 0), np.float32), pruner.slots(size))
+    return State(2, shared, NOBODY, pruner.slots(size))
 
 
 @each_pruner
@@ -53,15 +54,15 @@ def test_what_is_kept_matters_at_least_as_much_as_what_is_dropped(name: str) -> 
 
 def test_ties_are_kept_by_index() -> None:
     pruner = pruner_of("magnitude")
-    state = State(0, np.array([1, -1, 1, 1], np.float32), np.zeros((0, 0), np.float32), {})
+    state = State(0, np.array([1, -1, 1, 1], np.float32), NOBODY, {})
     assert build_masks(pruner, state, np.array([0.5]), 0)[0].tolist() == [True, True, False, False]
 
 
 def test_the_random_pruner_redraws_every_round_and_taylor_follows_the_gradient() -> None:
     random, taylor = pruner_of("random"), pruner_of("taylor")
-    orders = [random.importance(State(n, np.ones(50, np.float32), np.zeros((0, 0)), {}), 0) for n in (0, 0, 1)]
+    orders = [random.importance(State(n, np.ones(50, np.float32), NOBODY, {}), 0) for n in (0, 0, 1)]
     assert (orders[0] == orders[1]).all()
     assert (orders[0] != orders[2]).any()
-    state = State(0, np.array([1, 1, 1], np.float32), np.zeros((0, 0)), taylor.slots(3))
+    state = State(0, np.array([1, 1, 1], np.float32), NOBODY, taylor.slots(3))
     remembered = taylor.next_slots(state, np.array([0, 3, -2], np.float32))["gradient"]
     assert remembered.tolist() == [1, 3, -2]  # no news of the first entry: it keeps its last gradient

@@ -21,7 +21,7 @@ from fedprune_cli.learn.models import MODELS, ModelCost, Parts, build_model, cou
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import PRUNERS, Masks, build_masks, least_kept, shares_by_level
 from fedprune_cli.learn.structured import Layout, find_channels
-from fedprune_cli.state import State
+from fedprune_cli.state import State, untrained
 
 SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -43,7 +43,7 @@ def layout_of(name: str, personal: str = "head") -> tuple[Layout, ModelCost]:
 def masks_of(name: str, ratios: list[float], pruner: str = "magnitude") -> Masks:
     chosen = build_experiment(compose_config([f"pruner={pruner}", CHANNEL])).pruner
     shared = parts_of(name).shared.numpy()
-    state = State(0, shared, np.zeros((0, 0), np.float32), chosen.slots(shared.size))
+    state = State(0, shared, untrained(np.zeros(0, np.float32), 0), chosen.slots(shared.size))
     return build_masks(chosen, state, np.array(ratios), 0, layout_of(name)[0])
 
 
