@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Federated learning on wireless edge devices: personalized, pruned, and allocated with a certificate.",
-    epilog="Exit codes: 0 done, 2 configuration, 3 infeasible, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
+    epilog="Exit codes: 0 done, 2 configuration, 3 infeasible or regressed, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
     "130 interrupted.",
 )
 Overrides = Annotated[
@@ -383,6 +383,47 @@ def verify(
             f"{run_dir}: {findings.failures[0]}"
             + (f" (and {len(findings.failures) - 1} more)" if findings.failures[1:] else "")
         )
+
+
+@app.command()
+def bench(
+    tasks: Annotated[str, typer.Option(help="Tasks, joined by commas.")] = "t1,t2,t3,allocator,startup",
+    repeats: Annotated[int, typer.Option(help="How often each pair is measured.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure once, and leave out the longest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and github-action-benchmark's files.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="A bench.json to compare with; worse is exit code 3.")] = None,
+    max_regression: Annotated[str, typer.Option(help="How much worse an exact figure may be.")] = "15%",
+    max_wall_regression: Annotated[str, typer.Option(help="How much worse a measured ratio may be.")] = "100%",
+) -> None:
+    """Measure fedprune against bare references in the same run, and compare with an earlier measurement."""
+    import json
+
+    from fedprune_cli import bench as benches
+
+    chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
+    limits = benches.parse_limits(max_regression, max_wall_regression)
+    earlier = benches.read_baseline(baseline, chosen) if baseline else ()
+    if out:
+        benches.make_folder(out)
+    measures: list[benches.Measure] = []
+    notes: list[str] = []
+    for name in chosen:
+        with _status(f"measuring {name}"):
+            measures += benches.TASKS[name](effort, notes.append)
+    if out:
+        benches.write(out, measures)
+    if as_json:
+        print(json.dumps(benches.to_json(measures)))
+    else:
+        _print(benches.table(measures))
+    for note in notes:
+        print(note, file=sys.stderr if as_json else sys.stdout)
+    if baseline:
+        found = benches.regressions(measures, earlier, limits)
+        for regression in found:
+            print(regression, file=sys.stderr)
+        benches.check(found, baseline)
 
 
 def _compare(run_dirs: list[Path], out: Path, labels: list[str] | None = None) -> None:

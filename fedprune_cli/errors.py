@@ -31,6 +31,12 @@ class InfeasibleError(FedpruneError):
     exit_code = 3
 
 
+class RegressionError(FedpruneError):
+    """A measured figure is worse than the baseline's by more than the limit."""
+
+    exit_code = 3
+
+
 class CertificateError(FedpruneError):
     """An allocation's certificate is above its tolerance."""
 

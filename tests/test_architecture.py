@@ -26,6 +26,7 @@ ALLOWED = {
     "report": {"errors", "folder", "figures"},
     "figures": set(),
     "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
+    "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
 
