@@ -239,8 +239,8 @@ COMMON = (
     "data=fmnist", "devices.fresh=0", "partition.alpha=0.3", "training.epochs=1", "training.lr=0.05",
     "rounds=1000", "evaluation.every=1000", "execution.kind=serial",
 )  # fmt: skip
-CNN = ("model=cnn", "devices.count=100", "devices.per_round=10", "training.batch_size=32")
-MLP = ("model=mlp", "model.hidden=[64]", "devices.count=1000", "devices.per_round=100", "training.batch_size=10")
+CNN = ("model=cnn", "training.batch_size=32", "devices.count=100")
+MLP = ("model=mlp", "model.hidden=[64]", "training.batch_size=10", "devices.count=1000")
 
 
 def cpu_efficiency(name: str, setup: Setup, model: nn.Module, loop: BareRound, repeats: int) -> tuple[Measure, Turns]:
@@ -265,9 +265,14 @@ def modelled(name: str, record: Record) -> tuple[Measure, ...]:
     )
 
 
+def scene(base: Sequence[str], effort: Effort) -> tuple[str, ...]:
+    """Returns the overrides of a scene of 100 or 1000 devices; a tenth of them takes part in a round, or 1 in 50 for a quick one."""
+    return (*base, f"devices.per_round={int(base[-1].split('=')[1]) // (50 if effort.quick else 10)}")
+
+
 def t1(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures the CNN with 10 of 100 devices a round: serial CPU seconds, wall seconds of two workers, modelled figures."""
-    setup = fedavg_setup(*CNN)
+    setup = fedavg_setup(*scene(CNN, effort))
     efficiency, turns = cpu_efficiency("t1", setup, bare_cnn(), tuned_round, effort.repeats)
     measures = (efficiency, *modelled("t1", turns.first))
     if (cores := available_cores()) < 2:
@@ -283,7 +288,7 @@ def t1(effort: Effort, say: Say) -> tuple[Measure, ...]:
 
 def t2(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures many small steps: the MLP with 100 of 1000 devices a round against a plain loop over the devices."""
-    efficiency, turns = cpu_efficiency("t2", fedavg_setup(*MLP), bare_mlp(), plain_round, effort.repeats)
+    efficiency, turns = cpu_efficiency("t2", fedavg_setup(*scene(MLP, effort)), bare_mlp(), plain_round, effort.repeats)
     return (efficiency, *modelled("t2", turns.first))
 
 
@@ -292,7 +297,7 @@ def t3(effort: Effort, say: Say) -> tuple[Measure, ...]:
     ratios = (0.0, 0.5, 0.75, 0.9)
     common = ("method=proposed", "allocator=fixed", "pruner.granularity=channel", "pruner.max_ratio=0.95")
     chosen = [
-        build_experiment(compose_config([*COMMON, *CNN, *common, f"allocator.ratio={value}"])) for value in ratios
+        build_experiment(compose_config([*COMMON, *scene(CNN, effort), *common, f"allocator.ratio={value}"])) for value in ratios
     ]
     setup = prepare(chosen[0])
     setups = [replace(setup, experiment=experiment) for experiment in chosen]
