@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from torch.nn.functional import cross_entropy
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.problem import Problem, dense_deadline, kept_fraction, rate
 from fedprune_cli.config import build_experiment, compose_config
-from fedprune_cli.errors import CertificateError, ConfigError, RegressionError, unknown
+from fedprune_cli.errors import CertificateError, ConfigError, DeviceError, RegressionError, unknown
 from fedprune_cli.execute import Execution, Executor, executor
 from fedprune_cli.folder import writing
 from fedprune_cli.rng import stream
@@ -73,10 +74,10 @@ class Effort:
 
 
 def build_effort(repeats: int, quick: bool) -> Effort:
-    """Returns the effort that the options ask for; a quick one takes a single turn. Raises ConfigError."""
+    """Returns the effort that the options ask for; a quick one takes two turns at most. Raises ConfigError."""
     if not 1 <= repeats <= 1000:
         raise ConfigError(f"--repeats {repeats}: must be in 1..1000")
-    return Effort(1 if quick else repeats, quick)
+    return Effort(min(repeats, 2) if quick else repeats, quick)
 
 
 Say: TypeAlias = Callable[[str], None]  # takes a note for the reader
@@ -133,9 +134,9 @@ def bare_cnn() -> nn.Module:
     ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
-def bare_mlp() -> nn.Module:
-    """Returns the MLP of `model=mlp model.hidden=[64]` for 28x28 images."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+def bare_mlp(pixels: int = 784) -> nn.Module:
+    """Returns the MLP of `model=mlp model.hidden=[64]`."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def tuned_round(
@@ -191,8 +192,10 @@ def round_samples(setup: Setup, number: int) -> tuple[list[Array], list[float]]:
     ids = participants(setup, setup.scenario.at(number).available, number).tolist()
     samples = []
     for device in ids:
-        own, count = train[device], plan(setup, device)[0].steps * experiment.training.batch_size
-        rng = stream(experiment.seed, "batch", number, device, 0)
+        # the personal phase has nothing to train, and its batches another stream
+        phase, steps = next((i, phase.steps) for i, phase in enumerate(plan(setup, device)) if phase.kind == "shared")
+        own, count = train[device], steps * experiment.training.batch_size
+        rng = stream(experiment.seed, "batch", number, device, phase)
         order = np.concatenate([rng.permutation(len(own)) for _ in range(math.ceil(count / len(own)))])
         samples.append(own[order[:count]])
     sizes = [len(train[device]) for device in ids]
@@ -246,22 +249,22 @@ MLP = ("model=mlp", "model.hidden=[64]", "training.batch_size=10", "devices.coun
 def cpu_efficiency(name: str, setup: Setup, model: nn.Module, loop: BareRound, repeats: int) -> tuple[Measure, Turns]:
     """Returns samples per CPU second of serial rounds as a ratio to a bare loop on one thread, and the turns."""
     training = setup.experiment.training
-    with executor(setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)) as ex:
+    with executor(
+        setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)
+    ) as workers:
         data = bare_data(setup.scenario.dataset, training.batch_size, training.lr)
-        turns = take_turns(setup, ex, functools.partial(loop, model, data), repeats, time.process_time)
+        turns = take_turns(setup, workers, functools.partial(loop, model, data), repeats, time.process_time)
     figure = statistics.median(n / s for n, s in zip(turns.samples, turns.bare_s, strict=True))
     # the samples are the same on both sides, so that the ratio of the rates is that of the seconds, turned over
-    return ratio(
-        f"{name}/samples_per_cpu_s", "x bare loop's samples/s", "larger", turns.bare_s, turns.ours_s, figure
-    ), turns
+    return ratio(f"{name}/samples_per_cpu_s", "x bare loop", "larger", turns.bare_s, turns.ours_s, figure), turns
 
 
 def modelled(name: str, record: Record) -> tuple[Measure, ...]:
     """Returns a round's modelled figures."""
     return (
-        exact(f"{name}/flops", "FLOPs a round", record["flops"]),
-        exact(f"{name}/bits_up", "bits a round", 8 * record["bytes_up"]),
-        exact(f"{name}/simulated_s", "simulated s a round", record["latency_s"]),
+        exact(f"{name}/flops", "FLOP", record["flops"]),
+        exact(f"{name}/bits_up", "bit", 8 * record["bytes_up"]),
+        exact(f"{name}/simulated_s", "simulated s", record["latency_s"]),
     )
 
 
@@ -282,7 +285,7 @@ def t1(effort: Effort, say: Say) -> tuple[Measure, ...]:
     with executor(Execution("processes", 2), build) as workers, bare_workers(setup, 2) as bare:
         turns = take_turns(setup, workers, bare, effort.repeats, time.perf_counter)
     figure = statistics.median(turns.bare_s)
-    wall = ratio("t1/wall_2_workers", "x bare loop's s a round", "smaller", turns.ours_s, turns.bare_s, figure)
+    wall = ratio("t1/wall_2_workers", "x bare loop", "smaller", turns.ours_s, turns.bare_s, figure)
     return (efficiency, wall, *measures[1:])
 
 
@@ -297,7 +300,8 @@ def t3(effort: Effort, say: Say) -> tuple[Measure, ...]:
     ratios = (0.0, 0.5, 0.75, 0.9)
     common = ("method=proposed", "allocator=fixed", "pruner.granularity=channel", "pruner.max_ratio=0.95")
     chosen = [
-        build_experiment(compose_config([*COMMON, *scene(CNN, effort), *common, f"allocator.ratio={value}"])) for value in ratios
+        build_experiment(compose_config([*COMMON, *scene(CNN, effort), *common, f"allocator.ratio={value}"]))
+        for value in ratios
     ]
     setup = prepare(chosen[0])
     setups = [replace(setup, experiment=experiment) for experiment in chosen]
@@ -315,7 +319,7 @@ def t3(effort: Effort, say: Say) -> tuple[Measure, ...]:
         name, own_s = f"t3/ratio_{value:g}", wall_s[len(ratios) + at :: len(ratios)]
         if value:
             figure = statistics.median(dense_s)
-            measures.append(ratio(f"{name}/wall", "x dense round's s", "smaller", own_s, dense_s, figure))
+            measures.append(ratio(f"{name}/wall", "x dense round", "smaller", own_s, dense_s, figure))
         measures += modelled(name, records[at])[:2]
     return tuple(measures)
 
@@ -352,14 +356,18 @@ def _share_out(
     for device in sorted(range(len(samples)), key=lambda i: -len(samples[i])):
         min(shares, key=lambda share: sum(len(samples[i]) for i in share)).append(device)
     arrays = [tensor.numpy() for tensor in start]
-    for pipe, share in zip(pipes, shares, strict=True):
-        pipe.send((arrays, [samples[i] for i in share], [weights[i] for i in share]))
-    answers = [pipe.recv() for pipe in pipes]
+    try:
+        for pipe, share in zip(pipes, shares, strict=True):
+            pipe.send((arrays, [samples[i] for i in share], [weights[i] for i in share]))
+        answers = [pipe.recv() for pipe in pipes]
+    except (EOFError, OSError):
+        raise DeviceError("a process of the bare loop died (killed, or out of memory?)") from None
     return [sum(parts) for parts in zip(*answers, strict=True)]
 
 
 def _serve(pipe: Connection, dataset: Dataset, batch_size: int, lr: float) -> None:
     """Answers bare rounds until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
     data, model = bare_data(dataset, batch_size, lr), bare_cnn()
     with contextlib.suppress(EOFError):
@@ -402,12 +410,12 @@ def _against_clarabel(effort: Effort) -> tuple[Measure, ...]:
     clarabel(solution)
     if abs(float(problem.weight @ x.value) - objective) > 1e-6 * objective:
         raise CertificateError(f"bench: P1 is {objective} and Clarabel finds {float(problem.weight @ x.value)}")
-    turns = [(seconds(lambda: solve_p1(problem)), clarabel(solution)) for _ in range(3 * effort.repeats)]
+    turns = [(seconds(lambda: solve_p1(problem)), clarabel(solution)) for _ in range(2 + effort.repeats)]
     ours_s, solver_s = zip(*turns, strict=True)
     figure = statistics.median(solver_s)
     return (
-        ratio("allocator/p1_vs_clarabel", "x Clarabel's s, K=1000", "smaller", ours_s, solver_s, figure),
-        exact("allocator/objective", "sum w x, K=1000", objective, "larger"),
+        ratio("allocator/p1_vs_clarabel", "x Clarabel", "smaller", ours_s, solver_s, figure),
+        exact("allocator/objective", "sum w x", objective, "larger"),
     )
 
 
@@ -418,7 +426,7 @@ def _growth(effort: Effort, say: Say) -> tuple[Measure, ...]:
     for problem in problems[:2]:
         solve_p1(problem)
     # [size][turn]: the sizes take turns, so that a busy spell of the machine meets them all
-    turns = [[seconds(functools.partial(solve_p1, problem)) for problem in problems] for _ in range(effort.repeats + 2)]
+    turns = [[seconds(functools.partial(solve_p1, problem)) for problem in problems] for _ in range(2 + effort.repeats)]
     device_s = [[turn[at] / size for turn in turns] for at, size in enumerate(sizes)]
     work = np.log([size * math.log(size) for size in sizes])
     exponents = [float(np.polyfit(work, np.log(turn), 1)[0]) for turn in turns]
@@ -427,20 +435,21 @@ def _growth(effort: Effort, say: Say) -> tuple[Measure, ...]:
     say(f"allocator: time grows as (K log K)^{statistics.median(exponents):.3f}")
     growth = [
         ratio(
-            f"allocator/device_s_1e{round(math.log10(size))}", "x s a device at K=1000", "smaller",
+            f"allocator/device_s_1e{round(math.log10(size))}", "x K=1000", "smaller",
             values, device_s[0], statistics.median(device_s[0]),
         )
         for size, values in zip(sizes[1:], device_s[1:], strict=True)
     ]  # fmt: skip
     ones = [1.0] * len(exponents)
-    return (*growth, ratio("allocator/exponent", "exponent of K log K", "smaller", exponents, ones, 1.0))
+    return (*growth, ratio("allocator/exponent", "of K log K", "smaller", exponents, ones, 1.0))
 
 
 def startup(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures `fedprune --help` against the import of the library that draws it."""
     commands = [sys.executable, "-m", "fedprune_cli", "--help"], [sys.executable, "-c", "import typer"]
     run = functools.partial(subprocess.run, stdout=subprocess.DEVNULL, check=True)
-    turns = [[seconds(functools.partial(run, command)) for command in commands] for _ in range(2 * effort.repeats + 1)]
+    count = 1 + effort.repeats * (1 if effort.quick else 2)
+    turns = [[seconds(functools.partial(run, command)) for command in commands] for _ in range(count)]
     ours_s, bare_s = zip(*turns[1:], strict=True)  # the first turn fills the file cache
     return (ratio("startup/help", "x python -c 'import typer'", "smaller", ours_s, bare_s, statistics.median(bare_s)),)
 
@@ -453,7 +462,7 @@ TASKS: dict[str, Task] = {"t1": t1, "t2": t2, "t3": t3, "allocator": allocator, 
 
 def choose(names: str) -> list[str]:
     """Returns the tasks in a comma-separated list, each once; raises ConfigError for one that does not exist."""
-    chosen = list(dict.fromkeys(names.split(",")))
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
@@ -485,20 +494,17 @@ def available_cores() -> int:
 
 def machine() -> dict[str, Any]:
     """Returns what the measures were taken on."""
+    cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            cpu = found[1].strip()
-            return _machine(cpu)
-    return _machine(platform.processor() or platform.machine())
-
-
-def _machine(cpu: str) -> dict[str, Any]:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = found[1].strip() if found else cpu
     return {"cpu": cpu, "cores": available_cores(), "python": platform.python_version(), "torch": version("torch")}
 
 
-def to_json(measures: Sequence[Measure]) -> dict[str, Any]:
+def to_json(measures: Sequence[Measure], quick: bool) -> dict[str, Any]:
     """Returns the measures and the machine as one JSON object."""
-    return {"schema": SCHEMA, "machine": machine(), "measures": [dataclasses.asdict(measure) for measure in measures]}
+    entries = [dataclasses.asdict(measure) for measure in measures]
+    return {"schema": SCHEMA, "machine": machine(), "quick": quick, "measures": entries}
 
 
 def action_entries(measures: Sequence[Measure], better: Better) -> list[dict[str, Any]]:
@@ -516,16 +522,16 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def write(out: Path, measures: Sequence[Measure]) -> None:
+def write(out: Path, measures: Sequence[Measure], quick: bool) -> None:
     """Writes bench.json, bench-smaller.json and bench-larger.json into a folder; raises OutputError."""
-    contents = {"bench.json": to_json(measures)}
-    contents |= {f"bench-{better}.json": action_entries(measures, better) for better in get_args(Better)}  # type: ignore[misc]
+    contents: dict[str, Any] = {"bench.json": to_json(measures, quick)}
+    contents |= {f"bench-{better}.json": action_entries(measures, better) for better in get_args(Better)}
     with writing(out):
         for name, content in contents.items():
             (out / name).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_baseline(path: Path, tasks: Sequence[str]) -> tuple[Measure, ...]:
+def read_baseline(path: Path, tasks: Sequence[str], quick: bool) -> tuple[Measure, ...]:
     """Returns the measures of the `tasks` in a bench.json; raises ConfigError saying what is wrong with it."""
     try:
         content = json.loads(path.read_text())
@@ -535,6 +541,8 @@ def read_baseline(path: Path, tasks: Sequence[str]) -> tuple[Measure, ...]:
         raise ConfigError(f"--baseline {path}: not JSON") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ConfigError(f"--baseline {path}: not a bench.json of schema {SCHEMA}")
+    if content.get("quick", quick) != quick:  # its rounds have other devices, its allocator other sizes
+        raise ConfigError(f"--baseline {path}: was measured {'without' if quick else 'with'} --quick")
     entries = content.get("measures")
     if not isinstance(entries, list) or not all(map(_is_measure, entries)):
         raise ConfigError(f"--baseline {path}: its measures are damaged")
@@ -550,7 +558,7 @@ def _is_measure(entry: object) -> bool:
         return False
     words = isinstance(entry["name"], str) and isinstance(entry["unit"], str)
     numbers = [entry["value"], entry["spread"], *([] if entry["bare"] is None else [entry["bare"]])]
-    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    finite = all(type(n) in (int, float) and abs(n) <= sys.float_info.max for n in numbers)
     return words and finite and entry["better"] in get_args(Better) and entry["kind"] in get_args(Kind)
 
 
@@ -607,9 +615,10 @@ def table(measures: Sequence[Measure]) -> Any:
     """Returns the measures as a rich table."""
     from rich.table import Table
 
-    grid = Table(title="bench", show_lines=False)
+    grid = Table(title="bench")
     for heading in ("task", "measure", "value", "unit", "spread", "bare"):
-        grid.add_column(heading, justify="right" if heading in ("value", "spread", "bare") else "left")
+        number = heading in ("value", "spread", "bare")
+        grid.add_column(heading, justify="right" if number else "left", no_wrap=heading != "unit")
     for name, group in itertools.groupby(measures, key=lambda measure: measure.name.split("/")[0]):
         for m in group:
             spread = "exact" if m.kind == "exact" else f"{m.spread:.3g}"

@@ -389,7 +389,9 @@ def verify(
 def bench(
     tasks: Annotated[str, typer.Option(help="Tasks, joined by commas.")] = "t1,t2,t3,allocator,startup",
     repeats: Annotated[int, typer.Option(help="How often each pair is measured.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure once, and leave out the longest.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure smaller rounds, twice, in less than a minute.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and github-action-benchmark's files.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="A bench.json to compare with; worse is exit code 3.")] = None,
@@ -403,7 +405,7 @@ def bench(
 
     chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
     limits = benches.parse_limits(max_regression, max_wall_regression)
-    earlier = benches.read_baseline(baseline, chosen) if baseline else ()
+    earlier = benches.read_baseline(baseline, chosen, quick) if baseline else ()
     if out:
         benches.make_folder(out)
     measures: list[benches.Measure] = []
@@ -412,9 +414,9 @@ def bench(
         with _status(f"measuring {name}"):
             measures += benches.TASKS[name](effort, notes.append)
     if out:
-        benches.write(out, measures)
+        benches.write(out, measures, quick)
     if as_json:
-        print(json.dumps(benches.to_json(measures)))
+        print(json.dumps(benches.to_json(measures, quick)))
     else:
         _print(benches.table(measures))
     for note in notes:
