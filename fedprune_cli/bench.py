@@ -67,7 +67,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: turns of each pair, and whether the longest are left out."""
+    """How much is measured: turns of each pair, and whether the rounds are smaller and the longest tasks left out."""
 
     repeats: int
     quick: bool
@@ -256,15 +256,15 @@ def cpu_efficiency(name: str, setup: Setup, model: nn.Module, loop: BareRound, r
         turns = take_turns(setup, workers, functools.partial(loop, model, data), repeats, time.process_time)
     figure = statistics.median(n / s for n, s in zip(turns.samples, turns.bare_s, strict=True))
     # the samples are the same on both sides, so that the ratio of the rates is that of the seconds, turned over
-    return ratio(f"{name}/samples_per_cpu_s", "x bare loop", "larger", turns.bare_s, turns.ours_s, figure), turns
+    return ratio(f"{name}/samples_per_cpu_s", "x bare", "larger", turns.bare_s, turns.ours_s, figure), turns
 
 
 def modelled(name: str, record: Record) -> tuple[Measure, ...]:
-    """Returns a round's modelled figures."""
+    """Returns a round's modelled figures; its seconds are simulated ones."""
     return (
         exact(f"{name}/flops", "FLOP", record["flops"]),
         exact(f"{name}/bits_up", "bit", 8 * record["bytes_up"]),
-        exact(f"{name}/simulated_s", "simulated s", record["latency_s"]),
+        exact(f"{name}/simulated_s", "s", record["latency_s"]),
     )
 
 
@@ -285,7 +285,7 @@ def t1(effort: Effort, say: Say) -> tuple[Measure, ...]:
     with executor(Execution("processes", 2), build) as workers, bare_workers(setup, 2) as bare:
         turns = take_turns(setup, workers, bare, effort.repeats, time.perf_counter)
     figure = statistics.median(turns.bare_s)
-    wall = ratio("t1/wall_2_workers", "x bare loop", "smaller", turns.ours_s, turns.bare_s, figure)
+    wall = ratio("t1/wall_2_workers", "x bare", "smaller", turns.ours_s, turns.bare_s, figure)
     return (efficiency, wall, *measures[1:])
 
 
@@ -319,7 +319,7 @@ def t3(effort: Effort, say: Say) -> tuple[Measure, ...]:
         name, own_s = f"t3/ratio_{value:g}", wall_s[len(ratios) + at :: len(ratios)]
         if value:
             figure = statistics.median(dense_s)
-            measures.append(ratio(f"{name}/wall", "x dense round", "smaller", own_s, dense_s, figure))
+            measures.append(ratio(f"{name}/wall", "x dense", "smaller", own_s, dense_s, figure))
         measures += modelled(name, records[at])[:2]
     return tuple(measures)
 
@@ -425,8 +425,8 @@ def _growth(effort: Effort, say: Say) -> tuple[Measure, ...]:
     problems = [literature_problem(size) for size in sizes]
     for problem in problems[:2]:
         solve_p1(problem)
-    # [size][turn]: the sizes take turns, so that a busy spell of the machine meets them all
-    turns = [[seconds(functools.partial(solve_p1, problem)) for problem in problems] for _ in range(2 + effort.repeats)]
+    # the sizes take turns, so that a busy spell of the machine meets them all; small ones are solved many times in each
+    turns = [[_solve_s(problem) for problem in problems] for _ in range(2 + effort.repeats)]
     device_s = [[turn[at] / size for turn in turns] for at, size in enumerate(sizes)]
     work = np.log([size * math.log(size) for size in sizes])
     exponents = [float(np.polyfit(work, np.log(turn), 1)[0]) for turn in turns]
@@ -444,6 +444,12 @@ def _growth(effort: Effort, say: Say) -> tuple[Measure, ...]:
     return (*growth, ratio("allocator/exponent", "of K log K", "smaller", exponents, ones, 1.0))
 
 
+def _solve_s(problem: Problem) -> float:
+    """Returns the seconds of one solution, the mean of as many as 50,000 devices make."""
+    count = max(1, 50_000 // len(problem.weight))
+    return seconds(lambda: [solve_p1(problem) for _ in range(count)]) / count
+
+
 def startup(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures `fedprune --help` against the import of the library that draws it."""
     commands = [sys.executable, "-m", "fedprune_cli", "--help"], [sys.executable, "-c", "import typer"]
@@ -451,7 +457,7 @@ def startup(effort: Effort, say: Say) -> tuple[Measure, ...]:
     count = 1 + effort.repeats * (1 if effort.quick else 2)
     turns = [[seconds(functools.partial(run, command)) for command in commands] for _ in range(count)]
     ours_s, bare_s = zip(*turns[1:], strict=True)  # the first turn fills the file cache
-    return (ratio("startup/help", "x python -c 'import typer'", "smaller", ours_s, bare_s, statistics.median(bare_s)),)
+    return (ratio("startup/help", "x typer", "smaller", ours_s, bare_s, statistics.median(bare_s)),)
 
 
 TASKS: dict[str, Task] = {"t1": t1, "t2": t2, "t3": t3, "allocator": allocator, "startup": startup}
@@ -621,7 +627,7 @@ def table(measures: Sequence[Measure]) -> Any:
         grid.add_column(heading, justify="right" if number else "left", no_wrap=heading != "unit")
     for name, group in itertools.groupby(measures, key=lambda measure: measure.name.split("/")[0]):
         for m in group:
-            spread = "exact" if m.kind == "exact" else f"{m.spread:.3g}"
+            spread = "exact" if m.kind == "exact" else f"{m.spread:.2g}"
             bare = "-" if m.bare is None else f"{m.bare:.4g}"
-            grid.add_row(name, m.name.split("/", 1)[1], f"{m.value:.6g}", m.unit, spread, bare)
+            grid.add_row(name, m.name.split("/", 1)[1], f"{m.value:.4g}", m.unit, spread, bare)
     return grid
