@@ -43,18 +43,26 @@ class Execution:
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
 
 
+def _same(unit: Any) -> float:
+    return 0.0
+
+
 class Executor(Protocol):
     """Maps f(context, unit) over units."""
 
-    def map(self, f: Callable[[Any, Unit], Result], units: Iterable[Unit]) -> list[Result]:
-        """Returns the results in the order of the units."""
+    def map(
+        self, f: Callable[[Any, Unit], Result], units: Iterable[Unit], cost: Callable[[Unit], float] = _same
+    ) -> list[Result]:
+        """Returns the results in the order of the units; those of most `cost` are begun first, so that no worker waits long."""
 
 
 @dataclass(frozen=True)
 class _Serial:
     context: Any
 
-    def map(self, f: Callable[[Any, Unit], Result], units: Iterable[Unit]) -> list[Result]:
+    def map(
+        self, f: Callable[[Any, Unit], Result], units: Iterable[Unit], cost: Callable[[Unit], float] = _same
+    ) -> list[Result]:
         return [f(self.context, unit) for unit in units]
 
 
@@ -65,11 +73,14 @@ class _Processes:
     start: Callable[[], ProcessPoolExecutor]
     pool: ProcessPoolExecutor
 
-    def map(self, f: Callable[[Any, Unit], Result], units: Iterable[Unit]) -> list[Result]:
+    def map(
+        self, f: Callable[[Any, Unit], Result], units: Iterable[Unit], cost: Callable[[Unit], float] = _same
+    ) -> list[Result]:
         """As Executor.map; when a worker dies, names it on stderr and does the lost work again on new workers."""
         tasks, results = list(units), {}
         for _ in range(ATTEMPTS):
-            futures = {at: self.pool.submit(_work, (f, task)) for at, task in enumerate(tasks) if at not in results}
+            waiting = sorted((at for at in range(len(tasks)) if at not in results), key=lambda at: -cost(tasks[at]))
+            futures = {at: self.pool.submit(_work, (f, tasks[at])) for at in waiting}
             workers = multiprocessing.active_children()
             for at, future in futures.items():
                 with contextlib.suppress(BrokenProcessPool):

@@ -195,7 +195,8 @@ def sends_masks(setup: Setup) -> bool:
 
 def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
     """Returns ||u - u m_k||^2, float64 [K], of the devices."""
-    return np.array([np.square(state.shared[~masks[device]], dtype=np.float64).sum() for device in devices.tolist()])
+    dropped = [~masks[device] for device in devices.tolist()]
+    return np.array([np.square(state.shared[drop], dtype=np.float64).sum() if drop.any() else 0.0 for drop in dropped])
 
 
 def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
@@ -214,10 +215,11 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
 def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
     """Returns the devices' updates in the order of the units: small models side by side, others and slices one by one."""
     together = [unit for unit in units if setup.batched and not isinstance(unit.kept, tuple)]
-    in_blocks = workers.map(train_block, blocks(together, setup.experiment.training.block)) if together else []
+    sides = blocks(together, setup.experiment.training.block)
+    in_blocks = workers.map(train_block, sides, lambda side: len(side) * side[-1].steps) if sides else []
     done = {update.device: update for block in in_blocks for update in block}
     rest = [unit for unit in units if unit.device not in done]
-    done |= {update.device: update for update in workers.map(train, rest)} if rest else {}
+    done |= {update.device: update for update in workers.map(train, rest, lambda unit: unit.steps)} if rest else {}
     return [done[unit.device] for unit in units]
 
 
@@ -234,12 +236,9 @@ def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Upda
     kept = [masks[update.device] for update in updates]
     values = [update.shared for update in updates]
     weights = setup.scenario.partition.train.sizes[[update.device for update in updates]].tolist()
-    shared = aggregate(state.shared, kept, values, weights)
     lr = setup.experiment.training.lr
     steps = [sum(phase.steps for phase in plan(setup, update.device) if phase.kind != "personal") for update in updates]
-    before = [state.shared if v.size == m.size else state.shared[m] for m, v in zip(kept, values, strict=True)]
-    slopes = [(u - v) / (lr * max(n, 1)) for u, v, n in zip(before, values, steps, strict=True)]
-    return shared, aggregate(np.zeros_like(state.shared), kept, slopes, weights)
+    return aggregate(state.shared, kept, values, weights, [lr * max(count, 1) for count in steps])
 
 
 def measure_round(

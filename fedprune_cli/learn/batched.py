@@ -55,7 +55,7 @@ def batches(parts: Parts, training: Training) -> bool:
 
 def blocks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
     """Returns the units in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
-    ordered = sorted(units, key=lambda unit: (sum(phase.steps for phase in unit.phases), unit.device))
+    ordered = sorted(units, key=lambda unit: (unit.steps, unit.device))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
 

@@ -95,6 +95,11 @@ class Unit:
     kept: Array | tuple[Array, ...] | None
     phases: tuple[Phase, ...]
 
+    @property
+    def steps(self) -> int:
+        """SGD steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
 
 @dataclass(frozen=True)
 class Update:

@@ -146,7 +146,10 @@ def test_batched_masks_of_ones_change_no_bit() -> None:
 def test_aggregation_is_a_mean_over_those_who_kept_an_entry() -> None:
     old = np.array([9, 9, 9, 9], np.float32)
     masks = [np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)]
-    new = aggregate(old, masks, [np.array([1, 2], np.float32), np.array([5, 6], np.float32)], [3, 1])
+    new, gradient = aggregate(
+        old, masks, [np.array([1, 2], np.float32), np.array([5, 6], np.float32)], [3, 1], [0.1, 0.2]
+    )
     assert new.tolist() == [2, 2, 6, 9]
     assert new.dtype == np.float32
-    np.testing.assert_array_equal(aggregate(old, masks[:1], [np.array([1, 2], np.float32)], [7]), [1, 2, 9, 9])
+    np.testing.assert_allclose(gradient, [(3 * 8 / 0.1 + 1 * 4 / 0.2) / 4, 7 / 0.1, 3 / 0.2, 0])
+    np.testing.assert_array_equal(aggregate(old, masks[:1], [np.array([1, 2], np.float32)], [7], [1])[0], [1, 2, 9, 9])
