@@ -428,6 +428,48 @@ def bench(
         benches.check(found, baseline)
 
 
+@app.command()
+def calibrate(
+    overrides: Overrides = None,
+    ratios: Annotated[str, typer.Option(help="Pruning ratios, joined by commas.")] = "0,0.25,0.5,0.75,0.9",
+    turns: Annotated[int, typer.Option(help="How often each ratio is measured.", min=1, max=10_000)] = 20,
+    cpu_ghz: Annotated[float | None, typer.Option(help="This machine's clock; default: what the system says.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for calibration.json, calibration.svg and devices/calibrated.yaml.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Measure this machine's step time at several ratios against the latency model, and fit the model's constant."""
+    import json
+
+    from fedprune_cli import calibrate as calibration
+    from fedprune_cli.config import build_experiment, compose_config
+
+    chosen = calibration.parse_ratios(ratios)
+    if cpu_ghz is not None and not 1e-6 <= cpu_ghz <= 1e6:
+        raise ConfigError(f"--cpu-ghz {cpu_ghz}: must be in [1e-06, 1e+06]")
+    experiment = build_experiment(compose_config([*(overrides or []), "pruner.granularity=channel"]))
+    clock = calibration.clock_hz() if cpu_ghz is None else cpu_ghz * 1e9
+    with _status("measuring steps"):
+        result = calibration.calibrate(experiment, chosen, turns, clock)
+    if out:
+        calibration.write(out, result)
+    if as_json:
+        print(json.dumps(calibration.to_json(result)))
+        return
+    _print(calibration.table(result))
+    print(result.sentence())
+    ghz, cycles = f"{result.cpu_hz / 1e9:.6g}", f"{result.cycles_per_flop:.6g}"
+    print(
+        f"devices like this machine: devices.min_cpu_ghz={ghz} devices.max_cpu_ghz={ghz} "
+        f"devices.min_cycles_per_flop={cycles} devices.max_cycles_per_flop={cycles}"
+    )
+    if out:
+        print(
+            f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} devices=calibrated"
+        )
+
+
 def _compare(run_dirs: list[Path], out: Path, labels: list[str] | None = None) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli import report as reports

@@ -190,6 +190,40 @@ def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> s
     return draw(plot)
 
 
+def calibration_figure(points: Sequence[Record]) -> str:
+    """A step's measured time against what the latency model says, by ratio: with channels left out, and with masks alone."""
+
+    def plot(axes: Any) -> None:
+        x = [p["ratio"] for p in points]
+        measured, low, high = (np.array([1e3 * p[key] for p in points]) for key in ("measured_s", "low_s", "high_s"))
+        axes.errorbar(
+            x,
+            measured,
+            (measured - low, high - measured),
+            color=BLUE,
+            marker="o",
+            markersize=4,
+            label="measured, whole channels",
+        )
+        axes.plot(
+            x, [1e3 * p["modelled_s"] for p in points], "--", color=ORANGE, marker="s", markersize=4, label="modelled"
+        )
+        axes.plot(
+            x,
+            [1e3 * p["masked_s"] for p in points],
+            ":",
+            color=GREEN,
+            marker="D",
+            markersize=4,
+            label="measured, masks alone",
+        )
+        axes.set(xlabel="pruning ratio", ylabel="time of a step (ms)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    return draw(plot)
+
+
 def split_figure(split: Mapping[str, tuple[float, float, float]]) -> str:
     """Seconds a round: what is left, and what pruning and optimal bandwidth took off the dense round on equal bandwidth."""
 

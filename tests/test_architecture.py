@@ -27,6 +27,7 @@ ALLOWED = {
     "figures": set(),
     "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
+    "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
 
