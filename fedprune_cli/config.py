@@ -144,8 +144,6 @@ class Experiment:
         fields["data"].pop("root", None)
         numerics = {
             "torch": version("torch"),
-            "dtype": "float32",
-            "device": "cpu",
             "threads": 1,
             "evaluation_batch": EVALUATION_BATCH,
         }

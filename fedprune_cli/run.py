@@ -22,7 +22,7 @@ from fedprune_cli.errors import CheckpointError, ConfigError
 from fedprune_cli.execute import Executor, executor
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
-from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model
+from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
 from fedprune_cli.learn.server import aggregate
@@ -437,7 +437,7 @@ def build_learner(experiment: Experiment, scenario: Scenario) -> Learner:
     dataset, partition, parts = scenario.dataset, scenario.partition, build_parts(experiment, scenario)
     layout = build_layout(experiment, parts, count_cost(parts, dataset.images.shape[1:]))
     return Learner(
-        experiment.seed, experiment.training, parts, dataset.images, dataset.labels,
+        experiment.seed, experiment.training, to_device(parts, experiment.training.device), dataset.images, dataset.labels,
         dataset.scale, dataset.mean, dataset.std, partition.train, partition.test, layout,
     )  # fmt: skip
 

@@ -50,7 +50,8 @@ def batches(parts: Parts, training: Training) -> bool:
         len(linear) - 1
     ) + [nn.Linear]
     small = parts.shared.numel() + parts.personal.numel() <= MAX_PARAMS
-    return training.block > 1 and in_turn and alternating and small and training.momentum == 0
+    plain = training.momentum == 0 and training.precision == "float32" and training.device == "cpu"
+    return training.block > 1 and plain and in_turn and alternating and small
 
 
 def blocks(units: Sequence[Unit], size: int) -> list[list[Unit]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's iden
 class Training:
     """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size).
 
-    block: devices whose small models are trained side by side (`batched`); 1: one by one.
+    block: devices whose small models are trained side by side (`batched`); 1: one by one. device: where, `cpu` or `cuda`;
+    precision: of the forward and backward pass, `float32` or `bfloat16` under autocast; parameters stay float32.
     """
 
     batch_size: int
@@ -41,6 +43,8 @@ class Training:
     weight_decay: float
     epochs: float | None
     block: int
+    device: str
+    precision: str
 
     def __post_init__(self) -> None:
         require(1 <= self.batch_size <= 10**6, "batch_size", self.batch_size, "in 1..1000000")
@@ -50,6 +54,10 @@ class Training:
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, ">= 0")
         require(self.epochs is None or 0 < self.epochs < 10**6, "epochs", self.epochs, "> 0 or null")
         require(1 <= self.block <= 1000, "block", self.block, "in 1..1000")
+        here = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu': PyTorch finds no CUDA device on this machine"
+        allowed = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        require(self.device in allowed, "device", self.device, here)
+        require(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
 
     def plan(self, phases: tuple[Phase, ...], num_samples: int) -> tuple[Phase, ...]:
         """Returns the phases with the steps (tau of model.md) that a device with `num_samples` training samples takes."""
@@ -130,8 +138,8 @@ def train(learner: Learner, unit: Unit) -> Update:
     loss: float | None = None
     for index, phase in enumerate(unit.phases):
         loss = _run_phase(learner, unit, index, phase, model.keep, loss)
-    shared = model.shared.numpy()
-    personal = model.personal.numpy()
+    shared = model.shared.cpu().numpy()
+    personal = model.personal.cpu().numpy()
     if model.personal_mask is not None:
         personal, personal[model.personal_mask] = unit.personal.copy(), personal
     return Update(unit.device, shared.copy() if model.mask is None else shared[model.mask], personal.copy(), loss)
@@ -144,7 +152,7 @@ def evaluate(learner: Learner, unit: Unit) -> Score:
     else:
         _load(learner, unit)
     indices, correct = learner.test[unit.device], 0
-    with torch.inference_mode():
+    with torch.inference_mode(), _precision(learner.training):
         for start in range(0, len(indices), EVALUATION_BATCH):
             x, y = samples(learner, indices[start : start + EVALUATION_BATCH])
             correct += int((learner.parts.model(x).argmax(1) == y).sum())
@@ -172,7 +180,8 @@ def _load(learner: Learner, unit: Unit) -> _Loaded:
     if isinstance(unit.kept, tuple):
         assert learner.layout
         mask, personal_mask, shapes = learner.layout.masks(unit.kept)
-        shared, personal = torch.from_numpy(unit.shared[mask]), torch.from_numpy(unit.personal[personal_mask])
+        entries = unit.shared[mask], unit.personal[personal_mask]
+        shared, personal = (torch.from_numpy(values).to(parts.shared.device) for values in entries)
         parts.point(shared, personal, shapes)
         return _Loaded(shared, personal, None, None, personal_mask)
     make_whole(learner)
@@ -181,8 +190,9 @@ def _load(learner: Learner, unit: Unit) -> _Loaded:
     if unit.kept is None:
         return _Loaded(parts.shared, parts.personal, None, None, None)
     mask = np.unpackbits(unit.kept, count=unit.shared.size).astype(bool)
-    parts.shared.mul_(torch.from_numpy(mask))
-    keep = parts.shared_views(torch.from_numpy(mask).float())
+    kept = torch.from_numpy(mask).to(parts.shared.device)
+    parts.shared.mul_(kept)
+    keep = parts.shared_views(kept.float())
     return _Loaded(parts.shared, parts.personal, mask, keep, None)
 
 
@@ -205,9 +215,10 @@ def _run_phase(
     set_trained(parts, shared + personal)
     x, y = samples(learner, own[batch_positions(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
     velocity: Tensors = ()
-    total_loss = torch.zeros(())
+    total_loss = torch.zeros((), device=x.device)
     for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
-        loss = cross_entropy(parts.model(xb), yb)
+        with _precision(config):  # entered anew each step: it keeps cast weights until it is left
+            loss = cross_entropy(parts.model(xb), yb)
         grads: Tensors = torch.autograd.grad(loss, shared + personal)
         with torch.no_grad():
             total_loss += loss
@@ -247,7 +258,15 @@ def batch_positions(seed: int, unit: Unit, phase: int, num_samples: int, count: 
 
 def samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:
     """Returns normalised images, float32 [n, C, H, W] in channels-last memory, and labels [n]."""
-    images = torch.from_numpy(learner.images[indices]).float().div_(learner.scale)
-    mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (learner.mean, learner.std))
+    device = learner.parts.shared.device
+    images = torch.from_numpy(learner.images[indices]).to(device).float().div_(learner.scale)
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (learner.mean, learner.std))
     x = images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-    return x, torch.from_numpy(learner.labels[indices])
+    return x, torch.from_numpy(learner.labels[indices]).to(device)
+
+
+def _precision(config: Training) -> AbstractContextManager[None]:
+    """Returns the context of a forward pass: nothing, or autocast to bfloat16."""
+    if config.precision == "float32":
+        return nullcontext()
+    return torch.autocast(config.device, torch.bfloat16)

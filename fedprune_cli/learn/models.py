@@ -229,6 +229,15 @@ class Parts:
                 module.groups = module.weight.shape[0] // module.weight.shape[1]
 
 
+def to_device(parts: Parts, device: str) -> Parts:
+    """Returns the model with its vectors and parameters on `device`; on the one they are on already, the model itself."""
+    if str(parts.shared.device) == device:
+        return parts
+    moved = replace(parts, shared=parts.shared.to(device), personal=parts.personal.to(device))
+    moved.point(moved.shared, moved.personal, [flat_shape(param) for param in parts.all_params])
+    return moved
+
+
 def flat_shape(tensor: Tensor) -> tuple[int, ...]:
     """Returns the shape of a parameter in the layout of the flat vectors: (out, h, w, in) for a convolution."""
     shape = tuple(tensor.shape)

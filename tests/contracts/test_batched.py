@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_setup, run_to_end
 
 from fedprune_cli import run
-from fedprune_cli.errors import DeviceError
+from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import blocks, train_block
 from fedprune_cli.learn.client import Learner, Unit, train
 from fedprune_cli.learn.personalize import Phase
@@ -73,8 +74,31 @@ def test_one_by_one_and_side_by_side_agree_to_the_last_digits(tmp_path: Path) ->
 
 def test_only_small_perceptrons_under_plain_sgd_are_batched() -> None:
     assert make_setup().batched
-    for override in ("training.block=1", "training.momentum=0.9", "model.hidden=[4000]"):
+    for override in ("training.block=1", "training.momentum=0.9", "training.precision=bfloat16", "model.hidden=[4000]"):
         assert not make_setup(override).batched, override
+
+
+def test_half_precision_trains_about_the_same_model(tmp_path: Path) -> None:
+    full, half = (run_to_end(tmp_path / p, f"training.precision={p}", "rounds=4") for p in ("float32", "bfloat16"))
+    assert full[-1]["train_loss"] != half[-1]["train_loss"]
+    assert np.isclose(full[-1]["train_loss"], half[-1]["train_loss"], rtol=0.02)
+    assert [r["latency_s"] for r in full] == [r["latency_s"] for r in half]  # the modelled devices are the same
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_trains_about_the_same_model(tmp_path: Path) -> None:
+    cpu, gpu = (
+        run_to_end(tmp_path / d, f"training.device={d}", "training.block=1", "rounds=4") for d in ("cpu", "cuda")
+    )
+    assert np.isclose(cpu[-1]["train_loss"], gpu[-1]["train_loss"], rtol=1e-3)
+    sliced = run_to_end(tmp_path / "sliced", "training.device=cuda", "pruner.granularity=channel")
+    assert sliced[-1]["train_loss"] < 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.device=cuda: must be .cpu.: PyTorch finds no CUDA device"):
+        make_setup("training.device=cuda")
 
 
 def test_a_loss_that_explodes_names_its_device() -> None:
