@@ -127,12 +127,21 @@ def _facts(run: Run) -> list[list[str]]:
         ["final accuracy, 10th percentile of devices", _percent(last["accuracy_p10"])],
         ["accuracy on a fresh device", _percent(last["fresh_accuracy"])],
         ["pruning ratio, mean", "-" if not ratios else f"{np.mean(ratios):.3f}"],
+        ["pruned are", _granularity(run)],
         ["sent by all devices", f"{sum(r['bytes_up'] for r in rounds) / 1e6:.4g} MB"],
         ["energy of all devices", f"{sum(r['joules'] for r in rounds):.4g} J"],
     ]
     if run.summary and run.summary["time_to_target_s"] is not None:
         facts.append(["time to the target accuracy", _seconds(run.summary["time_to_target_s"])])
     return facts
+
+
+def _granularity(run: Run) -> str:
+    if all(not record["max_ratio"] for record in run.rounds):
+        return "none"
+    if run.manifest["config"]["pruner"]["granularity"] == "channel":
+        return "whole channels: the model is smaller"
+    return "single entries: the computation they save is modelled, masks save none"
 
 
 def _certificate_facts(run: Run) -> list[list[str]]:

@@ -117,8 +117,9 @@ def test_ctrl_c_leaves_a_resumable_run() -> None:
     ]
     for sign in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it
+        )  # fmt: skip
         before = len(Path("run/rounds.jsonl").read_text().splitlines()) if Path("run").exists() else 0
         until = time.monotonic() + 60
         while time.monotonic() < until and process.poll() is None:
