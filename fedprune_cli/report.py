@@ -208,7 +208,10 @@ COLUMNS: tuple[Column, ...] = (
     ("bandwidth_share", "off equal bandwidth: by bandwidth %", lambda v: f"{100 * v:.1f}"),
     ("pruning_share", "off equal bandwidth: by pruning %", lambda v: f"{100 * v:.1f}"),
 )
-TERMINAL_COLUMNS = ("latency_s", "accuracy", "accuracy_p10", "fresh_accuracy", "latency_reduction", "time_reduction")
+TERMINAL_TITLES = {
+    "latency_s": "seconds a round", "accuracy": "accuracy %", "accuracy_p10": "p10 %", "fresh_accuracy": "fresh %",
+    "latency_reduction": "less a round %", "time_reduction": "less to target %",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -368,7 +371,7 @@ def _less(reduction: Estimate) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Returns the comparison for the terminal: its main figures, a row a method; the page has all of them."""
-    shown = [(key, title, show) for key, title, show in COLUMNS if key in TERMINAL_COLUMNS]
+    shown = [(key, TERMINAL_TITLES[key], show) for key, _, show in COLUMNS if key in TERMINAL_TITLES]
     rows = [
         [method, *("-" if (cell := cells[key]) is None else cell.text(show) for key, _, show in shown)]
         for method, cells in comparison.figures.items()
@@ -527,7 +530,8 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(title=title, title_justify="left")
     for at, header in enumerate(headers):
-        table.add_column(header, justify="left" if at == 0 else "right")
+        words = max((len(word) for row in rows for word in row[at].split()), default=0) if at == 0 else None
+        table.add_column(header, justify="left" if at == 0 else "right", min_width=words)
     for row in rows:
         table.add_row(*row)
     return table
