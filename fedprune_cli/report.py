@@ -209,7 +209,7 @@ COLUMNS: tuple[Column, ...] = (
     ("pruning_share", "off equal bandwidth: by pruning %", lambda v: f"{100 * v:.1f}"),
 )
 TERMINAL_TITLES = {
-    "latency_s": "seconds a round", "accuracy": "accuracy %", "accuracy_p10": "p10 %", "fresh_accuracy": "fresh %",
+    "latency_s": "s a round", "accuracy": "acc. %", "accuracy_p10": "p10 %", "fresh_accuracy": "fresh %",
     "latency_reduction": "less a round %", "time_reduction": "less to target %",
 }  # fmt: skip
 
@@ -373,7 +373,10 @@ def comparison_table(comparison: Comparison) -> Table:
     """Returns the comparison for the terminal: its main figures, a row a method; the page has all of them."""
     shown = [(key, TERMINAL_TITLES[key], show) for key, _, show in COLUMNS if key in TERMINAL_TITLES]
     rows = [
-        [method, *("-" if (cell := cells[key]) is None else cell.text(show) for key, _, show in shown)]
+        [
+            method.replace(EQUAL_SUFFIX, ", equal"),
+            *("-" if (cell := cells[key]) is None else cell.text(show) for key, _, show in shown),
+        ]
         for method, cells in comparison.figures.items()
     ]
     return _table("comparison", ["", *(title for _, title, _ in shown)], rows)
@@ -530,8 +533,7 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(title=title, title_justify="left")
     for at, header in enumerate(headers):
-        words = max((len(word) for row in rows for word in row[at].split()), default=0) if at == 0 else None
-        table.add_column(header, justify="left" if at == 0 else "right", min_width=words)
+        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=at == 0)
     for row in rows:
         table.add_row(*row)
     return table
