@@ -115,3 +115,14 @@ def test_any_text_is_a_value_or_one_line(key: str, text: str) -> None:
     except ConfigError as error:
         lines = len(str(error).splitlines())
     assert lines == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_says_what_it_asks_and_each_of_its_arms_is_sound(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    for key in ("Question:", "Command:", "Expected:", "Minutes:"):
+        assert any(line.startswith(f"# {key}") and line.removeprefix(f"# {key}").strip() for line in lines), key
+    config = compose_config([f"experiment={name}"])
+    assert build_experiment(config).name == name
+    for overrides in (config.arms or {}).values():
+        build_experiment(compose_config([f"experiment={name}", *overrides]))
