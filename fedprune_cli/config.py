@@ -30,7 +30,7 @@ from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import MODELS, ModelConfig
 from fedprune_cli.learn.personalize import METHODS, Method
 from fedprune_cli.learn.prune import PRUNERS, Pruner
-from fedprune_cli.meter import Meter
+from fedprune_cli.meter import Meter, Payload
 from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
@@ -86,6 +86,24 @@ class Deadline:
 
 
 @dataclass(frozen=True)
+class Participation:
+    """Who does what in a round: how `devices.per_round` are chosen, and when a device stops training the shared part.
+
+    freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops; None: never.
+    """
+
+    select: str
+    freeze_below: float | None
+    freeze_window: int
+
+    def __post_init__(self) -> None:
+        require(self.select in ("random", "price"), "select", self.select, "'random' or 'price'")
+        below = self.freeze_below
+        require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
+        require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How models are tested: each device's test share, every how many rounds, on how many devices (None: all), a fresh one's steps."""
 
@@ -123,6 +141,8 @@ class Experiment:
     weights: Weights
     training: Training
     deadline: Deadline
+    payload: Payload
+    participation: Participation
     evaluation: Evaluation
     meter: Meter
     execution: Execution
@@ -175,6 +195,8 @@ GROUPS: dict[str, Mapping[str, type]] = {
 SECTIONS: dict[str, type] = {
     "training": Training,
     "deadline": Deadline,
+    "payload": Payload,
+    "participation": Participation,
     "evaluation": Evaluation,
     "meter": Meter,
     "execution": Execution,

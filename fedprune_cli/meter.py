@@ -40,6 +40,20 @@ class Meter:
 
 
 @dataclass(frozen=True)
+class Payload:
+    """What travels: candidate `bits` of an uplink value, whether rounding errors are fed back, whether the broadcast is pruned."""
+
+    bits: list[int]
+    error_feedback: bool
+    pruned_downlink: bool
+
+    def __post_init__(self) -> None:
+        allowed = (2, 4, 8, 16, BITS_PER_PARAM)
+        valid = bool(self.bits) and len(set(self.bits)) == len(self.bits) and set(self.bits) <= set(allowed)
+        require(valid, "bits", self.bits, f"a list of different values out of {allowed}")
+
+
+@dataclass(frozen=True)
 class Load:
     """What a round asks of its devices before anything is pruned, float64 [K].
 
