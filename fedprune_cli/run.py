@@ -25,15 +25,16 @@ from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, tr
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
+from fedprune_cli.learn.quantize import BITS_PER_PARAM, bits_per_value, levels
 from fedprune_cli.learn.server import aggregate
 from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.meter import (
-    BITS_PER_PARAM,
     Load,
     Measurement,
     accuracies,
     build_load,
     build_problem,
+    compress,
     downlink_s,
     encode_mask,
     measure,
@@ -43,6 +44,7 @@ from fedprune_cli.state import Array, State, untrained
 from fedprune_cli.world.scenario import Scenario, build_scenario
 
 Record = dict[str, Any]
+FIRST_ROUNDING = 10.0  # omega_q L^2 before any is measured: what rounding a Gaussian block costs
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     if not len(ids):
         return idle_round(setup, state, workers)
 
-    load, problem = round_problem(setup, ids, radio.gain_linear[ids], state.round, state.slots)
-    allocation = experiment.allocator.solve(problem, experiment.seed, state.round)
+    problems = round_problems(setup, ids, radio.gain_linear[ids], state.round, state.slots)
+    bits, allocation = allocate(experiment, problems, state.round, state.slots)
     taking = np.flatnonzero(allocation.admitted)
     devices = ids[taking]
 
@@ -84,18 +86,23 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
     errors = pruning_errors(state, masks, devices)
 
-    updates = train_devices(setup, workers, [train_unit(setup, state, masks, device) for device in devices.tolist()])
+    updates = train_devices(
+        setup, workers, [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
+    )
     shared, gradient = server_step(setup, state, masks, updates)
     personal = state.personal.replaced({update.device: update.personal for update in updates})
 
-    measured = measure_round(setup, load, allocation, masks, updates, radio.gain_linear[ids])
+    measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
     clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
     slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
     slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors)
+    slots |= rounding_slots(state.slots, bits, updates)
     new = State(state.round + 1, shared, personal, slots | experiment.pruner.next_slots(state, gradient))
 
     scores = test_models(setup, new, masks, workers)
-    return new, build_record(setup, new, problem, allocation, updates, measured, gradient, errors, scores)
+    return new, build_record(
+        setup, new, problems.reference, bits, allocation, updates, measured, gradient, errors, scores
+    )
 
 
 def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
@@ -163,10 +170,20 @@ def plan(setup: Setup, device: int) -> tuple[Phase, ...]:
     return experiment.training.plan(experiment.method.phases(), len(setup.scenario.partition.train[device]))
 
 
-def round_problem(
-    setup: Setup, ids: Array, gain: Array, number: int, slots: Mapping[str, Array]
-) -> tuple[Load, Problem]:
-    """Returns the devices' load and the allocation problem of round `number`, given what the state remembers in `slots`.
+@dataclass(frozen=True)
+class RoundProblems:
+    """A round's allocation problem for each number of bits that a value may take on the uplink.
+
+    load: what the round asks of the devices; reference: the same without compression, whose dense optimum is the unit of deadlines.
+    """
+
+    load: Load
+    reference: Problem
+    by_bits: Mapping[int, Problem]
+
+
+def round_problems(setup: Setup, ids: Array, gain: Array, number: int, slots: Mapping[str, Array]) -> RoundProblems:
+    """Returns the devices' load and the allocation problems of round `number`, given what the state remembers in `slots`.
 
     The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
     """
@@ -175,13 +192,58 @@ def round_problem(
     load = build_load(scenario.fleet, ids, plans, [setup.cost] * len(ids), experiment.training.batch_size)
     bits = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
     bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(bits) % 2 == 0))
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
+    broadcast_s, t_down_s = (
+        downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * extra)
+        for extra in (0, bound)
+    )
     samples = scenario.partition.train.sizes[ids].astype(float)
     weight = experiment.weights.weight(samples, ids, slots)
     problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, setup.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
-    return load, replace(problem, deadline_s=deadline_s, ids=ids)
+    problem = replace(problem, deadline_s=deadline_s, ids=ids)
+    saved_s = broadcast_s if prunes_downlink(setup) else 0.0
+    by_bits = {width: compress(problem, bits_per_value(width), saved_s) for width in experiment.payload.bits}
+    return RoundProblems(load, problem, by_bits)
+
+
+def allocate(
+    experiment: Experiment, problems: RoundProblems, number: int, slots: Mapping[str, Array]
+) -> tuple[int, Allocation]:
+    """Returns the bits of a value and the allocation that goes with them: of several, the one that learns most in the time.
+
+    That is sum w_k x_k / (1 + omega_q / K): the rounding errors of K devices, of relative square omega_q = `rounding` / L^2, are
+    independent and average out. An allocation that had to stretch its deadline loses to one that did not.
+    """
+    options = {
+        bits: experiment.allocator.solve(problem, experiment.seed, number) for bits, problem in problems.by_bits.items()
+    }
+
+    def value(bits: int) -> tuple[float, float]:
+        allocation = options[bits]
+        omega = 0.0 if bits == BITS_PER_PARAM else float(slots.get("rounding", 0.0)) / levels(bits) ** 2
+        late = max(allocation.deadline_s / problems.reference.deadline_s - 1, 0.0) if allocation.deadline_s else 0.0
+        return -round(late, 9), allocation.objective / (1 + omega / max(int(allocation.admitted.sum()), 1))
+
+    chosen = max(options, key=value)
+    return chosen, options[chosen]
+
+
+def rounding_slots(slots: Mapping[str, Array], bits: int, updates: Sequence[Update]) -> dict[str, Array]:
+    """Returns what rounding leaves behind for the next round: what it took from each device, and how coarse it was."""
+    new = {name: slots[name].copy() for name in ("residual", "rounding") if name in slots}
+    if "residual" in new:
+        for update in updates:
+            new["residual"][update.device] = update.residual
+    errors = [update.rounding_error for update in updates if update.rounding_error is not None]
+    if "rounding" in new and errors:
+        new["rounding"] = rounding_scale(bits, float(np.mean(errors)))
+    return new
+
+
+def rounding_scale(bits: int, error: float) -> Array:
+    """Returns omega_q L^2, about the same for all bits, from the relative squared error omega_q that was measured at some."""
+    return np.array(error * levels(bits) ** 2)
 
 
 def sends_masks(setup: Setup) -> bool:
@@ -189,8 +251,13 @@ def sends_masks(setup: Setup) -> bool:
     return (
         setup.experiment.meter.mask_overhead
         and setup.experiment.allocator.prunes
-        and not setup.experiment.pruner.derivable
+        and not (setup.experiment.pruner.derivable and not prunes_downlink(setup))
     )
+
+
+def prunes_downlink(setup: Setup) -> bool:
+    """Whether only what some device keeps is broadcast; devices that do not have u cannot derive their masks."""
+    return setup.experiment.payload.pruned_downlink and setup.experiment.allocator.prunes
 
 
 def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
@@ -199,7 +266,7 @@ def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
     return np.array([np.square(state.shared[drop], dtype=np.float64).sum() if drop.any() else 0.0 for drop in dropped])
 
 
-def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
+def train_unit(setup: Setup, state: State, masks: Masks, device: int, bits: int) -> Unit:
     """Returns a device's training task."""
     return Unit(
         "training",
@@ -209,6 +276,8 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
         state.personal[device],
         kept_of(masks, device),
         plan(setup, device),
+        bits,
+        state.slots["residual"][device] if "residual" in state.slots else None,
     )
 
 
@@ -247,8 +316,9 @@ def measure_round(
     """Returns the modelled cost of what was really kept and encoded, for the admitted devices."""
     size, taking = setup.cost.shared_params, np.flatnonzero(allocation.admitted)
     codes = [encode_mask(masks.sent(update.device)) for update in updates] if sends_masks(setup) else []
-    bits_down = BITS_PER_PARAM * size + 8 * sum(map(len, codes))
     kept = np.array([len(update.shared) for update in updates]) / max(size, 1)
+    listened = kept if prunes_downlink(setup) else np.ones(len(updates))
+    bits_down = BITS_PER_PARAM * size * listened + 8 * sum(map(len, codes))
     load = load.take(taking)
     if masks.units:  # the model is smaller: its own FLOPs, not a share of the whole one's
         load, kept = sliced_load(setup, masks, [update.device for update in updates]), np.ones(len(updates))
@@ -256,9 +326,9 @@ def measure_round(
         load,
         rate_bps=allocation.rate_bps[taking],
         kept=kept,
-        payload_bytes=np.array([len(update.shared.tobytes()) for update in updates], dtype=float),
-        bits_down=bits_down,
-        t_down_s=downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down),
+        payload_bytes=np.array([update.sent_bytes for update in updates], dtype=float),
+        bits_down=bits_down.max(initial=0.0),
+        t_down_s=np.array([downlink_s(setup.experiment.meter, setup.experiment.channel, gain, b) for b in bits_down]),
     )
 
 
@@ -310,16 +380,17 @@ def tested_devices(setup: Setup) -> list[int]:
 
 
 def build_record(
-    setup: Setup, new: State, problem: Problem, allocation: Allocation,
+    setup: Setup, new: State, problem: Problem, bits: int, allocation: Allocation,
     updates: Sequence[Update], measured: Measurement, gradient: Array, errors: Array, scores: Mapping[int, Score],
 ) -> Record:  # fmt: skip
-    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`."""
+    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`. problem: without compression."""
     scenario, admitted = setup.scenario, allocation.admitted
     samples = scenario.partition.train.sizes
     ids = [update.device for update in updates]
     weights = samples[ids] / max(samples[ids].sum(), 1)
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
     losses = [update.train_loss for update in updates]
+    rounding = [update.rounding_error for update in updates if update.rounding_error is not None]
     certificate = allocation.certificate
     tested = accuracy_figures(setup, scores)
     return {
@@ -331,6 +402,8 @@ def build_record(
         "train_loss": float(np.dot(weights, losses)) if losses and None not in losses else None,  # type: ignore[arg-type]
         "mean_ratio": float(allocation.prune_ratio[admitted].mean()) if updates else None,
         "max_ratio": float(allocation.prune_ratio[admitted].max()) if updates else None,
+        "bits": bits,
+        "rounding_error": float(np.mean(rounding)) if rounding else None,
         "bytes_up": int(measured.bytes_up.sum()),
         "bytes_down": int(measured.bytes_down),
         "joules": float(measured.joules.sum()),
@@ -379,7 +452,7 @@ def idle_round(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     """Returns a round in which every device is in outage: nothing is trained, sent or waited for."""
     new = replace(state, round=state.round + 1)
     masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed, setup.layout)
-    unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "pruning_error", "dense_latency_s",
+    unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "bits", "rounding_error", "pruning_error", "dense_latency_s",
                "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
     zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
     return new, {
@@ -407,6 +480,10 @@ def prepare(experiment: Experiment) -> Setup:
     cost = count_cost(parts, scenario.dataset.images.shape[1:])
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
+    if experiment.payload.error_feedback:
+        slots["residual"] = np.zeros((scenario.num_devices, cost.shared_params), dtype=np.float32)
+    if len(experiment.payload.bits) > 1:
+        slots["rounding"] = np.array(FIRST_ROUNDING)
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     layout = build_layout(experiment, parts, cost)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)

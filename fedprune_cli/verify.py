@@ -12,7 +12,7 @@ import numpy as np
 from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.errors import CertificateError
-from fedprune_cli.run import Record, Setup, participants, round_problem
+from fedprune_cli.run import Record, Setup, allocate, participants, round_problems, rounding_scale
 from fedprune_cli.state import Array
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict
     of = record["devices"]
     ids, ratio, error = (np.array(of[key]) for key in ("id", "prune_ratio", "pruning_error"))
     learned = setup.experiment.weights.next_slots(slots, ids.astype(int), ratio, error)
+    if "rounding" in slots and record["rounding_error"] is not None:
+        learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
     return {**slots, **learned, "simulated_s": np.array(record["simulated_s"])}
 
 
@@ -74,8 +76,9 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         ids = participants(setup, conditions.available, number)
         if not len(ids):
             continue
-        _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, slots)
-        allocation = experiment.allocator.solve(problem, experiment.seed, number)
+        problems = round_problems(setup, ids, conditions.gain_linear[ids], number, slots)
+        bits, allocation = allocate(experiment, problems, number, slots)
+        problem = problems.by_bits[bits]
         slots = next_slots(setup, slots, record)
         taking = np.flatnonzero(allocation.admitted)
         recorded = np.array([record["devices"]["prune_ratio"], record["devices"]["bandwidth_hz"]])

@@ -90,7 +90,7 @@ def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     """model.md section 3 by hand for one device, against the meter."""
     setup = make_setup("method=personalized", "meter=paper")
     ids, radio = np.arange(4), setup.scenario.at(0)
-    _, problem = run.round_problem(setup, ids, radio.gain_linear[ids], 0, setup.initial.slots)
+    problem = run.round_problems(setup, ids, radio.gain_linear[ids], 0, setup.initial.slots).by_bits[32]
     fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
     personal_steps, shared_steps, batch = 2, 3, 8
     forward_backward_u = (
