@@ -197,7 +197,7 @@ def write(out: Path, calibration: Calibration) -> None:
     with folder.writing(out):
         (out / "devices").mkdir(parents=True, exist_ok=True)
         (out / "calibration.json").write_text(json.dumps(to_json(calibration), indent=1) + "\n")
-        (out / "calibration.svg").write_text(figures.calibration_figure(to_json(calibration)["points"]))
+        (out / "calibration.svg").write_text(figures.calibration_figure(to_json(calibration)["points"]).svg())
         (out / "devices" / "calibrated.yaml").write_text(fleet_yaml(calibration))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fedprune_cli.config import Experiment
+    from fedprune_cli.members import Failure, Member
     from fedprune_cli.run import Record, Setup
 
 INTERRUPTED = 130
@@ -230,33 +232,91 @@ def compare(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each is run with every method.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Where the comparison goes; default: beside the runs.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at the same time, each on one core; 1: one by one; default: the cores."),
+    ] = None,
 ) -> None:
     """Run several methods on the same data, devices and channel draws, and report what each gains.
 
-    Finished runs are read and not run again; interrupted ones are continued.
+    Finished runs are read and not run again; interrupted ones are continued. A run that fails is named, and the rest go on.
     """
+    from omegaconf import OmegaConf
+
     from fedprune_cli.config import build_experiment, compose_config
+    from fedprune_cli.members import Member
 
     if not seeds.replace(",", "").isdigit():
         raise ConfigError(f"--seeds {seeds}: must be whole numbers joined by commas")
     if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides or []):
         raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
     arms = _arms(overrides or [], methods)
-    members = [(arm, seed) for seed in seeds.split(",") for arm in arms]
-    configs = [compose_config([*(overrides or []), *arms[arm], f"seed={seed}"]) for arm, seed in members]
-    experiments = [build_experiment(config) for config in configs]  # all are checked before the first one runs
-    for (arm, seed), config, experiment in zip(members, configs, experiments, strict=True):
-        if (experiment.run_dir / "summary.json").exists():
-            print(f"{arm}, seed {seed}: finished before, {experiment.run_dir}")
-            continue
-        print(f"{arm}, seed {seed}: {experiment.run_dir}", flush=True)
-        if experiment.run_dir.exists():
-            _resume(experiment.run_dir)
-        else:
-            _start(experiment, config)
-    run_dirs = [experiment.run_dir for experiment in experiments]
-    digest = hashlib.sha256(" ".join(str(path) for path in run_dirs).encode()).hexdigest()[:8]
-    _compare(run_dirs, out or run_dirs[0].parent / f"comparison-{digest}", [arm for arm, _ in members])
+    chosen = [(arm, int(seed)) for seed in seeds.split(",") for arm in arms]
+    configs = [compose_config([*(overrides or []), *arms[arm], f"seed={seed}"]) for arm, seed in chosen]
+    members = [
+        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), build_experiment(config).run_dir)
+        for (arm, seed), config in zip(chosen, configs, strict=True)
+    ]  # all are checked before the first one runs
+    unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
+    if len(unfinished) < len(members):
+        print(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
+    failures = _run_members(unfinished, min(jobs or os.cpu_count() or 1, len(unfinished)))
+    failed = {failure.member.seed for failure in failures}
+    complete = [member for member in members if member.seed not in failed]
+    if complete:
+        digest = hashlib.sha256(" ".join(str(member.run_dir) for member in members).encode()).hexdigest()[:8]
+        _compare(
+            [member.run_dir for member in complete],
+            out or members[0].run_dir.parent / f"comparison-{digest}",
+            [member.arm for member in complete],
+            command=shlex.join(["fedprune", *sys.argv[1:]]),
+            missing=[str(failure) for failure in failures],
+        )
+    if failures:
+        left_out = f"; left out of the report: seed {', '.join(map(str, sorted(failed)))}" if complete else ""
+        error = FedpruneError(f"{len(failures)} of {len(members)} runs failed, see above{left_out}")
+        error.exit_code = failures[0].exit_code
+        raise error
+
+
+def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
+    """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
+    from fedprune_cli.folder import SUMMARY, read_json
+    from fedprune_cli.members import Failure, run_members
+
+    def one_by_one() -> Iterator[tuple[Member, Failure | None]]:
+        for member in members:
+            try:
+                _resume(member.run_dir) if member.run_dir.exists() else _begin(member.config)
+                yield member, None
+            except FedpruneError as error:
+                yield member, Failure(member, error.exit_code, str(error))
+
+    failures = []
+    try:
+        for number, (member, failure) in enumerate(run_members(members, jobs) if jobs > 1 else one_by_one(), start=1):
+            if failure is None:
+                accuracy = read_json(member.run_dir / SUMMARY)["final_accuracy"]
+                print(
+                    f"{number}/{len(members)}  {member}: accuracy {100 * accuracy:.2f} %, {member.run_dir}", flush=True
+                )
+            else:
+                failures.append(failure)
+                print(f"error: {failure}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; every finished round is safe: the same command continues", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    return failures
+
+
+def _begin(config_yaml: str) -> None:
+    from omegaconf import DictConfig, OmegaConf
+
+    from fedprune_cli.config import build_experiment
+
+    config = OmegaConf.create(config_yaml)
+    assert isinstance(config, DictConfig)
+    _start(build_experiment(config), config)
 
 
 def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
@@ -470,13 +530,19 @@ def calibrate(
         )
 
 
-def _compare(run_dirs: list[Path], out: Path, labels: list[str] | None = None) -> None:
+def _compare(
+    run_dirs: list[Path],
+    out: Path,
+    labels: list[str] | None = None,
+    command: str | None = None,
+    missing: Sequence[str] = (),
+) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli import report as reports
 
     comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
     with _status("drawing the comparison"):
-        page = reports.write_comparison(comparison, out)
+        page = reports.write_comparison(comparison, out, command, missing)
     _print(reports.comparison_table(comparison))
     _print(reports.headline(comparison))
     print(f"report: {page}")

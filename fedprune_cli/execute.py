@@ -140,11 +140,11 @@ def _open(data: bytes, spans: tuple[tuple[int, int], ...], descriptor: Any) -> A
 def _start(build: Any) -> None:
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     _context = _single_threaded(build)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ends a worker whose parent was killed: nobody else would."""
     parent = multiprocessing.parent_process()
     if parent:
@@ -164,6 +164,13 @@ def _single_threaded(build: Callable[[], Any]) -> Any:
     return build()
 
 
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Returns the way to start processes: a server imports what is heavy once, and forks each from there; they share its memory."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedprune_cli.run"])
+    return context
+
+
 @contextlib.contextmanager
 def executor(execution: Execution, build: Callable[[], Any]) -> Iterator[Executor]:
     """Yields the executor; each of its processes calls `build` once for the context that `map` hands to f."""
@@ -172,9 +179,7 @@ def executor(execution: Execution, build: Callable[[], Any]) -> Iterator[Executo
         yield _Serial(_single_threaded(build))
         return
     shared = _share(build)
-    # a server imports what is heavy once, and forks every worker from there: they start at once and share its memory
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedprune_cli.run"])
+    context = forkserver()
 
     def start() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(workers, context, initializer=functools.partial(_start, shared))

@@ -5,11 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Record = dict[str, Any]
+Interval = tuple[float, float | None]  # a mean, and half the width of its interval where there is one
+Bands = Callable[
+    [Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray | None]
+]  # curves -> their mean, half the interval's width
+GRID = 200  # points of a mean curve
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
     "#0072B2",
     "#E69F00",
@@ -24,26 +30,46 @@ MARKERS = "osD^vPX"
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 
 
-def draw(plot: Callable[[Any], None], width: float = 7.2, height: float = 3.6, columns: int = 1) -> str:
-    """Returns an SVG with what `plot` draws on the axes; the same figure gives the same bytes."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "fedprune", "font.family": "sans-serif", "font.size": 10,
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
+}  # fmt: skip
+PAPER_INK = dict.fromkeys((key for key, value in STYLE.items() if value == INK), "black")
 
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "fedprune", "font.family": "sans-serif", "font.size": 10,
-        "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "axes.axisbelow": True, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    }  # fmt: skip
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        plot(figure.subplots(1, columns))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(INK.upper(), "currentColor")
+
+@dataclass(frozen=True)
+class Drawing:
+    """What `plot` draws on `columns` axes side by side; the same drawing gives the same bytes."""
+
+    plot: Callable[[Any], None]
+    width: float = 7.2
+    height: float = 3.6
+    columns: int = 1
+
+    def svg(self) -> str:
+        """Returns it for a page: text stays text, and takes the page's colour."""
+        svg = self._save("svg", STYLE, {"Date": None, "Creator": None}).decode()
+        return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(INK.upper(), "currentColor")
+
+    def pdf(self) -> bytes:
+        """Returns it for a paper: fonts embedded, black on nothing."""
+        style = STYLE | PAPER_INK | {"pdf.fonttype": 42}
+        return self._save("pdf", style, {"CreationDate": None, "Creator": None, "Producer": None})
+
+    def _save(self, kind: str, style: Mapping[str, Any], metadata: Mapping[str, None]) -> bytes:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with mpl.rc_context(dict(style)):
+            figure = Figure(figsize=(self.width, self.height), layout="constrained")
+            FigureCanvasAgg(figure)
+            self.plot(figure.subplots(1, self.columns))
+            data = io.BytesIO()
+            figure.savefig(data, format=kind, metadata=dict(metadata))
+        return data.getvalue()
 
 
 def embed(svg: str, label: str, prefix: str) -> str:
@@ -61,7 +87,7 @@ def tested(rounds: Sequence[Record]) -> list[Record]:
     return [record for record in rounds if record["accuracy"] is not None]
 
 
-def accuracy_figure(rounds: Sequence[Record]) -> str:
+def accuracy_figure(rounds: Sequence[Record]) -> Drawing:
     """Accuracy against simulated seconds: devices' weighted mean and 10th percentile, and a fresh device."""
 
     def plot(axes: Any) -> None:
@@ -74,10 +100,10 @@ def accuracy_figure(rounds: Sequence[Record]) -> str:
         axes.set(xlabel="simulated time (s)", ylabel="accuracy (%)")
         axes.legend(loc="lower right")
 
-    return draw(plot)
+    return Drawing(plot)
 
 
-def latency_figure(rounds: Sequence[Record]) -> str:
+def latency_figure(rounds: Sequence[Record]) -> Drawing:
     """Latency of each round: the slowest device's computation and radio, beside the dense optimum."""
 
     def plot(axes: Any) -> None:
@@ -106,10 +132,10 @@ def latency_figure(rounds: Sequence[Record]) -> str:
         axes.set_ylim(top=1.35 * max([*bottom, *(r["equal_dense_latency_s"] for r in busy)], default=1.0))
         axes.legend(loc="upper right", ncols=2)
 
-    return draw(plot)
+    return Drawing(plot)
 
 
-def allocation_figure(rounds: Sequence[Record]) -> str:
+def allocation_figure(rounds: Sequence[Record]) -> Drawing:
     """Ratio and bandwidth of each device: mean over the rounds and the range from the 10th to the 90th percentile."""
 
     def plot(both: Any) -> None:
@@ -132,10 +158,10 @@ def allocation_figure(rounds: Sequence[Record]) -> str:
             axes.vlines(ids, low, high, color=INK, linewidth=1)
             axes.set(xlabel="device", ylabel=label)
 
-    return draw(plot, columns=2)
+    return Drawing(plot, columns=2)
 
 
-def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> str:
+def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> Drawing:
     """Samples of each class on each device; the fresh devices stand above the line."""
     from matplotlib.ticker import MaxNLocator
 
@@ -150,29 +176,100 @@ def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> s
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="class", ylabel="device")
 
-    return draw(plot, height=3.2 + 0.03 * min(len(histogram), 100))
+    return Drawing(plot, height=3.2 + 0.03 * min(len(histogram), 100))
 
 
-def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: float | None) -> str:
-    """Accuracy against simulated seconds, a curve a run, a colour a method."""
+def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: float | None, bands: Bands) -> Drawing:
+    """Mean accuracy over seeds against simulated seconds, a colour a method, with its 95 % interval where there are seeds."""
 
     def plot(axes: Any) -> None:
         for at, (method, runs) in enumerate(curves.items()):
-            for number, rounds in enumerate(runs):
-                points = [(r["simulated_s"], 100 * r["accuracy"]) for r in tested(rounds)]
-                axes.plot(
-                    *zip(*points, strict=True), color=COLOURS[at % len(COLOURS)], label=method if number == 0 else None,
-                    marker=MARKERS[at % len(MARKERS)], markersize=3, markevery=max(len(points) // 12, 1), linewidth=1.3, alpha=0.9,
-                )  # fmt: skip
+            points = [np.array([(r["simulated_s"], 100 * r["accuracy"]) for r in tested(rounds)]).T for rounds in runs]
+            x = np.linspace(max(x[0] for x, _ in points), min(x[-1] for x, _ in points), GRID)
+            mean, half = bands([np.interp(x, *curve) for curve in points])
+            style = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
+            axes.plot(x, mean, label=method, markersize=4, markevery=GRID // 8, linewidth=1.4, **style)
+            if half is not None:
+                axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
         if target is not None:
             axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":", label=f"target {100 * target:.1f} %")
         axes.set(xlabel="simulated time (s)", ylabel="device accuracy (%)")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", fontsize=8)
 
-    return draw(plot)
+    return Drawing(plot, height=4.2)
 
 
-def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> str:
+def finals_figure(finals: Mapping[str, Mapping[str, Interval]]) -> Drawing:
+    """Final accuracies by method: devices' mean, their 10th percentile and a fresh device, with 95 % intervals."""
+
+    def plot(axes: Any) -> None:
+        kinds = dict.fromkeys(kind for of in finals.values() for kind in of)
+        for at, kind in enumerate(kinds):
+            y = np.arange(len(finals)) + 0.22 * (at - (len(kinds) - 1) / 2)
+            mean, half = (100 * np.array([of[kind][i] or 0.0 for of in finals.values()]) for i in (0, 1))
+            axes.errorbar(
+                mean,
+                y,
+                xerr=half,
+                linestyle="",
+                color=COLOURS[at],
+                marker=MARKERS[at],
+                markersize=4,
+                capsize=2,
+                label=kind,
+            )
+        axes.set_yticks(range(len(finals)), list(finals))
+        axes.invert_yaxis()
+        axes.set(xlabel="final accuracy (%)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    return Drawing(plot, height=1.4 + 0.4 * len(finals))
+
+
+def target_figure(times: Mapping[str, Interval | None]) -> Drawing:
+    """Simulated seconds to the target accuracy by method, with 95 % intervals; who misses it on a seed says so."""
+
+    def plot(axes: Any) -> None:
+        reached = {method: time for method, time in times.items() if time is not None}
+        y = [list(times).index(method) for method in reached]
+        half = [time[1] or 0.0 for time in reached.values()]
+        axes.barh(y, [time[0] for time in reached.values()], xerr=half, color=BLUE, ecolor=INK, capsize=3)
+        for at, method in enumerate(times):
+            if method not in reached:
+                axes.text(0, at, " missed on a seed", va="center")
+        axes.set_yticks(range(len(times)), list(times))
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.set(xlabel="simulated time to the target accuracy (s)")
+
+    return Drawing(plot, height=1.2 + 0.35 * len(times))
+
+
+def convergence_figure(rounds: Sequence[Record]) -> Drawing:
+    """The squared gradient norm averaged over the rounds so far, beside the bound's shape fitted to it, and the pruning error."""
+    from scipy.optimize import nnls
+
+    busy = [r for r in rounds if r["pruning_error"] is not None]
+    number = np.arange(1, len(busy) + 1)
+    measured = np.cumsum([r["grad_norm"] ** 2 for r in busy]) / number
+    error = np.array([r["pruning_error"] for r in busy])
+    shape = np.stack([1 / np.sqrt(number), np.cumsum(error) / number, np.ones(len(busy))], axis=1)
+    fitted = shape @ nnls(shape, measured)[0] if busy else measured
+
+    def plot(both: Any) -> None:
+        left, right = both
+        left.plot(number, measured, color=BLUE, marker="o", markersize=3, label="measured")
+        left.plot(number, fitted, "--", color=ORANGE, label="shape of the bound, fitted")
+        left.set(xlabel="rounds", ylabel="mean squared gradient norm")
+        left.set_ylim(bottom=0)
+        left.legend()
+        right.plot(number, error, color=GREEN, marker="s", markersize=3)
+        right.set(xlabel="round", ylabel="pruning error, mean $||u - u\\,m_k||^2$")
+
+    return Drawing(plot, columns=2)
+
+
+def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> Drawing:
     """The least mean ratio that each deadline needs, and the deadline that was asked for."""
 
     def plot(axes: Any) -> None:
@@ -187,10 +284,10 @@ def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> s
         axes.set(xlabel="deadline of the round (s)", ylabel="least weighted mean ratio")
         axes.legend()
 
-    return draw(plot)
+    return Drawing(plot)
 
 
-def calibration_figure(points: Sequence[Record]) -> str:
+def calibration_figure(points: Sequence[Record]) -> Drawing:
     """A step's measured time against what the latency model says, by ratio: with channels left out, and with masks alone."""
 
     def plot(axes: Any) -> None:
@@ -221,17 +318,17 @@ def calibration_figure(points: Sequence[Record]) -> str:
         axes.set_ylim(bottom=0)
         axes.legend()
 
-    return draw(plot)
+    return Drawing(plot)
 
 
-def split_figure(split: Mapping[str, tuple[float, float, float]]) -> str:
-    """Seconds a round: what is left, and what pruning and optimal bandwidth took off the dense round on equal bandwidth."""
+def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Drawing:
+    """Seconds a round: what is left, with its 95 % interval, and what pruning and optimal bandwidth took off equal bandwidth."""
 
     def plot(axes: Any) -> None:
         names = list(split)
-        left, pruning, bandwidth = np.array(list(split.values())).T
-        axes.barh(names, left, color=BLUE, label="left")
-        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="saved by pruning")
+        left, pruning, bandwidth, half = np.array(list(split.values())).T
+        axes.barh(names, left, xerr=half, color=BLUE, ecolor=INK, capsize=3, label="left")
+        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="saved by pruning and fewer bits")
         axes.barh(
             names, np.maximum(bandwidth, 0), left=left + np.maximum(pruning, 0), color=SKY, label="saved by bandwidth"
         )
@@ -239,4 +336,4 @@ def split_figure(split: Mapping[str, tuple[float, float, float]]) -> str:
         axes.set(xlabel="mean latency of a round (s)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    return draw(plot, height=1.6 + 0.35 * len(split))
+    return Drawing(plot, height=1.6 + 0.35 * len(split))

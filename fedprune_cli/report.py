@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
 NOTE = (
-    f"±: half the 95 % interval over seeds. The target is what the reference holds over its last {HELD_ROUNDS} tests, minus 0.5 points. "
+    f"±: half the 95 % interval over seeds, of paired differences where two are compared; -: missing on a seed. The target is what the reference holds over its last {HELD_ROUNDS} tests, minus 0.5 points. "
     "Final figures are of the last round, never of the best. Equal-bandwidth seconds replay the same training on the same channel draws."
+)
+
+CONVERGENCE_NOTE = (
+    "Left: the squared norm of the mean gradient that the updates imply, averaged over the rounds so far, and c1/sqrt(R) + c2 (mean pruning "
+    "error) + c3 fitted to it: the shape of the convergence bound, not a prediction. Right: the pruning error that the bound's floor grows with."
 )
 
 
@@ -78,12 +83,14 @@ def write_report(path: Path) -> Path:
         "accuracy": figures.accuracy_figure(run.rounds),
         "latency": figures.latency_figure(run.rounds),
         "allocation": figures.allocation_figure(run.rounds),
+        "convergence": figures.convergence_figure(run.rounds),
         "partition": figures.partition_figure(run.manifest["histogram"], count),
     }
     captions = {
         "accuracy": "Accuracy of each device's own model on its own test samples, and of a device that never trained.",
         "latency": "Each round lasts as long as its slowest device; the lines are what the same round costs without pruning.",
         "allocation": "What each device was given: mean over the rounds, and the 10th to 90th percentile.",
+        "convergence": CONVERGENCE_NOTE,
         "partition": "Samples of each class on each device; those above the red line never train.",
     }
     last = tested(run.rounds)[-1]
@@ -93,7 +100,7 @@ def write_report(path: Path) -> Path:
     )
     body = [
         f"<p class=answer>{html.escape(answer)}</p>",
-        *(_figure(name, svg, captions[name]) for name, svg in drawn.items()),
+        *(_figure(name, drawing, captions[name]) for name, drawing in drawn.items()),
         _section("Figures of the run", _html_table(["figure", "value"], _facts(run))),
         _section("Certificate", _html_table(["figure", "value"], _certificate_facts(run))),
         _section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
@@ -107,7 +114,7 @@ def write_report(path: Path) -> Path:
         "histogram.csv": _csv(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
                               [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]),
     }  # fmt: skip
-    return _write(out, files | {f"{name}.svg": svg for name, svg in drawn.items()})
+    return _write(out, files | {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()})
 
 
 def run_table(run: Run) -> Table:
@@ -201,10 +208,14 @@ COLUMNS: tuple[Column, ...] = (
     ("accuracy", "accuracy %", lambda v: f"{100 * v:.2f}"),
     ("accuracy_p10", "10th percentile %", lambda v: f"{100 * v:.2f}"),
     ("fresh_accuracy", "fresh device %", lambda v: f"{100 * v:.2f}"),
+    ("accuracy_gain", "accuracy, points above", lambda v: f"{100 * v:.2f}"),
+    ("p10_gain", "10th percentile, points above", lambda v: f"{100 * v:.2f}"),
+    ("mean_ratio", "mean pruning ratio", lambda v: f"{v:.3f}"),
     ("megabytes_up", "MB sent", lambda v: f"{v:.4g}"),
     ("joules", "joules", lambda v: f"{v:.4g}"),
     ("latency_reduction", "less a round %", lambda v: f"{100 * v:.1f}"),
     ("time_reduction", "less to target %", lambda v: f"{100 * v:.1f}"),
+    ("time_reduction_equal", "less to target than on equal bandwidth %", lambda v: f"{100 * v:.1f}"),
     ("bandwidth_share", "off equal bandwidth: by bandwidth %", lambda v: f"{100 * v:.1f}"),
     ("pruning_share", "off equal bandwidth: by pruning %", lambda v: f"{100 * v:.1f}"),
 )
@@ -284,6 +295,7 @@ def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, floa
         "accuracy": last["accuracy"],
         "accuracy_p10": last["accuracy_p10"],
         "fresh_accuracy": last["fresh_accuracy"],
+        "mean_ratio": float(np.mean([r["mean_ratio"] for r in run.rounds if r["mean_ratio"] is not None] or [0.0])),
         "megabytes_up": sum(r["bytes_up"] for r in run.rounds) / 1e6,
         "joules": sum(r["joules"] for r in run.rounds),
     }
@@ -292,7 +304,11 @@ def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, floa
     base_s = float(np.mean([r["latency_s"] for r in base.rounds]))
     equal_s = _mean_equal_s(base)
     base_time_s = base.rounds[crossing(base, target) or 0]["simulated_s"]
+    base_last, equal_time_s = tested(base.rounds)[-1], _equal_time_s(base, target)
     row |= {
+        "accuracy_gain": last["accuracy"] - base_last["accuracy"],
+        "p10_gain": last["accuracy_p10"] - base_last["accuracy_p10"],
+        "time_reduction_equal": None if time_s is None else 1 - time_s / equal_time_s,
         "latency_reduction": 1 - latency_s / base_s,
         "time_reduction": None if time_s is None else 1 - time_s / base_time_s,
         "bandwidth_share": (equal_s - base_s) / equal_s,
@@ -306,21 +322,23 @@ def _equal_bandwidth_figures(base: Run, target: float) -> dict[str, float | None
     row = _figures(base, base, target)
     base_s, equal_s = row["latency_s"], _mean_equal_s(base)
     assert base_s is not None
-    base_time_s = row["time_to_target_s"]
-    time_s = (
-        None
-        if base_time_s is None
-        else float(sum(r["equal_dense_latency_s"] or 0.0 for r in base.rounds[: (crossing(base, target) or 0) + 1]))
-    )
+    base_time_s, time_s = row["time_to_target_s"], _equal_time_s(base, target)
+    assert base_time_s is not None
     return row | {
         "latency_s": equal_s,
         "time_to_target_s": time_s,
         "joules": None,  # the radio's share would have to be metered again
         "latency_reduction": 1 - equal_s / base_s,
-        "time_reduction": None if time_s is None or base_time_s is None else 1 - time_s / base_time_s,
+        "time_reduction": 1 - time_s / base_time_s,
+        "time_reduction_equal": 0.0,
         "bandwidth_share": 0.0,
         "pruning_share": 0.0,
     }
+
+
+def _equal_time_s(base: Run, target: float) -> float:
+    """Returns the seconds to the target of the reference's devices on equal bandwidth; it reaches what it holds itself."""
+    return float(sum(r["equal_dense_latency_s"] or 0.0 for r in base.rounds[: (crossing(base, target) or 0) + 1]))
 
 
 def _mean_equal_s(run: Run) -> float:
@@ -344,19 +362,29 @@ def headline(comparison: Comparison) -> str:
     seeds = len(comparison.targets)
     text = f"{method} takes {_less(per_round)} simulated time a round than {comparison.reference} with its own optimal bandwidth"
     if to_target:
-        text += f" and {_less(to_target)} to the target accuracy of {_percent(target)}"
+        equal = mine["time_reduction_equal"]
+        assert equal
+        text += f" and {_less(to_target)} to the target accuracy of {_percent(target)}, {_less(equal)} than on equal bandwidth"
     else:
         text += f"; it does not reach the target accuracy of {_percent(target)} on every seed"
     bandwidth, pruning = mine["bandwidth_share"], mine["pruning_share"]
     assert bandwidth
     assert pruning
-    points = 100 * (accuracy.mean - base_accuracy.mean)
+    points = mine["accuracy_gain"]
+    assert points
     text += (
         f". Against equal bandwidth a round takes {_less(Estimate(bandwidth.mean + pruning.mean, None, seeds))}: "
         f"{100 * bandwidth.mean:.1f} points by bandwidth, {100 * pruning.mean:.1f} by pruning. "
-        f"Final device accuracy {_percent(accuracy.mean)} against {_percent(base_accuracy.mean)} ({points:+.2f} points). "
+        f"Final device accuracy {_percent(accuracy.mean)} against {_percent(base_accuracy.mean)} ({_points(points)} points). "
     )
     return text + (f"Means of {seeds} seeds with 95 % intervals." if seeds > 1 else "One seed: there is no interval.")
+
+
+def _points(gain: Estimate) -> str:
+    if gain.half_width is None:
+        return f"{100 * gain.mean:+.2f}"
+    ends = gain.mean - gain.half_width, gain.mean + gain.half_width
+    return f"{100 * gain.mean:+.2f} [{100 * ends[0]:+.2f}, {100 * ends[1]:+.2f}]"
 
 
 def _less(reduction: Estimate) -> str:
@@ -391,28 +419,60 @@ def _comparison_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def write_comparison(comparison: Comparison, out: Path) -> Path:
-    """Writes index.html, table.csv, table.tex and the figures as SVG; returns the page."""
+def write_comparison(
+    comparison: Comparison, out: Path, command: str | None = None, missing: Sequence[str] = ()
+) -> Path:
+    """Writes index.html, table.csv, .tex and .md, and the figures as SVG and PDF; returns the page.
+
+    command: what made it, to say how to repeat it; missing: runs that failed, and why, whose seeds are left out.
+    """
     curves = {method: [run.rounds for run in runs] for method, runs in comparison.runs.items()}
     target = float(np.mean(list(comparison.targets.values()))) if comparison.targets else None
-    drawn = {"progress": figures.progress_figure(curves, target)}
+    finals = {
+        method: {
+            kind: (cell.mean, cell.half_width)
+            for kind, key in (
+                ("devices", "accuracy"),
+                ("10th percentile", "accuracy_p10"),
+                ("fresh device", "fresh_accuracy"),
+            )
+            if (cell := comparison.figures[method][key])
+        }
+        for method in comparison.runs
+    }
+    drawn = {"progress": figures.progress_figure(curves, target, _band), "finals": figures.finals_figure(finals)}
     if comparison.reference is not None:
+        times = {method: cells["time_to_target_s"] for method, cells in comparison.figures.items()}
+        drawn["target"] = figures.target_figure(
+            {method: (cell.mean, cell.half_width) if cell else None for method, cell in times.items()}
+        )
         drawn["split"] = figures.split_figure(_split(comparison))
+    proposed = "proposed" if "proposed" in comparison.runs else next(iter(comparison.runs))
+    drawn["convergence"] = figures.convergence_figure(comparison.runs[proposed][0].rounds)
     captions = {
-        "progress": "Device accuracy against simulated time, a curve a seed.",
-        "split": "Mean latency of a round, and what was taken off the dense round on equal bandwidth.",
+        "progress": "Device accuracy against simulated time: mean over seeds and its 95 % interval.",
+        "finals": "Accuracies of the last round, never of the best, with 95 % intervals.",
+        "target": "Simulated time until the target accuracy, with 95 % intervals.",
+        "split": "Mean latency of a round with its 95 % interval, and what was taken off the dense round on equal bandwidth.",
+        "convergence": f"{proposed}, seed {comparison.runs[proposed][0].seed}. {CONVERGENCE_NOTE}",
     }
     headers, rows = ["", *comparison.figures], _comparison_rows(comparison)
     first = next(iter(comparison.runs.values()))[0]
     members = [[method, str(run.seed), str(run.path)] for method, runs in comparison.runs.items() for run in runs]
+    left_out = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
+    how = f"<p><code>{html.escape(command)}</code></p>" if command else ""
     body = [
         f"<p class=answer>{html.escape(headline(comparison))}</p>",
         _figure("progress", drawn["progress"], captions["progress"]),
+        *([_section("Failed runs, whose seeds are left out", f"<ul>{left_out}</ul>")] if missing else []),
         _section("Comparison", _html_table(headers, rows) + f"<p class=note>{NOTE}</p>"),
-        *([_figure("split", drawn["split"], captions["split"])] if "split" in drawn else []),
+        *(_figure(name, drawing, captions[name]) for name, drawing in drawn.items() if name != "progress"),
+        _section("What limits a round", _html_table(LIMIT_HEADERS, _limit_rows(comparison)) + f"<p class=note>{LIMIT_NOTE}</p>"),
+        _section("Certificates", _html_table(["", *CERTIFICATE_HEADERS], _certificate_rows(comparison))),
+        _section("Devices", "".join(_devices_of(method, runs[0]) for method, runs in comparison.runs.items())),
         _section("Runs", _html_table(["method", "seed", "folder"], members)),
-        _section("Reproduce", _reproduce(first)),
-    ]
+        _section("Reproduce", how + _reproduce(first)),
+    ]  # fmt: skip
     raw_headers = [
         "figure",
         *(f"{method} {part}" for method in comparison.figures for part in ("mean", "half_width_95", "seeds")),
@@ -421,27 +481,144 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
         [key, *(value for method in comparison.figures for value in _raw(comparison.figures[method][key]))]
         for key, _, _ in COLUMNS
     ]
-    files = {
+    files: dict[str, str | bytes] = {
         "index.html": _page("comparison", body),
         "table.csv": _csv(raw_headers, raw),
         "table.tex": _latex(headers, rows),
+        "table.md": markdown(comparison.figures),
     }
-    return _write(out, files | {f"{name}.svg": svg for name, svg in drawn.items()})
+    for name, drawing in drawn.items():
+        files |= {f"{name}.svg": drawing.svg(), f"{name}.pdf": drawing.pdf()}
+    return _write(out, files)
+
+
+MARKDOWN_KEYS = ("time_to_target_s", "time_reduction_equal", "time_reduction", "latency_s", "accuracy", "accuracy_gain", "p10_gain",
+                 "fresh_accuracy", "mean_ratio", "megabytes_up", "joules")  # fmt: skip
+
+
+def markdown(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> str:
+    """Returns the comparison's main columns as a Markdown table, a row a method."""
+    columns = [(key, title, show) for wanted in MARKDOWN_KEYS for key, title, show in COLUMNS if key == wanted]
+    lines = [f"| | {' | '.join(title for _, title, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method, cells in estimates.items():
+        shown = ["-" if (cell := cells.get(key)) is None else cell.text(show) for key, _, show in columns]
+        lines.append(f"| {method} | {' | '.join(shown)} |".replace("\n", " "))
+    return "\n".join(lines) + "\n"
+
+
+def read_table(path: Path) -> dict[str, dict[str, Estimate | None]]:
+    """Returns the estimates of a comparison's table.csv: method -> figure -> estimate."""
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    methods = [name.removesuffix(" mean") for name in header[1::3]]
+    estimates: dict[str, dict[str, Estimate | None]] = {method: {} for method in methods}
+    for key, *cells in rows:
+        for method, mean, half, seeds in zip(methods, cells[::3], cells[1::3], cells[2::3], strict=True):
+            estimates[method][key] = Estimate(float(mean), float(half) if half else None, int(seeds)) if mean else None
+    return estimates
+
+
+def _band(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the curves' mean and half the width of its 95 % interval at each point."""
+    points = [estimate(values) for values in np.stack(curves, axis=1).tolist()]
+    mean = np.array([point.mean for point in points if point])
+    return mean, np.array([point.half_width for point in points if point]) if len(curves) > 1 else None
+
+
+LIMIT_HEADERS = (
+    "",
+    "seconds a round",
+    "radio free",
+    "CPU free",
+    "radio free: less than the reference %",
+    "CPU free: less %",
+)
+LIMIT_NOTE = (
+    "The same ratios with one of the two costs taken away, mean over rounds and seeds: with a free radio a round lasts as long as its "
+    "longest computation; with a free CPU as long as its longest transmission at the bandwidths given, which a new allocation would shorten."
+)
+
+
+def _limit_rows(comparison: Comparison) -> list[list[str]]:
+    """Returns what each method's round would take without its radio, and without its computation."""
+    seconds = {method: np.mean([_limits_s(run) for run in runs], axis=0) for method, runs in comparison.runs.items()}
+    base_s = seconds[comparison.reference][0] if comparison.reference else None
+    return [
+        [method, *(f"{value:.4g}" for value in of), *("-" if base_s is None else f"{100 * (1 - value / base_s):.1f}" for value in of[1:])]
+        for method, of in seconds.items()
+    ]  # fmt: skip
+
+
+def _limits_s(run: Run) -> np.ndarray:
+    """Returns the mean seconds of a round: as it was, with a free radio, with a free CPU, float64 [3]."""
+    rows = []
+    for record in run.rounds:
+        of = record["devices"]
+        compute, radio = np.array(of.get("compute_s", ())), np.add(of.get("uplink_s", ()), of.get("downlink_s", ()))
+        rows.append([part.max(initial=0.0) for part in (compute + radio, compute, radio)])
+    return np.mean(rows, axis=0)
+
+
+CERTIFICATE_HEADERS = ("rounds by status", "certified", "largest KKT residual", "largest gap, relative")
+
+
+def _certificate_rows(comparison: Comparison) -> list[list[str]]:
+    rows = []
+    for method, runs in comparison.runs.items():
+        records = [record for run in runs for record in run.rounds]
+        status = [record["status"] for record in records]
+        certified = [record for record in records if record["residual"] is not None]
+        worst = [
+            f"{max(abs(record[key]) for record in certified):.2e}" if certified else "-" for key in ("residual", "gap")
+        ]
+        counts = ", ".join(f"{status.count(name)} {name}" for name in dict.fromkeys(status))
+        rows.append([method, counts, str(len(certified)), *worst])
+    return rows
+
+
+def _devices_of(method: str, run: Run) -> str:
+    """Returns a table, to open when wanted, of the devices' means over a run's rounds and their last accuracy."""
+    keys = ("prune_ratio", "bandwidth_hz", "compute_s", "uplink_s", "latency_s", "joules")
+    rows: dict[int, list[list[float]]] = {}
+    accuracy: dict[int, float] = {}
+    for record in run.rounds:
+        of = record["devices"]
+        for device, *values in zip(of["id"], *(of.get(key, ()) for key in keys), strict=False):
+            rows.setdefault(device, []).append(values)
+        accuracy |= dict(zip(of["id"], of.get("accuracy") or (), strict=False))
+    cells = [
+        [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), _percent(accuracy.get(device))]
+        for device in sorted(rows)
+    ]  # fmt: skip
+    headers = (
+        "device",
+        "rounds",
+        "ratio",
+        "bandwidth Hz",
+        "computation s",
+        "uplink s",
+        "latency s",
+        "joules a round",
+        "last accuracy",
+    )
+    title = html.escape(f"{method}, seed {run.seed}: means of each device")
+    return f"<details><summary>{title}</summary>{_html_table(headers, cells)}</details>"
 
 
 def _raw(cell: Estimate | None) -> tuple[Any, Any, Any]:
     return (None, None, None) if cell is None else (cell.mean, cell.half_width, cell.count)
 
 
-def _split(comparison: Comparison) -> dict[str, tuple[float, float, float]]:
-    """Returns for each method: seconds a round left, saved by pruning, saved by bandwidth."""
+def _split(comparison: Comparison) -> dict[str, tuple[float, float, float, float]]:
+    """Returns for each method: seconds a round left, saved by pruning, saved by bandwidth, and half of what is left's interval."""
     equal = comparison.figures[f"{comparison.reference}{EQUAL_SUFFIX}"]["latency_s"]
     assert equal
     split = {}
     for method, columns in comparison.figures.items():
         latency, bandwidth, pruning = (columns[key] for key in ("latency_s", "bandwidth_share", "pruning_share"))
         if latency and bandwidth and pruning:
-            split[method] = (latency.mean, pruning.mean * equal.mean, bandwidth.mean * equal.mean)
+            half_s = latency.half_width or 0.0
+            split[method] = (latency.mean, pruning.mean * equal.mean, bandwidth.mean * equal.mean, half_s)
     return split
 
 
@@ -496,7 +673,7 @@ def write_allocation(out: Path, result: Record, frontier: Sequence[Mapping[str, 
         "allocation.csv": _csv(ALLOCATION_COLUMNS, devices),
         "allocation.json": json.dumps(result, indent=1) + "\n",
         "frontier.csv": _csv(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
-        "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]),
+        "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),
     }
     return _write(out, files)
 
@@ -583,8 +760,9 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
 
 
-def _figure(name: str, svg: str, caption: str) -> str:
-    return f"<figure>{figures.embed(svg, html.escape(caption, quote=True), name)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+def _figure(name: str, drawing: figures.Drawing, caption: str) -> str:
+    svg = figures.embed(drawing.svg(), html.escape(caption, quote=True), name)
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _details(title: str, values: Any) -> str:
@@ -618,9 +796,9 @@ def _page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def _write(out: Path, files: Mapping[str, str]) -> Path:
+def _write(out: Path, files: Mapping[str, str | bytes]) -> Path:
     with folder.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (out / name).write_text(text)
+            (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return out / next(iter(files))

@@ -28,6 +28,7 @@ ALLOWED = {
     "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
+    "members": {"errors", "config", "execute", "report", "run"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
 

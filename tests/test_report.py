@@ -33,7 +33,7 @@ def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str
     path = runs["proposed", 0]
     page = report.write_report(path)
     first = {file.name: file.read_bytes() for file in page.parent.iterdir()}
-    figures = {"accuracy.svg", "latency.svg", "allocation.svg", "partition.svg"}
+    figures = {f"{name}.svg" for name in ("accuracy", "latency", "allocation", "convergence", "partition")}
     assert set(first) == {"index.html", "rounds.csv", "devices.csv", "histogram.csv"} | figures
     report.write_report(path)
     assert first == {file.name: file.read_bytes() for file in page.parent.iterdir()}
@@ -93,7 +93,7 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
         run = loaded["personalized", seed]
         assert comparison.targets[seed] == min(r["accuracy"] for r in run.rounds) - 0.005
         assert report.crossing(run, comparison.targets[seed]) is not None
-    left, pruning, bandwidth = report._split(comparison)["proposed"]
+    left, pruning, bandwidth, _ = report._split(comparison)["proposed"]
     equal = comparison.figures["personalized (equal bandwidth)"]["latency_s"]
     assert equal
     assert base["latency_reduction"]
@@ -106,12 +106,18 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
     assert "less simulated time a round than personalized" in report.headline(comparison)
     page = report.write_comparison(comparison, tmp_path / "out")
     assert {file.name for file in page.parent.iterdir()} == {
-        "index.html",
-        "table.csv",
-        "table.tex",
-        "progress.svg",
-        "split.svg",
-    }
+        "index.html", "table.csv", "table.tex", "table.md",
+        *(f"{name}.{kind}" for name in ("progress", "finals", "target", "split", "convergence") for kind in ("svg", "pdf")),
+    }  # fmt: skip
+    stored = report.read_table(page.parent / "table.csv")
+    assert report.markdown(stored) == (page.parent / "table.md").read_text()
+    gain = comparison.figures["proposed"]["accuracy_gain"]
+    differences = [
+        loaded["proposed", s].rounds[-1]["accuracy"] - loaded["personalized", s].rounds[-1]["accuracy"] for s in (0, 1)
+    ]
+    assert gain
+    assert np.isclose(gain.mean, np.mean(differences))
+    assert np.isclose(gain.half_width, t_975 * np.std(differences, ddof=1) / np.sqrt(2))
     assert r"\begin{tabular}" in (page.parent / "table.tex").read_text()
 
 
