@@ -16,6 +16,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import folder
+from fedprune_cli.allocate.kkt import net_value
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError
@@ -40,7 +41,7 @@ from fedprune_cli.meter import (
 )
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, State, untrained
-from fedprune_cli.world.scenario import Scenario, build_scenario
+from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
 Record = dict[str, Any]
 
@@ -70,7 +71,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     """Returns the state after one more round, and the round's record: every figure modelled, none of them wall time."""
     experiment, scenario = setup.experiment, setup.scenario
     radio = scenario.at(state.round)
-    ids = participants(setup, radio.available, state.round)
+    ids = participants(setup, radio, state.round, state.slots)
     if not len(ids):
         return idle_round(setup, state, workers)
 
@@ -148,12 +149,21 @@ def reopen(run_dir: Path) -> Setup:
 # --- the steps of a round -------------------------------------------------------------------------------------------
 
 
-def participants(setup: Setup, available: Array, number: int) -> Array:
-    """Returns the ids of the training devices that take part, ascending: those not in outage, or `per_round` of them."""
-    ids = np.flatnonzero(available[: setup.scenario.num_devices])
+def participants(setup: Setup, radio: Conditions, number: int, slots: Mapping[str, Array]) -> Array:
+    """Returns the ids of the training devices that take part, ascending: those not in outage, or `per_round` of them.
+
+    Drawn, or those whose bandwidth buys most if all took part: ranked by w_k x_k - price b_k of P1, ties by id. When not all fit, the
+    policy `drop` ranks those it drops last; the others rank at the smallest feasible deadline.
+    """
+    ids = np.flatnonzero(radio.available[: setup.scenario.num_devices])
     wanted = setup.experiment.devices.per_round
     if wanted is None or wanted >= len(ids):
         return ids
+    if setup.experiment.participation.select == "price":
+        _, problem = round_problem(setup, ids, radio.gain_linear[ids], number, slots)
+        drops = getattr(setup.experiment.allocator, "policy", None) == "drop"
+        value = net_value(problem, "drop" if drops else "stretch")
+        return np.sort(ids[np.argsort(-value, kind="stable")[:wanted]])
     return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
 
 

@@ -71,7 +71,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     slots = dict(setup.initial.slots)
     for number, record in enumerate(records):
         conditions = setup.scenario.at(number)
-        ids = participants(setup, conditions.available, number)
+        ids = participants(setup, conditions, number, slots)
         if not len(ids):
             continue
         _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, slots)

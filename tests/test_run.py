@@ -24,6 +24,7 @@ from fedprune_cli.allocate.problem import dense_deadline
 from fedprune_cli.config import compose_config
 from fedprune_cli.errors import CheckpointError, InfeasibleError
 from fedprune_cli.execute import executor
+from fedprune_cli.verify import verify_run
 
 RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 
@@ -121,7 +122,8 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
     for record in half:  # messages name devices, not their places in the round
         named = {int(text) for text in re.findall(r"dropped devices ([\d, ]+) with", record["message"])[0].split(",")}
         assert not named & set(record["devices"]["id"])
-    chosen = [set(run.participants(make_setup("devices.per_round=2"), np.ones(5, bool), n).tolist()) for n in range(3)]
+    setup = make_setup("devices.per_round=2")
+    chosen = [set(run.participants(setup, setup.scenario.at(n), n, setup.initial.slots).tolist()) for n in range(3)]
     dropped = [
         {int(t) for t in re.findall(r"dropped devices ([\d, ]+) with", r["message"])[0].split(",")} for r in half
     ]
@@ -145,6 +147,56 @@ def test_partial_participation_and_epochs(tmp_path: Path) -> None:
     chosen = [tuple(r["devices"]["id"]) for r in records]
     assert all(len(ids) == 2 for ids in chosen)
     assert len(set(chosen)) > 1
+
+
+PRICE = ("devices.count=6", "devices.per_round=2", "participation.select=price", "partition.alpha=100")
+
+
+def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
+    """Runs a tiny experiment to its end with an interruption after `stop` rounds."""
+    run.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
+    records = run.run(make_setup(*overrides), run_dir)
+    for _ in range(stop):
+        next(records)
+    records.close()
+    list(run.run(run.reopen(run_dir), run_dir))
+
+
+def test_price_picks_the_devices_whose_bandwidth_buys_most(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "run", *PRICE)
+    setup = make_setup(*PRICE)
+    for number, record in enumerate(records):
+        radio, everyone = setup.scenario.at(number), np.arange(6)
+        _, problem = run.round_problem(setup, everyone, radio.gain_linear[everyone], number, setup.initial.slots)
+        best = setup.experiment.allocator.solve(problem, 0, number)
+        value = problem.weight * (1 - best.prune_ratio) - best.price_per_hz * best.bandwidth_hz
+        chosen = record["devices"]["id"]
+        assert len(chosen) == 2
+        assert chosen == sorted({*chosen})
+        assert value[chosen].min() >= np.delete(value, chosen).max()
+    stop_and_resume(tmp_path / "stopped", 2, *PRICE)
+    assert results(tmp_path / "stopped") == results(tmp_path / "run")
+    assert verify_run(run.reopen(tmp_path / "run"), tmp_path / "run", every=1).failures == ()
+
+
+def test_price_with_everybody_is_the_run_without_a_choice(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "random", "devices.per_round=4")
+    run_to_end(tmp_path / "price", "devices.per_round=4", "participation.select=price")
+    assert (tmp_path / "random" / "rounds.jsonl").read_bytes() == (tmp_path / "price" / "rounds.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["stretch", "drop", "fail"])
+def test_price_ranks_when_not_all_fit(policy: str) -> None:
+    """`drop` takes its own admitted ones first; `fail` fails in the round that follows, if at all."""
+    setup = make_setup(*PRICE, "deadline.fraction=0.3", "pruner.max_ratio=0.3", f"allocator.on_infeasible={policy}")
+    radio, slots, everyone = setup.scenario.at(0), setup.initial.slots, np.arange(6)
+    ids = run.participants(setup, radio, 0, slots)
+    assert len(ids) == 2
+    if policy == "drop":
+        _, problem = run.round_problem(setup, everyone, radio.gain_linear[everyone], 0, slots)
+        admitted = np.flatnonzero(setup.experiment.allocator.solve(problem, 0, 0).admitted)
+        assert 0 < len(admitted) < 6
+        assert {*ids} <= {*admitted} or {*admitted} <= {*ids}
 
 
 def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_path: Path) -> None:
