@@ -3,7 +3,8 @@
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
-    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
+    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band;
+               of a pruned broadcast, most important entries first, device k waits for the masks and its own entries.
 Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
@@ -11,7 +12,7 @@ Ignored: the time to sort and pack, protocol headers, retransmissions, the serve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,11 +21,10 @@ from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.models import ModelCost
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.quantize import BITS_PER_PARAM, QUANTIZED_BITS
 from fedprune_cli.state import Array
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.devices import Fleet
-
-BITS_PER_PARAM = 32
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,16 @@ class Payload:
     pruned_downlink: bool
 
     def __post_init__(self) -> None:
-        allowed = (2, 4, 8, 16, BITS_PER_PARAM)
+        allowed = (*QUANTIZED_BITS, BITS_PER_PARAM)
         valid = bool(self.bits) and len(set(self.bits)) == len(self.bits) and set(self.bits) <= set(allowed)
         require(valid, "bits", self.bits, f"a list of different values out of {allowed}")
+        fed_back = not self.error_feedback or BITS_PER_PARAM not in self.bits
+        require(
+            fed_back,
+            "error_feedback",
+            self.error_feedback,
+            "false with 32 bits among payload.bits, which round nothing",
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,19 @@ def build_problem(
     )
 
 
+def compress(problem: Problem, bits: float, broadcast_s: float) -> Problem:
+    """Returns the problem when a value takes `bits` on the uplink and each device waits for its own share of the broadcast of u only.
+
+    broadcast_s: how long u takes to broadcast; it moves from the fixed part d_k to the part a_k that pruning shortens (0: it stays).
+    """
+    return replace(
+        problem,
+        payload_bits=problem.payload_bits * (bits / BITS_PER_PARAM),
+        shared_compute_s=problem.shared_compute_s + broadcast_s,
+        fixed_s=problem.fixed_s - broadcast_s,
+    )
+
+
 def encode_mask(mask: Array) -> bytes:
     """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which."""
     bitmap = b"\xff" + np.packbits(mask).tobytes()
@@ -190,9 +210,9 @@ class Measurement:
 
 
 def measure(
-    load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, bits_down: float, t_down_s: float
+    load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, bits_down: float, t_down_s: Array
 ) -> Measurement:
-    """Returns what the round costs, from the fraction of u really kept [K] and the payloads really encoded [K].
+    """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
 
     Energy: kappa f^2 a cycle and the radio's power while it sends; receiving and idling are ignored.
     """
@@ -202,7 +222,7 @@ def measure(
     return Measurement(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
-        downlink_s=np.full(len(kept), t_down_s),
+        downlink_s=t_down_s,
         joules=load.compute_j(kept) + load.fleet.tx_power_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
         bytes_up=payload_bytes,

@@ -17,8 +17,9 @@ from fedprune_cli.config import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model, count_cost, split_model
 from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.meter import BITS_PER_PARAM, build_load, build_problem, downlink_s
-from fedprune_cli.run import prepare, round_problem
+from fedprune_cli.learn.quantize import BITS_PER_PARAM
+from fedprune_cli.meter import build_load, build_problem, downlink_s
+from fedprune_cli.run import prepare, round_problems
 from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
@@ -35,10 +36,11 @@ FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
 def problem_from_config(experiment: Experiment) -> Problem:
-    """Returns the first round's problem of an experiment, all its training devices, outages apart."""
+    """Returns the first round's problem of an experiment, all its training devices, outages apart; of several `payload.bits` the first."""
     setup = prepare(experiment)
     ids = np.arange(setup.scenario.num_devices)
-    return round_problem(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots)[1]
+    problems = round_problems(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots)
+    return next(iter(problems.by_bits.values()))
 
 
 def problem_from_csv(file: Path, experiment: Experiment) -> Problem:

@@ -19,6 +19,7 @@ Purpose = Literal[
     "outage",  # Gilbert-Elliott state of (round)
     "participants",  # devices of (round)
     "partition",  # which device owns which sample
+    "rounding",  # stochastic rounding of the payload of (round, device)
     "shadowing",  # log-normal shadowing of each device
     "split",  # train and test samples of (device)
 ]

@@ -26,15 +26,16 @@ from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, tr
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
 from fedprune_cli.learn.personalize import Phase, personal_only
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
+from fedprune_cli.learn.quantize import BITS_PER_PARAM, bits_per_value, levels
 from fedprune_cli.learn.server import aggregate
 from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.meter import (
-    BITS_PER_PARAM,
     Load,
     Measurement,
     accuracies,
     build_load,
     build_problem,
+    compress,
     downlink_s,
     encode_mask,
     measure,
@@ -44,6 +45,7 @@ from fedprune_cli.state import Array, State, untrained
 from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
 Record = dict[str, Any]
+FIRST_ROUNDING = 10.0  # omega_q L^2 before any is measured: what rounding a Gaussian block costs
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     if not len(ids):
         return idle_round(setup, state, radio, frozen, workers)
 
-    load, problem = round_problem(setup, ids, radio.gain_linear[ids], state.round, state.slots)
-    allocation = experiment.allocator.solve(problem, experiment.seed, state.round)
+    problems = round_problems(setup, ids, radio.gain_linear[ids], state.round, state.slots)
+    bits, allocation = allocate(experiment, problems, state.round, state.slots)
     taking = np.flatnonzero(allocation.admitted)
     devices = ids[taking]
 
@@ -85,12 +87,14 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
     errors = pruning_errors(state, masks, np.concatenate([devices, frozen]))
 
-    updates = train_devices(setup, workers, [train_unit(setup, state, masks, device) for device in devices.tolist()])
+    updates = train_devices(
+        setup, workers, [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
+    )
     shared, gradient = server_step(setup, state, masks, updates)
     own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
     personal = state.personal.replaced({update.device: update.personal for update in [*updates, *own]})
 
-    measured = measure_round(setup, load, allocation, masks, updates, radio.gain_linear[ids])
+    measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
     if own:
         hears = radio.gain_linear[np.concatenate([ids, frozen])]
         measured = measured.joined(measure_frozen(setup, masks, frozen, hears, measured.bytes_down))
@@ -98,10 +102,13 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
     slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors[: len(devices)])
     slots |= experiment.participation.next_slots(state.slots, devices, [update.train_loss for update in updates])
+    slots |= rounding_slots(state.slots, bits, updates)
     new = State(state.round + 1, shared, personal, slots | experiment.pruner.next_slots(state, gradient))
 
     scores = test_models(setup, new, masks, workers)
-    return new, build_record(setup, new, problem, allocation, updates, own, measured, gradient, errors, scores)
+    return new, build_record(
+        setup, new, problems.reference, bits, allocation, updates, own, measured, gradient, errors, scores
+    )
 
 
 def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
@@ -167,9 +174,9 @@ def participants(setup: Setup, radio: Conditions, number: int, slots: Mapping[st
     if wanted is None or wanted >= len(ids):
         return ids
     if setup.experiment.participation.select == "price":
-        _, problem = round_problem(setup, ids, radio.gain_linear[ids], number, slots)
+        by_bits = round_problems(setup, ids, radio.gain_linear[ids], number, slots).by_bits
         drops = getattr(setup.experiment.allocator, "policy", None) == "drop"
-        value = net_value(problem, "drop" if drops else "stretch")
+        value = net_value(by_bits[max(by_bits)], "drop" if drops else "stretch")
         return np.sort(ids[np.argsort(-value, kind="stable")[:wanted]])
     return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
 
@@ -189,10 +196,20 @@ def plan(setup: Setup, device: int, *, frozen: bool = False) -> tuple[Phase, ...
     return experiment.training.plan(phases, len(setup.scenario.partition.train[device]))
 
 
-def round_problem(
-    setup: Setup, ids: Array, gain: Array, number: int, slots: Mapping[str, Array]
-) -> tuple[Load, Problem]:
-    """Returns the devices' load and the allocation problem of round `number`, given what the state remembers in `slots`.
+@dataclass(frozen=True)
+class RoundProblems:
+    """A round's allocation problem for each number of bits that a value may take on the uplink.
+
+    load: what the round asks of the devices; reference: the same without compression, whose dense optimum is the unit of deadlines.
+    """
+
+    load: Load
+    reference: Problem
+    by_bits: Mapping[int, Problem]
+
+
+def round_problems(setup: Setup, ids: Array, gain: Array, number: int, slots: Mapping[str, Array]) -> RoundProblems:
+    """Returns the devices' load and the allocation problems of round `number`, given what the state remembers in `slots`.
 
     The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
     """
@@ -201,13 +218,58 @@ def round_problem(
     load = build_load(scenario.fleet, ids, plans, [setup.cost] * len(ids), experiment.training.batch_size)
     bits = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
     bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(bits) % 2 == 0))
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
+    broadcast_s, t_down_s = (
+        downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * extra)
+        for extra in (0, bound)
+    )
     samples = scenario.partition.train.sizes[ids].astype(float)
     weight = experiment.weights.weight(samples, ids, slots)
     problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, setup.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
-    return load, replace(problem, deadline_s=deadline_s, ids=ids)
+    problem = replace(problem, deadline_s=deadline_s, ids=ids)
+    saved_s = broadcast_s if prunes_downlink(setup) else 0.0
+    by_bits = {width: compress(problem, bits_per_value(width), saved_s) for width in experiment.payload.bits}
+    return RoundProblems(load, problem, by_bits)
+
+
+def allocate(
+    experiment: Experiment, problems: RoundProblems, number: int, slots: Mapping[str, Array]
+) -> tuple[int, Allocation]:
+    """Returns the bits of a value and the allocation that goes with them: of several, the one that learns most in the time.
+
+    That is sum w_k x_k / (1 + omega_q / K): the rounding errors of K devices, of relative square omega_q = `rounding` / L^2, are
+    independent and average out. An allocation that had to stretch its deadline loses to one that did not.
+    """
+    options = {
+        bits: experiment.allocator.solve(problem, experiment.seed, number) for bits, problem in problems.by_bits.items()
+    }
+
+    def value(bits: int) -> tuple[float, float]:
+        allocation = options[bits]
+        omega = 0.0 if bits == BITS_PER_PARAM else float(slots.get("rounding", 0.0)) / levels(bits) ** 2
+        late = max(allocation.deadline_s / problems.reference.deadline_s - 1, 0.0) if allocation.deadline_s else 0.0
+        return -round(late, 9), allocation.objective / (1 + omega / max(int(allocation.admitted.sum()), 1))
+
+    chosen = max(options, key=value)
+    return chosen, options[chosen]
+
+
+def rounding_slots(slots: Mapping[str, Array], bits: int, updates: Sequence[Update]) -> dict[str, Array]:
+    """Returns what rounding leaves behind for the next round: what it took from each device, and how coarse it was."""
+    new = {name: slots[name].copy() for name in ("residual", "rounding") if name in slots}
+    if "residual" in new:
+        for update in updates:
+            new["residual"][update.device] = update.residual
+    errors = [update.rounding_error for update in updates if update.rounding_error is not None]
+    if "rounding" in new and errors:
+        new["rounding"] = rounding_scale(bits, float(np.mean(errors)))
+    return new
+
+
+def rounding_scale(bits: int, error: float) -> Array:
+    """Returns omega_q L^2, about the same for all bits, from the relative squared error omega_q that was measured at some."""
+    return np.array(error * levels(bits) ** 2)
 
 
 def sends_masks(setup: Setup) -> bool:
@@ -215,8 +277,13 @@ def sends_masks(setup: Setup) -> bool:
     return (
         setup.experiment.meter.mask_overhead
         and setup.experiment.allocator.prunes
-        and not setup.experiment.pruner.derivable
+        and not (setup.experiment.pruner.derivable and not prunes_downlink(setup))
     )
+
+
+def prunes_downlink(setup: Setup) -> bool:
+    """Whether only what some device keeps is broadcast; devices that do not have u cannot derive their masks."""
+    return setup.experiment.payload.pruned_downlink and setup.experiment.allocator.prunes
 
 
 def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
@@ -225,7 +292,7 @@ def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
     return np.array([np.square(state.shared[drop], dtype=np.float64).sum() if drop.any() else 0.0 for drop in dropped])
 
 
-def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
+def train_unit(setup: Setup, state: State, masks: Masks, device: int, bits: int) -> Unit:
     """Returns a device's training task."""
     return Unit(
         "training",
@@ -235,12 +302,14 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
         state.personal[device],
         kept_of(masks, device),
         plan(setup, device),
+        bits,
+        state.slots["residual"][device] if "residual" in state.slots else None,
     )
 
 
 def frozen_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
     """Returns a frozen device's training task, on what it kept of u when it last trained it."""
-    return replace(train_unit(setup, state, masks, device), phases=plan(setup, device, frozen=True))
+    return replace(train_unit(setup, state, masks, device, BITS_PER_PARAM), phases=plan(setup, device, frozen=True))
 
 
 def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
@@ -278,8 +347,9 @@ def measure_round(
     """Returns the modelled cost of what was really kept and encoded, for the admitted devices."""
     size, taking = setup.cost.shared_params, np.flatnonzero(allocation.admitted)
     codes = [encode_mask(masks.sent(update.device)) for update in updates] if sends_masks(setup) else []
-    bits_down = BITS_PER_PARAM * size + 8 * sum(map(len, codes))
     kept = np.array([len(update.shared) for update in updates]) / max(size, 1)
+    listened = kept if prunes_downlink(setup) else np.ones(len(updates))
+    bits_down = BITS_PER_PARAM * size * listened + 8 * sum(map(len, codes))
     load = load.take(taking)
     if masks.units:  # the model is smaller: its own FLOPs, not a share of the whole one's
         plans = [plan(setup, update.device) for update in updates]
@@ -288,9 +358,9 @@ def measure_round(
         load,
         rate_bps=allocation.rate_bps[taking],
         kept=kept,
-        payload_bytes=np.array([len(update.shared.tobytes()) for update in updates], dtype=float),
-        bits_down=bits_down,
-        t_down_s=downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down),
+        payload_bytes=np.array([update.sent_bytes for update in updates], dtype=float),
+        bits_down=bits_down.max(initial=0.0),
+        t_down_s=np.array([downlink_s(setup.experiment.meter, setup.experiment.channel, gain, b) for b in bits_down]),
     )
 
 
@@ -301,8 +371,9 @@ def measure_frozen(setup: Setup, masks: Masks, devices: Array, gain: Array, byte
     """
     size, ids = setup.cost.shared_params, devices.tolist()
     codes = [encode_mask(masks.sent(device)) for device in ids] if sends_masks(setup) else []
-    bits_down = 8 * (bytes_down + sum(map(len, codes)))
     plans, kept = [plan(setup, device, frozen=True) for device in ids], masks.kept[devices] / max(size, 1)
+    share = float(kept.max()) if prunes_downlink(setup) else 1.0
+    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size * share) + 8 * sum(map(len, codes))
     load = build_load(
         setup.scenario.fleet, devices, plans, [setup.cost] * len(ids), setup.experiment.training.batch_size
     )
@@ -314,7 +385,7 @@ def measure_frozen(setup: Setup, masks: Masks, devices: Array, gain: Array, byte
         kept=kept,
         payload_bytes=np.zeros(len(ids)),
         bits_down=bits_down,
-        t_down_s=downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down),
+        t_down_s=np.full(len(ids), downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down)),
     )
 
 
@@ -366,17 +437,21 @@ def tested_devices(setup: Setup) -> list[int]:
 
 
 def build_record(
-    setup: Setup, new: State, problem: Problem, allocation: Allocation,
+    setup: Setup, new: State, problem: Problem, bits: int, allocation: Allocation,
     updates: Sequence[Update], own: Sequence[Update], measured: Measurement, gradient: Array, errors: Array,
     scores: Mapping[int, Score],
 ) -> Record:  # fmt: skip
-    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`: after those that trained u the frozen."""
+    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`: after those that trained u the frozen.
+
+    problem: without compression.
+    """
     scenario, admitted = setup.scenario, allocation.admitted
     samples = scenario.partition.train.sizes
     ids = [update.device for update in updates]
     weights = samples[ids] / max(samples[ids].sum(), 1)
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
     losses = [update.train_loss for update in updates]
+    rounding = [update.rounding_error for update in updates if update.rounding_error is not None]
     certificate = allocation.certificate
     tested = accuracy_figures(setup, scores)
     return {
@@ -388,6 +463,8 @@ def build_record(
         "train_loss": float(np.dot(weights, losses)) if losses and None not in losses else None,  # type: ignore[arg-type]
         "mean_ratio": float(allocation.prune_ratio[admitted].mean()) if updates else None,
         "max_ratio": float(allocation.prune_ratio[admitted].max()) if updates else None,
+        "bits": bits,
+        "rounding_error": float(np.mean(rounding)) if rounding else None,
         "bytes_up": int(measured.bytes_up.sum()),
         "bytes_down": int(measured.bytes_down),
         "joules": float(measured.joules.sum()),
@@ -454,13 +531,12 @@ def idle_round(setup: Setup, state: State, radio: Conditions, frozen: Array, wor
     masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed, setup.layout)
     own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
     personal = state.personal.replaced({update.device: update.personal for update in own})
-    bytes_down = BITS_PER_PARAM * setup.cost.shared_params / 8
-    measured = measure_frozen(setup, masks, frozen, radio.gain_linear[frozen], bytes_down) if own else None
+    measured = measure_frozen(setup, masks, frozen, radio.gain_linear[frozen], 0.0) if own else None
     latency_s = float(measured.latency_s.max()) if measured else 0.0
     slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
     new = replace(state, round=state.round + 1, personal=personal, slots=slots)
     scores = test_models(setup, new, masks, workers)
-    unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "pruning_error", "dense_latency_s",
+    unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "bits", "rounding_error", "pruning_error", "dense_latency_s",
                "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
     zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
     idle = {
@@ -504,6 +580,10 @@ def prepare(experiment: Experiment) -> Setup:
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     slots |= experiment.participation.slots(scenario.num_devices)
+    if experiment.payload.error_feedback:
+        slots["residual"] = np.zeros((scenario.num_devices, cost.shared_params), dtype=np.float32)
+    if len(experiment.payload.bits) > 1:
+        slots["rounding"] = np.array(FIRST_ROUNDING)
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     layout = build_layout(experiment, parts, cost)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)

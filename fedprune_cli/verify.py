@@ -12,7 +12,15 @@ import numpy as np
 from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.errors import CertificateError
-from fedprune_cli.run import Record, Setup, frozen_devices, participants, round_problem
+from fedprune_cli.run import (
+    Record,
+    Setup,
+    allocate,
+    frozen_devices,
+    participants,
+    round_problems,
+    rounding_scale,
+)
 from fedprune_cli.state import Array
 
 if TYPE_CHECKING:
@@ -62,6 +70,8 @@ def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict
         slots, devices, np.array(ratio[:training]), np.array(error[:training])
     )
     stopped = setup.experiment.participation.next_slots(slots, devices, loss[:training])
+    if "rounding" in slots and record["rounding_error"] is not None:
+        learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
     return {**slots, **learned, **stopped, "simulated_s": np.array(record["simulated_s"])}
 
 
@@ -84,8 +94,9 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
             if record["devices"]["id"] != frozen.tolist():
                 failures.append(f"round {record['round']}: the recorded devices are not what the configuration gives")
             continue
-        _, problem = round_problem(setup, ids, conditions.gain_linear[ids], number, slots)
-        allocation = experiment.allocator.solve(problem, experiment.seed, number)
+        problems = round_problems(setup, ids, conditions.gain_linear[ids], number, slots)
+        bits, allocation = allocate(experiment, problems, number, slots)
+        problem = problems.by_bits[bits]
         slots = next_slots(setup, slots, record)
         taking = np.flatnonzero(allocation.admitted)
         recorded = np.array([record["devices"][key][: len(taking)] for key in ("prune_ratio", "bandwidth_hz")])

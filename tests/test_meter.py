@@ -31,7 +31,9 @@ def test_seconds_joules_and_flops_by_hand() -> None:
     ids = np.array([0, 2])
     load = build_load(setup.scenario.fleet, ids, [run.plan(setup, k) for k in ids], [setup.cost] * 2, 8)
     kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])
-    result = measure(load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=0.25)
+    result = measure(
+        load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=np.full(len(kept), 0.25)
+    )
     fleet = setup.scenario.fleet
     u, v = (
         8 * (2 * 2048 + 3 * 4096),

@@ -93,7 +93,7 @@ def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     """model.md section 3 by hand for one device, against the meter."""
     setup = make_setup("method=personalized", "meter=paper")
     ids, radio = np.arange(4), setup.scenario.at(0)
-    _, problem = run.round_problem(setup, ids, radio.gain_linear[ids], 0, setup.initial.slots)
+    problem = run.round_problems(setup, ids, radio.gain_linear[ids], 0, setup.initial.slots).by_bits[32]
     fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
     personal_steps, shared_steps, batch = 2, 3, 8
     forward_backward_u = (
@@ -169,7 +169,9 @@ def test_price_picks_the_devices_whose_bandwidth_buys_most(tmp_path: Path) -> No
     setup = make_setup(*PRICE)
     for number, record in enumerate(records):
         radio, everyone = setup.scenario.at(number), np.arange(6)
-        _, problem = run.round_problem(setup, everyone, radio.gain_linear[everyone], number, setup.initial.slots)
+        problem = run.round_problems(
+            setup, everyone, radio.gain_linear[everyone], number, setup.initial.slots
+        ).reference
         best = setup.experiment.allocator.solve(problem, 0, number)
         value = problem.weight * (1 - best.prune_ratio) - best.price_per_hz * best.bandwidth_hz
         chosen = record["devices"]["id"]
@@ -195,12 +197,13 @@ def test_price_ranks_when_not_all_fit(policy: str) -> None:
     ids = run.participants(setup, radio, 0, slots)
     assert len(ids) == 2
     if policy == "drop":
-        _, problem = run.round_problem(setup, everyone, radio.gain_linear[everyone], 0, slots)
+        problem = run.round_problems(setup, everyone, radio.gain_linear[everyone], 0, slots).reference
         admitted = np.flatnonzero(setup.experiment.allocator.solve(problem, 0, 0).admitted)
         assert 0 < len(admitted) < 6
         assert {*ids} <= {*admitted} or {*admitted} <= {*ids}
 
 
+PAYLOAD = ("payload.bits=[4,8]", "payload.error_feedback=true", "payload.pruned_downlink=true")
 FREEZE = ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02")
 
 
@@ -265,7 +268,9 @@ def test_without_freezing_no_state_and_no_record_knows_of_it(tmp_path: Path) -> 
     np.testing.assert_array_equal(list(states[0].personal), list(states[1].personal))
 
 
-@pytest.mark.parametrize("extra", [(), ("pruner=taylor", "weights=pruning_error"), ("pruner.granularity=channel",)])
+@pytest.mark.parametrize(
+    "extra", [(), ("pruner=taylor", "weights=pruning_error"), ("pruner.granularity=channel",), PAYLOAD]
+)
 def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple[str, ...]) -> None:
     overrides = (*FREEZE, *extra)
     records = run_to_end(tmp_path / "whole", *overrides)

@@ -24,6 +24,7 @@ from fedprune_cli.learn.client import (
     make_whole,
     require_finite,
     samples,
+    send,
 )  # fmt: skip
 from fedprune_cli.learn.models import Parts
 from fedprune_cli.learn.personalize import Phase
@@ -78,9 +79,8 @@ def train_block(learner: Learner, units: Sequence[Unit]) -> list[Update]:
         _run_phase(learner, members, index, layers, shared, keep, losses)
     updates = []
     for row, (unit, loss) in enumerate(zip(units, losses, strict=False)):
-        u = shared[row].numpy()
-        kept = u.copy() if keep is None else u[keep[row].numpy() > 0]
-        updates.append(Update(unit.device, kept, personal[row].numpy().copy(), loss))
+        mask = None if keep is None else keep[row].numpy() > 0
+        updates.append(send(learner.seed, unit, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
     return updates
 
 

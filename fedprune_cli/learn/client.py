@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from fedprune_cli.errors import DeviceError, require
 from fedprune_cli.learn.models import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.quantize import BITS_PER_PARAM, dequantize, quantize
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, Ragged
@@ -92,7 +93,8 @@ class Unit:
     """One device's task: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, its phases.
 
     kept: None for everything, a mask of u packed into bits, or the units of whole channels, a bool array a channel group.
-    stage names the work in error messages.
+    stage names the work in error messages. bits: of a value that is sent; residual: what rounding took from earlier updates [U], None when
+    it is not fed back.
     """
 
     stage: str
@@ -102,6 +104,8 @@ class Unit:
     personal: Array
     kept: Array | tuple[Array, ...] | None
     phases: tuple[Phase, ...]
+    bits: int = BITS_PER_PARAM
+    residual: Array | None = None
 
     @property
     def steps(self) -> int:
@@ -111,12 +115,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class Update:
-    """What device k sends, and what it keeps: the kept entries of u [n_k]; v_k [V]; its mean training loss in the last phase, if any."""
+    """What device k sends, and what it keeps.
+
+    shared: the kept entries of u as the server reads them [n_k]; personal: v_k [V]; train_loss: the mean of the last phase, if any;
+    sent_bytes: the length of what was really encoded. When rounded: rounding_error, the square of what rounding changed over the square
+    of the change of u, and the `residual` [U] to feed back.
+    """
 
     device: int
     shared: Array
     personal: Array
     train_loss: float | None
+    sent_bytes: int
+    rounding_error: float | None = None
+    residual: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,27 @@ def train(learner: Learner, unit: Unit) -> Update:
     personal = model.personal.cpu().numpy()
     if model.personal_mask is not None:
         personal, personal[model.personal_mask] = unit.personal.copy(), personal
-    return Update(unit.device, shared.copy() if model.mask is None else shared[model.mask], personal.copy(), loss)
+    return send(learner.seed, unit, model.mask, shared, personal.copy(), loss)
+
+
+def send(seed: int, unit: Unit, mask: Array | None, shared: Array, personal: Array, loss: float | None) -> Update:
+    """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the unit's bits."""
+    where = slice(None) if mask is None else mask
+    values = shared[where].copy()
+    if unit.bits == BITS_PER_PARAM:
+        return Update(unit.device, values, personal, loss, values.nbytes)
+    change = values - unit.shared[where]
+    if unit.residual is not None:
+        change += unit.residual[where]
+    code = quantize(change, unit.bits, stream(seed, "rounding", unit.round, unit.device))
+    read = dequantize(code, len(change), unit.bits)
+    missed = change - read
+    residual = None
+    if unit.residual is not None:
+        residual = unit.residual.copy()  # of a dropped entry it waits until the entry is kept again
+        residual[where] = missed
+    error = float(np.square(missed, dtype=np.float64).sum() / max(np.square(change, dtype=np.float64).sum(), 1e-300))
+    return Update(unit.device, unit.shared[where] + read, personal, loss, len(code), error, residual)
 
 
 def evaluate(learner: Learner, unit: Unit) -> Score:
