@@ -189,7 +189,7 @@ def broadcast_params(setup: Setup, state: State) -> list[Tensor]:
 def round_samples(setup: Setup, number: int) -> tuple[list[Array], list[float]]:
     """Returns, for each device of round `number`, its samples in the order of its batches, and its share of the mean."""
     experiment, train = setup.experiment, setup.scenario.partition.train
-    ids = participants(setup, setup.scenario.at(number).available, number).tolist()
+    ids = participants(setup, setup.scenario.at(number), number, setup.initial.slots).tolist()
     samples = []
     for device in ids:
         # the personal phase has nothing to train, and its batches another stream

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +32,7 @@ from fedprune_cli.learn.models import MODELS, ModelConfig
 from fedprune_cli.learn.personalize import METHODS, Method
 from fedprune_cli.learn.prune import PRUNERS, Pruner
 from fedprune_cli.meter import Meter, Payload
+from fedprune_cli.state import Array
 from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
@@ -89,7 +91,8 @@ class Deadline:
 class Participation:
     """Who does what in a round: how `devices.per_round` are chosen, and when a device stops training the shared part.
 
-    freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops; None: never.
+    freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
+    never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
     """
 
     select: str
@@ -101,6 +104,25 @@ class Participation:
         below = self.freeze_below
         require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
         require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
+
+    def slots(self, num_devices: int) -> dict[str, Array]:
+        """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known."""
+        if self.freeze_below is None:
+            return {}
+        losses = np.full((num_devices, self.freeze_window + 1), np.nan)
+        return {"frozen": np.zeros(num_devices, dtype=np.uint8), "recent_loss": losses}
+
+    def next_slots(self, slots: Mapping[str, Array], ids: Array, losses: Sequence[float | None]) -> dict[str, Array]:
+        """Returns what is remembered after a round in which the devices `ids` [K] trained the shared part, with these losses."""
+        if self.freeze_below is None:
+            return {}
+        frozen, recent = slots["frozen"].copy(), slots["recent_loss"].copy()
+        recent[ids] = np.column_stack([recent[ids, 1:], np.array(losses, dtype=float)])
+        time = np.arange(self.freeze_window + 1) - self.freeze_window / 2
+        fall = -(recent[ids] * time).sum(1) * self.freeze_window / np.square(time).sum()
+        first = recent[ids].mean(1) + fall / 2  # where the line begins
+        frozen[ids] = fall <= self.freeze_below * first  # False for NaN
+        return {"frozen": frozen, "recent_loss": recent}
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,12 @@ class Measurement:
         """t_k [K]; the round lasts as long as its slowest device."""
         return self.downlink_s + self.compute_s + self.uplink_s
 
+    def joined(self, other: Measurement) -> Measurement:
+        """Returns the figures of these devices and of others that heard more of the same broadcast."""
+        arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up")
+        both = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in arrays}
+        return Measurement(**both, bytes_down=other.bytes_down)
+
 
 def measure(
     load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, bits_down: float, t_down_s: Array

@@ -16,6 +16,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import folder
+from fedprune_cli.allocate.kkt import net_value
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError
@@ -23,7 +24,7 @@ from fedprune_cli.execute import Executor, executor
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
-from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.personalize import Phase, personal_only
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
 from fedprune_cli.learn.quantize import BITS_PER_PARAM, bits_per_value, levels
 from fedprune_cli.learn.server import aggregate
@@ -41,7 +42,7 @@ from fedprune_cli.meter import (
 )
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, State, untrained
-from fedprune_cli.world.scenario import Scenario, build_scenario
+from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
 Record = dict[str, Any]
 FIRST_ROUNDING = 10.0  # omega_q L^2 before any is measured: what rounding a Gaussian block costs
@@ -72,9 +73,9 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     """Returns the state after one more round, and the round's record: every figure modelled, none of them wall time."""
     experiment, scenario = setup.experiment, setup.scenario
     radio = scenario.at(state.round)
-    ids = participants(setup, radio.available, state.round)
+    ids, frozen = participants(setup, radio, state.round, state.slots), frozen_devices(setup, radio, state.slots)
     if not len(ids):
-        return idle_round(setup, state, workers)
+        return idle_round(setup, state, radio, frozen, workers)
 
     problems = round_problems(setup, ids, radio.gain_linear[ids], state.round, state.slots)
     bits, allocation = allocate(experiment, problems, state.round, state.slots)
@@ -84,24 +85,29 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     prune_ratio = state.slots["prune_ratio"].copy()
     prune_ratio[devices] = allocation.prune_ratio[taking]
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
-    errors = pruning_errors(state, masks, devices)
+    errors = pruning_errors(state, masks, np.concatenate([devices, frozen]))
 
     updates = train_devices(
         setup, workers, [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
     )
     shared, gradient = server_step(setup, state, masks, updates)
-    personal = state.personal.replaced({update.device: update.personal for update in updates})
+    own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
+    personal = state.personal.replaced({update.device: update.personal for update in [*updates, *own]})
 
     measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
+    if own:
+        hears = radio.gain_linear[np.concatenate([ids, frozen])]
+        measured = measured.joined(measure_frozen(setup, masks, frozen, hears, measured.bytes_down))
     clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
     slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
-    slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors)
+    slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors[: len(devices)])
+    slots |= experiment.participation.next_slots(state.slots, devices, [update.train_loss for update in updates])
     slots |= rounding_slots(state.slots, bits, updates)
     new = State(state.round + 1, shared, personal, slots | experiment.pruner.next_slots(state, gradient))
 
     scores = test_models(setup, new, masks, workers)
     return new, build_record(
-        setup, new, problems.reference, bits, allocation, updates, measured, gradient, errors, scores
+        setup, new, problems.reference, bits, allocation, updates, own, measured, gradient, errors, scores
     )
 
 
@@ -155,19 +161,39 @@ def reopen(run_dir: Path) -> Setup:
 # --- the steps of a round -------------------------------------------------------------------------------------------
 
 
-def participants(setup: Setup, available: Array, number: int) -> Array:
-    """Returns the ids of the training devices that take part, ascending: those not in outage, or `per_round` of them."""
-    ids = np.flatnonzero(available[: setup.scenario.num_devices])
+def participants(setup: Setup, radio: Conditions, number: int, slots: Mapping[str, Array]) -> Array:
+    """Returns the ids of the training devices that take part, ascending: those not in outage or frozen, or `per_round` of them.
+
+    Drawn, or those whose bandwidth buys most if all took part: ranked by w_k x_k - price b_k of P1, ties by id. When not all fit, the
+    policy `drop` ranks those it drops last; the others rank at the smallest feasible deadline.
+    """
+    ids = np.flatnonzero(radio.available[: setup.scenario.num_devices])
+    if "frozen" in slots:
+        ids = ids[slots["frozen"][ids] == 0]
     wanted = setup.experiment.devices.per_round
     if wanted is None or wanted >= len(ids):
         return ids
+    if setup.experiment.participation.select == "price":
+        by_bits = round_problems(setup, ids, radio.gain_linear[ids], number, slots).by_bits
+        drops = getattr(setup.experiment.allocator, "policy", None) == "drop"
+        value = net_value(by_bits[max(by_bits)], "drop" if drops else "stretch")
+        return np.sort(ids[np.argsort(-value, kind="stable")[:wanted]])
     return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
 
 
-def plan(setup: Setup, device: int) -> tuple[Phase, ...]:
-    """Returns the phases and steps of a device's round."""
+def frozen_devices(setup: Setup, radio: Conditions, slots: Mapping[str, Array]) -> Array:
+    """Returns the ids, ascending, of those not in outage that no longer train u but have personal steps to take."""
+    steps = sum(phase.steps for phase in plan(setup, 0, frozen=True))
+    if "frozen" not in slots or not steps or not setup.cost.personal_params:
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero(radio.available[: setup.scenario.num_devices] & (slots["frozen"] > 0))
+
+
+def plan(setup: Setup, device: int, *, frozen: bool = False) -> tuple[Phase, ...]:
+    """Returns the phases and steps of a device's round, without those of u when it is frozen."""
     experiment = setup.experiment
-    return experiment.training.plan(experiment.method.phases(), len(setup.scenario.partition.train[device]))
+    phases = personal_only(experiment.method.phases()) if frozen else experiment.method.phases()
+    return experiment.training.plan(phases, len(setup.scenario.partition.train[device]))
 
 
 @dataclass(frozen=True)
@@ -281,6 +307,11 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int, bits: int)
     )
 
 
+def frozen_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
+    """Returns a frozen device's training task, on what it kept of u when it last trained it."""
+    return replace(train_unit(setup, state, masks, device, BITS_PER_PARAM), phases=plan(setup, device, frozen=True))
+
+
 def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
     """Returns the devices' updates in the order of the units: small models side by side, others and slices one by one."""
     together = [unit for unit in units if setup.batched and not isinstance(unit.kept, tuple)]
@@ -321,7 +352,8 @@ def measure_round(
     bits_down = BITS_PER_PARAM * size * listened + 8 * sum(map(len, codes))
     load = load.take(taking)
     if masks.units:  # the model is smaller: its own FLOPs, not a share of the whole one's
-        load, kept = sliced_load(setup, masks, [update.device for update in updates]), np.ones(len(updates))
+        plans = [plan(setup, update.device) for update in updates]
+        load, kept = sliced_load(setup, masks, [update.device for update in updates], plans), np.ones(len(updates))
     return measure(
         load,
         rate_bps=allocation.rate_bps[taking],
@@ -332,14 +364,39 @@ def measure_round(
     )
 
 
-def sliced_load(setup: Setup, masks: Masks, devices: Sequence[int]) -> Load:
+def measure_frozen(setup: Setup, masks: Masks, devices: Array, gain: Array, bytes_down: float) -> Measurement:
+    """Returns the modelled cost of frozen devices, which send nothing.
+
+    The broadcast goes on after those that train u, first served, until the last listener, `gain`, has it and the frozen ones' masks.
+    """
+    size, ids = setup.cost.shared_params, devices.tolist()
+    codes = [encode_mask(masks.sent(device)) for device in ids] if sends_masks(setup) else []
+    plans, kept = [plan(setup, device, frozen=True) for device in ids], masks.kept[devices] / max(size, 1)
+    share = float(kept.max()) if prunes_downlink(setup) else 1.0
+    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size * share) + 8 * sum(map(len, codes))
+    load = build_load(
+        setup.scenario.fleet, devices, plans, [setup.cost] * len(ids), setup.experiment.training.batch_size
+    )
+    if masks.units:
+        load, kept = sliced_load(setup, masks, ids, plans), np.ones(len(ids))
+    return measure(
+        load,
+        rate_bps=np.zeros(len(ids)),
+        kept=kept,
+        payload_bytes=np.zeros(len(ids)),
+        bits_down=bits_down,
+        t_down_s=np.full(len(ids), downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down)),
+    )
+
+
+def sliced_load(setup: Setup, masks: Masks, devices: Sequence[int], plans: Sequence[Sequence[Phase]]) -> Load:
     """Returns the load of devices that leave whole channels out."""
     assert setup.layout
     of_cutoff = {
         cutoff: setup.cost.sliced(setup.layout.kept_params(masks.kept_units(device)))
         for device, cutoff in zip(devices, masks.kept[devices].tolist(), strict=True)
     }
-    plans, costs = [plan(setup, device) for device in devices], [of_cutoff[c] for c in masks.kept[devices].tolist()]
+    costs = [of_cutoff[c] for c in masks.kept[devices].tolist()]
     return build_load(setup.scenario.fleet, np.array(devices), plans, costs, setup.experiment.training.batch_size)
 
 
@@ -381,9 +438,13 @@ def tested_devices(setup: Setup) -> list[int]:
 
 def build_record(
     setup: Setup, new: State, problem: Problem, bits: int, allocation: Allocation,
-    updates: Sequence[Update], measured: Measurement, gradient: Array, errors: Array, scores: Mapping[int, Score],
+    updates: Sequence[Update], own: Sequence[Update], measured: Measurement, gradient: Array, errors: Array,
+    scores: Mapping[int, Score],
 ) -> Record:  # fmt: skip
-    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`. problem: without compression."""
+    """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`: after those that trained u the frozen.
+
+    problem: without compression.
+    """
     scenario, admitted = setup.scenario, allocation.admitted
     samples = scenario.partition.train.sizes
     ids = [update.device for update in updates]
@@ -409,7 +470,7 @@ def build_record(
         "joules": float(measured.joules.sum()),
         "flops": float(measured.flops.sum()),
         "grad_norm": float(np.linalg.norm(gradient.astype(np.float64))),
-        "pruning_error": float(np.dot(weights, errors)) if updates else None,
+        "pruning_error": float(np.dot(weights, errors[: len(ids)])) if updates else None,
         "dense_latency_s": dense_deadline(problem)[0],
         "equal_dense_latency_s": float(latency(problem, np.ones(len(equal)), equal).max()),
         "price_per_hz": allocation.price_per_hz,
@@ -417,21 +478,38 @@ def build_record(
         "gap": certificate.gap if certificate else None,
         "status": allocation.status,
         "message": allocation.message,
-        "devices": {
-            "id": ids,
-            "prune_ratio": allocation.prune_ratio[admitted].tolist(),
-            "bandwidth_hz": allocation.bandwidth_hz[admitted].tolist(),
-            "compute_s": measured.compute_s.tolist(),
-            "uplink_s": measured.uplink_s.tolist(),
-            "downlink_s": measured.downlink_s.tolist(),
-            "latency_s": measured.latency_s.tolist(),
-            "pruning_error": errors.tolist(),
-            "joules": measured.joules.tolist(),
-            "bytes_up": [int(size) for size in measured.bytes_up],
-            "train_loss": losses,
-            "accuracy": [_accuracy(scores.get(device)) for device in ids] if scores else None,
-        },
+        **frozen_figures(new),
+        "devices": device_rows(
+            new, [*updates, *own], allocation.bandwidth_hz[admitted].tolist(), measured, errors, scores
+        ),
     }
+
+
+def device_rows(
+    new: State, updates: Sequence[Update], bandwidth_hz: Sequence[float], measured: Measurement, errors: Array,
+    scores: Mapping[int, Score],
+) -> Record:  # fmt: skip
+    """Returns a record's figures by device: of those that trained u, which have bandwidth, and then of the frozen, which have none."""
+    ids = [update.device for update in updates]
+    return {
+        "id": ids,
+        "prune_ratio": new.slots["prune_ratio"][ids].tolist(),
+        "bandwidth_hz": [*bandwidth_hz, *[0.0] * (len(ids) - len(bandwidth_hz))],
+        "compute_s": measured.compute_s.tolist(),
+        "uplink_s": measured.uplink_s.tolist(),
+        "downlink_s": measured.downlink_s.tolist(),
+        "latency_s": measured.latency_s.tolist(),
+        "pruning_error": errors.tolist(),
+        "joules": measured.joules.tolist(),
+        "bytes_up": [int(size) for size in measured.bytes_up],
+        "train_loss": [update.train_loss for update in updates],
+        "accuracy": [_accuracy(scores.get(device)) for device in ids] if scores else None,
+    }
+
+
+def frozen_figures(new: State) -> Record:
+    """Returns how many devices no longer train u from the next round on; nothing where none ever stops."""
+    return {"frozen": int(new.slots["frozen"].sum())} if "frozen" in new.slots else {}
 
 
 def _accuracy(score: Score | None) -> float | None:
@@ -448,22 +526,43 @@ def accuracy_figures(setup: Setup, scores: Mapping[int, Score]) -> Record:
     return figures | {"fresh_accuracy": float(np.mean(fresh)) if fresh else None}
 
 
-def idle_round(setup: Setup, state: State, workers: Executor) -> tuple[State, Record]:
-    """Returns a round in which every device is in outage: nothing is trained, sent or waited for."""
-    new = replace(state, round=state.round + 1)
+def idle_round(setup: Setup, state: State, radio: Conditions, frozen: Array, workers: Executor) -> tuple[State, Record]:
+    """Returns a round in which every device is in outage or frozen: nothing is sent, and the frozen take their personal steps."""
     masks = build_masks(setup.experiment.pruner, state, state.slots["prune_ratio"], setup.experiment.seed, setup.layout)
+    own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
+    personal = state.personal.replaced({update.device: update.personal for update in own})
+    measured = measure_frozen(setup, masks, frozen, radio.gain_linear[frozen], 0.0) if own else None
+    latency_s = float(measured.latency_s.max()) if measured else 0.0
+    slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
+    new = replace(state, round=state.round + 1, personal=personal, slots=slots)
+    scores = test_models(setup, new, masks, workers)
     unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "bits", "rounding_error", "pruning_error", "dense_latency_s",
                "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
     zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
-    return new, {
+    idle = {
         "round": new.round,
-        "simulated_s": float(state.slots["simulated_s"]),
-        **accuracy_figures(setup, test_models(setup, new, masks, workers)),
+        "simulated_s": float(new.slots["simulated_s"]),
+        **accuracy_figures(setup, scores),
         **dict.fromkeys(unknown),
         **dict.fromkeys(zero, 0.0),
         "status": "idle",
         "message": "every device is in outage",
+        **frozen_figures(new),
         "devices": {"id": []},
+    }
+    if not radio.available[: setup.scenario.num_devices].any():
+        return new, idle
+    stopped = idle | {"status": "frozen", "message": "every device that is not in outage is frozen"}
+    if not measured:
+        return new, stopped
+    return new, stopped | {
+        "latency_s": latency_s,
+        "bytes_down": int(measured.bytes_down),
+        "joules": float(measured.joules.sum()),
+        "flops": float(measured.flops.sum()),
+        "dense_latency_s": latency_s,  # with nothing to send, it is the same on any bandwidth
+        "equal_dense_latency_s": latency_s,
+        "devices": device_rows(new, own, [], measured, pruning_errors(state, masks, frozen), scores),
     }
 
 
@@ -480,6 +579,7 @@ def prepare(experiment: Experiment) -> Setup:
     cost = count_cost(parts, scenario.dataset.images.shape[1:])
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
+    slots |= experiment.participation.slots(scenario.num_devices)
     if experiment.payload.error_feedback:
         slots["residual"] = np.zeros((scenario.num_devices, cost.shared_params), dtype=np.float32)
     if len(experiment.payload.bits) > 1:

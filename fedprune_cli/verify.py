@@ -12,7 +12,15 @@ import numpy as np
 from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.errors import CertificateError
-from fedprune_cli.run import Record, Setup, allocate, participants, round_problems, rounding_scale
+from fedprune_cli.run import (
+    Record,
+    Setup,
+    allocate,
+    frozen_devices,
+    participants,
+    round_problems,
+    rounding_scale,
+)
 from fedprune_cli.state import Array
 
 if TYPE_CHECKING:
@@ -53,12 +61,18 @@ class Findings:
 
 def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict[str, Array]:
     """Returns what the next round's problem needs to know, from a round's record."""
-    of = record["devices"]
-    ids, ratio, error = (np.array(of[key]) for key in ("id", "prune_ratio", "pruning_error"))
-    learned = setup.experiment.weights.next_slots(slots, ids.astype(int), ratio, error)
+    ids, ratio, error, loss = (
+        record["devices"].get(key, []) for key in ("id", "prune_ratio", "pruning_error", "train_loss")
+    )
+    training = sum(not slots["frozen"][device] for device in ids) if "frozen" in slots else len(ids)  # they come first
+    devices = np.array(ids[:training], dtype=int)
+    learned = setup.experiment.weights.next_slots(
+        slots, devices, np.array(ratio[:training]), np.array(error[:training])
+    )
+    stopped = setup.experiment.participation.next_slots(slots, devices, loss[:training])
     if "rounding" in slots and record["rounding_error"] is not None:
         learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
-    return {**slots, **learned, "simulated_s": np.array(record["simulated_s"])}
+    return {**slots, **learned, **stopped, "simulated_s": np.array(record["simulated_s"])}
 
 
 def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
@@ -73,17 +87,23 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     slots = dict(setup.initial.slots)
     for number, record in enumerate(records):
         conditions = setup.scenario.at(number)
-        ids = participants(setup, conditions.available, number)
+        ids = participants(setup, conditions, number, slots)
+        frozen = frozen_devices(setup, conditions, slots)
         if not len(ids):
+            slots["simulated_s"] = np.array(record["simulated_s"])
+            if record["devices"]["id"] != frozen.tolist():
+                failures.append(f"round {record['round']}: the recorded devices are not what the configuration gives")
             continue
         problems = round_problems(setup, ids, conditions.gain_linear[ids], number, slots)
         bits, allocation = allocate(experiment, problems, number, slots)
         problem = problems.by_bits[bits]
         slots = next_slots(setup, slots, record)
         taking = np.flatnonzero(allocation.admitted)
-        recorded = np.array([record["devices"]["prune_ratio"], record["devices"]["bandwidth_hz"]])
+        recorded = np.array([record["devices"][key][: len(taking)] for key in ("prune_ratio", "bandwidth_hz")])
         recomputed = np.array([allocation.prune_ratio[taking], allocation.bandwidth_hz[taking]])
-        if record["devices"]["id"] != ids[taking].tolist() or not np.array_equal(recorded, recomputed):
+        if record["devices"]["id"] != [*ids[taking].tolist(), *frozen.tolist()] or not np.array_equal(
+            recorded, recomputed
+        ):
             failures.append(f"round {record['round']}: the recorded allocation is not what the configuration gives")
             continue
         if allocation.certificate is None or not len(taking):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -21,9 +22,11 @@ from omegaconf import OmegaConf
 
 from fedprune_cli import folder, run
 from fedprune_cli.allocate.problem import dense_deadline
-from fedprune_cli.config import compose_config
+from fedprune_cli.config import Participation, compose_config
 from fedprune_cli.errors import CheckpointError, InfeasibleError
 from fedprune_cli.execute import executor
+from fedprune_cli.state import State
+from fedprune_cli.verify import verify_run
 
 RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 
@@ -121,7 +124,8 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
     for record in half:  # messages name devices, not their places in the round
         named = {int(text) for text in re.findall(r"dropped devices ([\d, ]+) with", record["message"])[0].split(",")}
         assert not named & set(record["devices"]["id"])
-    chosen = [set(run.participants(make_setup("devices.per_round=2"), np.ones(5, bool), n).tolist()) for n in range(3)]
+    setup = make_setup("devices.per_round=2")
+    chosen = [set(run.participants(setup, setup.scenario.at(n), n, setup.initial.slots).tolist()) for n in range(3)]
     dropped = [
         {int(t) for t in re.findall(r"dropped devices ([\d, ]+) with", r["message"])[0].split(",")} for r in half
     ]
@@ -145,6 +149,152 @@ def test_partial_participation_and_epochs(tmp_path: Path) -> None:
     chosen = [tuple(r["devices"]["id"]) for r in records]
     assert all(len(ids) == 2 for ids in chosen)
     assert len(set(chosen)) > 1
+
+
+PRICE = ("devices.count=6", "devices.per_round=2", "participation.select=price", "partition.alpha=100")
+
+
+def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
+    """Runs a tiny experiment to its end with an interruption after `stop` rounds."""
+    run.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
+    records = run.run(make_setup(*overrides), run_dir)
+    for _ in range(stop):
+        next(records)
+    records.close()
+    list(run.run(run.reopen(run_dir), run_dir))
+
+
+def test_price_picks_the_devices_whose_bandwidth_buys_most(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "run", *PRICE)
+    setup = make_setup(*PRICE)
+    for number, record in enumerate(records):
+        radio, everyone = setup.scenario.at(number), np.arange(6)
+        problem = run.round_problems(
+            setup, everyone, radio.gain_linear[everyone], number, setup.initial.slots
+        ).reference
+        best = setup.experiment.allocator.solve(problem, 0, number)
+        value = problem.weight * (1 - best.prune_ratio) - best.price_per_hz * best.bandwidth_hz
+        chosen = record["devices"]["id"]
+        assert len(chosen) == 2
+        assert chosen == sorted({*chosen})
+        assert value[chosen].min() >= np.delete(value, chosen).max()
+    stop_and_resume(tmp_path / "stopped", 2, *PRICE)
+    assert results(tmp_path / "stopped") == results(tmp_path / "run")
+    assert verify_run(run.reopen(tmp_path / "run"), tmp_path / "run", every=1).failures == ()
+
+
+def test_price_with_everybody_is_the_run_without_a_choice(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "random", "devices.per_round=4")
+    run_to_end(tmp_path / "price", "devices.per_round=4", "participation.select=price")
+    assert (tmp_path / "random" / "rounds.jsonl").read_bytes() == (tmp_path / "price" / "rounds.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["stretch", "drop", "fail"])
+def test_price_ranks_when_not_all_fit(policy: str) -> None:
+    """`drop` takes its own admitted ones first; `fail` fails in the round that follows, if at all."""
+    setup = make_setup(*PRICE, "deadline.fraction=0.3", "pruner.max_ratio=0.3", f"allocator.on_infeasible={policy}")
+    radio, slots, everyone = setup.scenario.at(0), setup.initial.slots, np.arange(6)
+    ids = run.participants(setup, radio, 0, slots)
+    assert len(ids) == 2
+    if policy == "drop":
+        problem = run.round_problems(setup, everyone, radio.gain_linear[everyone], 0, slots).reference
+        admitted = np.flatnonzero(setup.experiment.allocator.solve(problem, 0, 0).admitted)
+        assert 0 < len(admitted) < 6
+        assert {*ids} <= {*admitted} or {*admitted} <= {*ids}
+
+
+PAYLOAD = ("payload.bits=[4,8]", "payload.error_feedback=true", "payload.pruned_downlink=true")
+FREEZE = ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02")
+
+
+def steps_of(setup: run.Setup, count: int) -> list[tuple[State, run.Record]]:
+    """Returns the state before each round and the record of it."""
+    state, steps = setup.initial, []
+    with executor(
+        setup.experiment.execution, functools.partial(run.build_learner, setup.experiment, setup.scenario)
+    ) as workers:
+        for _ in range(count):
+            before = state
+            state, record = run.round_step(setup, state, workers)
+            steps.append((before, record))
+    return [*steps, (state, {})]
+
+
+@pytest.mark.parametrize("method", ["proposed", "fedsim", "pruned"])
+def test_frozen_devices_send_nothing_and_never_come_back(method: str) -> None:
+    """Some freeze, the others go on; who is frozen trains its own part alone, and nothing at all when it has none."""
+    setup = make_setup(*FREEZE, f"method={method}", "channel.outage_enter=0.2", "channel.outage_leave=0.5")
+    steps, band_hz = steps_of(setup, 8), setup.experiment.channel.bandwidth_hz
+    mixed = 0
+    for (before, record), (after, _) in itertools.pairwise(steps):
+        frozen = {*np.flatnonzero(before.slots["frozen"]).tolist()}
+        assert frozen <= {*np.flatnonzero(after.slots["frozen"]).tolist()}
+        assert record["frozen"] == after.slots["frozen"].sum()
+        rows = record["devices"]
+        still = [at for at, device in enumerate(rows["id"]) if device in frozen]
+        here = setup.scenario.at(before.round).available[:4]
+        assert [rows["id"][at] for at in still] == (
+            [] if method == "pruned" else sorted(frozen & {*np.flatnonzero(here)})
+        )
+        for at in still:
+            assert rows["bytes_up"][at] == rows["bandwidth_hz"][at] == rows["uplink_s"][at] == 0
+            assert rows["compute_s"][at] > 0
+            assert rows["downlink_s"][at] > 0
+            assert rows["joules"][at] > 0
+            assert not np.array_equal(before.personal[rows["id"][at]], after.personal[rows["id"][at]])
+        assert record["latency_s"] == max(rows.get("latency_s", []), default=0.0)
+        mixed += 0 < len(still) < len(rows["id"])
+        if len(still) < len(rows["id"]):  # what the others leave of the band is theirs
+            assert np.isclose(sum(rows["bandwidth_hz"]), band_hz)
+        else:
+            assert record["status"] == ("frozen" if here.any() else "idle")
+            np.testing.assert_array_equal(before.shared, after.shared)
+    assert frozen
+    assert mixed or method == "pruned"
+
+
+def test_without_freezing_no_state_and_no_record_knows_of_it(tmp_path: Path) -> None:
+    """A window beyond the run's end freezes nobody: the same parameters and figures as without, apart from the count."""
+    off, on = tmp_path / "off", tmp_path / "on"
+    records = [run_to_end(off), run_to_end(on, "participation.freeze_below=0.5", "participation.freeze_window=3")]
+    assert set(records[1][0]) - set(records[0][0]) == {"frozen"}
+    assert [record | {"frozen": 0} for record in records[0]] == records[1]
+    states = [
+        folder.load(at, make_setup(*rest).experiment.config_hash)
+        for at, rest in ((off, ()), (on, ("participation.freeze_below=0.5", "participation.freeze_window=3")))
+    ]
+    assert {*states[1].slots} - {*states[0].slots} == {"frozen", "recent_loss"}
+    np.testing.assert_array_equal(states[0].shared, states[1].shared)
+    np.testing.assert_array_equal(list(states[0].personal), list(states[1].personal))
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("pruner=taylor", "weights=pruning_error"), ("pruner.granularity=channel",), PAYLOAD]
+)
+def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    overrides = (*FREEZE, *extra)
+    records = run_to_end(tmp_path / "whole", *overrides)
+    assert records[-1]["frozen"] > 0
+    assert verify_run(run.reopen(tmp_path / "whole"), tmp_path / "whole", every=0).failures == ()
+    run_to_end(tmp_path / "processes", *overrides, "execution.kind=processes", "execution.workers=2")
+    assert results(tmp_path / "processes") == results(tmp_path / "whole")
+    for stop in (1, 3, 5, 7) if not extra else (4,):
+        stop_and_resume(tmp_path / f"stopped{stop}", stop, *overrides)
+        assert results(tmp_path / f"stopped{stop}") == results(tmp_path / "whole")
+
+
+def test_a_device_freezes_when_the_line_through_its_losses_falls_too_little() -> None:
+    rule = Participation("random", 0.1, 2)
+    slots = rule.slots(4)
+    for losses in ([1.0, 1.0, 1.0], [1.2, 0.94, 0.8], [0.95, 0.9, 0.7]):
+        slots = rule.next_slots(slots, np.array([0, 1, 2]), losses)
+    # 5 % of 1.0 down the line; a rise and a fall, 10.2 % of 1.03; 30 %; and one that never trained
+    assert slots["frozen"].tolist() == [1, 0, 0, 0]
+    slots = rule.next_slots(slots, np.array([2]), [0.7])
+    assert slots["frozen"].tolist() == [1, 0, 0, 0]
+    slots = rule.next_slots(slots, np.array([2, 3]), [0.7, None])
+    assert slots["frozen"].tolist() == [1, 0, 1, 0]
+    assert Participation("random", None, 5).slots(4) == {}
 
 
 def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ class FedSim:
         return (Phase("both", self.steps),)
 
 
+def personal_only(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """Returns the phases of a device that trains its personal part alone: steps on both become steps on that."""
+    return tuple(Phase("personal", phase.steps) for phase in phases if phase.kind != "shared")
+
+
 METHODS: dict[str, type[Method]] = {
     "proposed": FedAlt,
     "personalized": FedAlt,
