@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
 NOTE = (
-    f"±: half the 95 % interval over seeds, of paired differences where two are compared; -: missing on a seed. The target is what the reference holds over its last {HELD_ROUNDS} tests, minus 0.5 points. "
-    "Final figures are of the last round, never of the best. Equal-bandwidth seconds replay the same training on the same channel draws."
+    "±: half the 95 % interval over seeds, of paired differences where two are compared; -: missing on a seed. The target is what the "
+    f"reference holds over its last {HELD_ROUNDS} tests, minus 0.5 points. Final figures are of the last round, never of the best. "
+    "Equal-bandwidth seconds replay the same training on the same channel draws."
 )
 
 CONVERGENCE_NOTE = (
-    "Left: the squared norm of the mean gradient that the updates imply, averaged over the rounds so far, and c1/sqrt(R) + c2 (mean pruning "
-    "error) + c3 fitted to it: the shape of the convergence bound, not a prediction. Right: the pruning error that the bound's floor grows with."
+    "Left: the squared norm of the mean gradient that the updates imply, averaged over the rounds so far, and c1/sqrt(R) + c2 (mean "
+    "pruning error) + c3 fitted to it: the shape of the convergence bound, not a prediction. Right: the pruning error that the bound's floor "
+    "grows with."
 )
 
 
@@ -535,7 +537,7 @@ LIMIT_HEADERS = (
 )
 LIMIT_NOTE = (
     "The same ratios with one of the two costs taken away, mean over rounds and seeds: with a free radio a round lasts as long as its "
-    "longest computation; with a free CPU as long as its longest transmission at the bandwidths given, which a new allocation would shorten."
+    "longest computation; with a free CPU as long as its longest transmission at the bandwidths given, which a new one would shorten."
 )
 
 
