@@ -31,8 +31,8 @@ NOTE = (
 
 CONVERGENCE_NOTE = (
     "Left: the squared norm of the mean gradient that the updates imply, averaged over the rounds so far, and c1/sqrt(R) + c2 (mean "
-    "pruning error) + c3 fitted to it: the shape of the convergence bound, not a prediction. Right: the pruning error that the bound's floor "
-    "grows with."
+    "pruning error) + c3 fitted to it: the shape of the convergence bound, not a prediction. Right: the pruning error, with which the "
+    "bound's floor grows."
 )
 
 
