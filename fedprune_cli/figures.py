@@ -194,6 +194,7 @@ def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: fl
         if target is not None:
             axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":", label=f"target {100 * target:.1f} %")
         axes.set(xlabel="simulated time (s)", ylabel="device accuracy (%)")
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
         axes.legend(loc="lower right", fontsize=8)
 
     return Drawing(plot, height=4.2)
@@ -328,9 +329,9 @@ def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Draw
         names = list(split)
         left, pruning, bandwidth, half = np.array(list(split.values())).T
         axes.barh(names, left, xerr=half, color=BLUE, ecolor=INK, capsize=3, label="left")
-        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="saved by pruning and fewer bits")
+        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="off by pruning and fewer bits")
         axes.barh(
-            names, np.maximum(bandwidth, 0), left=left + np.maximum(pruning, 0), color=SKY, label="saved by bandwidth"
+            names, np.maximum(bandwidth, 0), left=left + np.maximum(pruning, 0), color=SKY, label="off by bandwidth"
         )
         axes.invert_yaxis()
         axes.set(xlabel="mean latency of a round (s)")
