@@ -495,7 +495,7 @@ def write_comparison(
 
 
 MARKDOWN_KEYS = ("time_to_target_s", "time_reduction_equal", "time_reduction", "latency_s", "accuracy", "accuracy_gain", "p10_gain",
-                 "fresh_accuracy", "mean_ratio", "megabytes_up", "joules")  # fmt: skip
+                 "fresh_accuracy", "megabytes_up")  # fmt: skip
 
 
 def markdown(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> str:
