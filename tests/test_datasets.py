@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune_cli.errors import DataError
+from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.world import datasets
-from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, FashionMnist, Mnist
+from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, Downloaded, FashionMnist, Mnist, Patches
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -162,7 +162,7 @@ def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: 
         config.load()
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
+@pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, Downloaded)])
 def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     with pytest.raises(DataError) as caught:
@@ -210,3 +210,46 @@ def test_fashion_mnist_comes_from_the_debian_package(tmp_path: Path, monkeypatch
     assert dataset.images.shape == (70_000, 1, 28, 28)
     assert (np.bincount(dataset.labels) == 7000).all()
     assert dataset.sha256.startswith("75979490032625d6")
+
+
+@pytest.mark.parametrize(("tile", "count"), [(8, 13_280), (16, 3264), (32, 808)])
+def test_patches_are_the_photographs_cut_up(tile: int, count: int) -> None:
+    """Every pixel of a photograph is in at most one image: as many of each value as there are in the photographs, cropped."""
+    patches = Patches("patches", tile, None).load()
+    assert patches.images.shape == (count, 3, 32, 32)
+    assert patches.images.dtype == np.uint8
+    assert patches.num_classes == 12
+    per_class = np.bincount(patches.labels)
+    assert len(per_class) == 12
+    assert per_class.max() <= 1.25 * per_class.min()
+    step = 32 // tile
+    tiles = patches.images[:, :, ::step, ::step]
+    np.testing.assert_array_equal(tiles.repeat(step, axis=2).repeat(step, axis=3), patches.images)
+    cropped = [photograph[: height // tile * tile, : width // tile * tile] for photograph in datasets._photographs("x")
+               for height, width in [photograph.shape[:2]]]  # fmt: skip
+    for channel in range(3):
+        whole = sum(np.bincount(photograph[..., channel].ravel(), minlength=256) for photograph in cropped)
+        np.testing.assert_array_equal(np.bincount(tiles[:, channel].ravel(), minlength=256), whole)
+
+
+def test_patches_share_no_image_and_are_the_same_each_time() -> None:
+    first, second = Patches("patches", 16, None).load(), Patches("patches", 16, None).load()
+    assert first.sha256 == second.sha256
+    assert len(np.unique(first.images.reshape(len(first.labels), -1), axis=0)) == len(first.labels)
+    some = Patches("patches", 16, 240).load()
+    np.testing.assert_array_equal(some.images, first.images[:240])
+    assert np.bincount(some.labels, minlength=12).min() >= 10, "the first samples are of all classes"
+
+
+def test_patches_without_a_photograph_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import cbook
+
+    def missing(name: str, *, asfileobj: bool) -> None:
+        raise FileNotFoundError(2, "No such file or directory", name)
+
+    monkeypatch.setattr(cbook, "get_sample_data", missing)
+    with pytest.raises(DataError, match=r"grace_hopper.*pip install scikit-learn matplotlib pillow") as caught:
+        Patches("patches", 16, None).load()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="8, 16 or 32"):
+        Patches("patches", 20, None)
