@@ -260,7 +260,7 @@ def compare(
     unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
     if len(unfinished) < len(members):
         print(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
-    failures = _run_members(unfinished, min(jobs or os.cpu_count() or 1, len(unfinished)))
+    failures = _run_members(unfinished, min(jobs or _usable_cores(), len(unfinished)))
     failed = {failure.member.seed for failure in failures}
     complete = [member for member in members if member.seed not in failed]
     if complete:
@@ -277,6 +277,10 @@ def compare(
         error = FedpruneError(f"{len(failures)} of {len(members)} runs failed, see above{left_out}")
         error.exit_code = failures[0].exit_code
         raise error
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:

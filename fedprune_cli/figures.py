@@ -26,7 +26,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
     "#F0E442",
 )
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW)
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*<"  # of another length than the colours: more than seven curves still differ
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 
 
@@ -185,7 +185,10 @@ def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: fl
     def plot(axes: Any) -> None:
         for at, (method, runs) in enumerate(curves.items()):
             points = [np.array([(r["simulated_s"], 100 * r["accuracy"]) for r in tested(rounds)]).T for rounds in runs]
-            x = np.linspace(max(x[0] for x, _ in points), min(x[-1] for x, _ in points), GRID)
+            first, last = max(x[0] for x, _ in points), min(x[-1] for x, _ in points)
+            if first > last:
+                continue  # no moment that all seeds have: no mean to draw
+            x = np.linspace(first, last, GRID)
             mean, half = bands([np.interp(x, *curve) for curve in points])
             style = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
             axes.plot(x, mean, label=method, markersize=4, markevery=GRID // 8, linewidth=1.4, **style)
@@ -206,8 +209,9 @@ def finals_figure(finals: Mapping[str, Mapping[str, Interval]]) -> Drawing:
     def plot(axes: Any) -> None:
         kinds = dict.fromkeys(kind for of in finals.values() for kind in of)
         for at, kind in enumerate(kinds):
-            y = np.arange(len(finals)) + 0.22 * (at - (len(kinds) - 1) / 2)
-            mean, half = (100 * np.array([of[kind][i] or 0.0 for of in finals.values()]) for i in (0, 1))
+            shown = {method: of[kind] for method, of in finals.items() if kind in of}
+            y = np.array([list(finals).index(method) for method in shown]) + 0.22 * (at - (len(kinds) - 1) / 2)
+            mean, half = (100 * np.array([interval[i] or 0.0 for interval in shown.values()]) for i in (0, 1))
             axes.errorbar(
                 mean,
                 y,
