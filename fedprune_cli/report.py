@@ -537,7 +537,7 @@ LIMIT_HEADERS = (
 )
 LIMIT_NOTE = (
     "The same ratios with one of the two costs taken away, mean over rounds and seeds: with a free radio a round lasts as long as its "
-    "longest computation, a bound; with a free CPU as long as its longest transmission at the bandwidths given, which a new one would shorten."
+    "longest computation, a bound; with a free CPU as long as its longest transmission at the bandwidths given, which others shorten."
 )
 
 
@@ -774,7 +774,7 @@ def _details(title: str, values: Any) -> str:
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5a6472; --line: #d5dae1; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #15181c; --soft: #a2abb8; --line: #39404a; } }
-@media print { :root { --ink: #000; --paper: #fff; } section:has(details) { display: none; } figure, section { break-inside: avoid; } }
+@media print { :root { --ink: #000; --paper: #fff; } details, section:has(details):not(:has(p)) { display: none; } figure, section { break-inside: avoid; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
