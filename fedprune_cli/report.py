@@ -774,7 +774,8 @@ def _details(title: str, values: Any) -> str:
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5a6472; --line: #d5dae1; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #15181c; --soft: #a2abb8; --line: #39404a; } }
-@media print { :root { --ink: #000; --paper: #fff; } details, section:has(details):not(:has(p)) { display: none; } figure, section { break-inside: avoid; } }
+@media print { :root { --ink: #000; --paper: #fff; } details, section:has(details):not(:has(p)) { display: none; }
+  figure, section { break-inside: avoid; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
