@@ -18,3 +18,8 @@ def test_each_stored_result_stands_in_the_documentation_as_it_is(path: Path) -> 
     table = report.markdown(report.read_table(path))
     assert table in (ROOT / "docs" / "results.md").read_text()
     assert (CONF / "experiment" / f"{path.stem}.yaml").exists()
+
+
+def test_the_readme_shows_the_headline() -> None:
+    (headline,) = [path for path in RESULTS if path.stem == "headline_fmnist"]
+    assert report.markdown(report.read_table(headline)) in (ROOT / "README.md").read_text()
