@@ -298,15 +298,16 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
 
     failures = []
     try:
-        for number, (member, failure) in enumerate(run_members(members, jobs) if jobs > 1 else one_by_one(), start=1):
-            if failure is None:
-                accuracy = read_json(member.run_dir / SUMMARY)["final_accuracy"]
-                print(
-                    f"{number}/{len(members)}  {member}: accuracy {100 * accuracy:.2f} %, {member.run_dir}", flush=True
-                )
-            else:
-                failures.append(failure)
-                print(f"error: {failure}", file=sys.stderr, flush=True)
+        side_by_side = jobs > 1
+        ended = run_members(members, jobs) if side_by_side else one_by_one()
+        with _status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
+            for number, (member, failure) in enumerate(ended, start=1):
+                if failure is None:
+                    accuracy = 100 * read_json(member.run_dir / SUMMARY)["final_accuracy"]
+                    print(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}", flush=True)
+                else:
+                    failures.append(failure)
+                    print(f"error: {failure}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted; every finished round is safe: the same command continues", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -277,7 +277,10 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}.{key}={values.get(key)}: {_without_value(error)}") from None
     except OmegaConfBaseException as error:
         key = _yaml_key(str(error.full_key or "").split(".")[0].split("[")[0], values)
-        raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"must be a list, such as {where}.{key}=[{values.get(key)}]"
+        raise ConfigError(f"{where}.{key}: {reason}") from None
     return instance
 
 
