@@ -16,18 +16,17 @@ Bands = Callable[
     [Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray | None]
 ]  # curves -> their mean, half the interval's width
 GRID = 200  # points of a mean curve
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
     "#0072B2",
     "#E69F00",
     "#009E73",
     "#CC79A7",
     "#56B4E9",
     "#D55E00",
-    "#F0E442",
 )
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW)
 MARKERS = "osD^vPX*<"  # of another length than the colours: more than seven curves still differ
 INK = "#123456"  # stands for the page's text colour until the SVG is written
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, INK)  # their yellow cannot be read on white
 
 
 STYLE = {
@@ -333,7 +332,7 @@ def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Draw
         names = list(split)
         left, pruning, bandwidth, half = np.array(list(split.values())).T
         axes.barh(names, left, xerr=half, color=BLUE, ecolor=INK, capsize=3, label="left")
-        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="off by pruning and fewer bits")
+        axes.barh(names, np.maximum(pruning, 0), left=left, color=ORANGE, label="off by pruning, bits or steps")
         axes.barh(
             names, np.maximum(bandwidth, 0), left=left + np.maximum(pruning, 0), color=SKY, label="off by bandwidth"
         )
