@@ -35,7 +35,7 @@ def test_side_by_side_gives_the_bytes_of_one_by_one() -> None:
     assert alone == together
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_failing_member_is_named_and_the_complete_seeds_are_reported(jobs: str) -> None:
     fedprune("train", *TINY, "seed=1")
     (damaged,) = Path("outputs/main").glob("*-s1")
