@@ -248,8 +248,8 @@ def allocate(
     def value(bits: int) -> tuple[float, float]:
         allocation = options[bits]
         omega = 0.0 if bits == BITS_PER_PARAM else float(slots.get("rounding", 0.0)) / levels(bits) ** 2
-        late = max(allocation.deadline_s / problems.reference.deadline_s - 1, 0.0) if allocation.deadline_s else 0.0
-        return -round(late, 9), allocation.objective / (1 + omega / max(int(allocation.admitted.sum()), 1))
+        ends_s = max(allocation.deadline_s, problems.reference.deadline_s)
+        return -ends_s, allocation.objective / (1 + omega / max(int(allocation.admitted.sum()), 1))
 
     chosen = max(options, key=value)
     return chosen, options[chosen]

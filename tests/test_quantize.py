@@ -69,6 +69,11 @@ def test_the_choice_of_bits_is_the_best_of_its_candidates_and_a_tight_deadline_t
     assert verify_run(make_setup(*BOTH_CANDIDATES), tmp_path / "tight", every=1).failures == ()
 
 
+def test_a_spent_budget_of_time_leaves_the_choice_to_the_policy(tmp_path: Path) -> None:
+    records = run_to_end(tmp_path / "run", "payload.bits=[4,32]", "deadline.total_seconds=1e-3")
+    assert records[-1]["status"] == "stretched"
+
+
 def test_what_rounding_took_comes_back(tmp_path: Path) -> None:
     """With the feedback, what was sent and what is still owed add up to the change that the device made."""
     options = ("payload.bits=[2]", "payload.error_feedback=true", "method=personalized", "rounds=1")

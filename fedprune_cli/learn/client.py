@@ -160,7 +160,7 @@ def train(learner: Learner, unit: Unit) -> Update:
 def send(seed: int, unit: Unit, mask: Array | None, shared: Array, personal: Array, loss: float | None) -> Update:
     """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the unit's bits."""
     where = slice(None) if mask is None else mask
-    values = shared[where].copy()
+    values = shared.copy() if mask is None else shared[mask]
     if unit.bits == BITS_PER_PARAM:
         return Update(unit.device, values, personal, loss, values.nbytes)
     change = values - unit.shared[where]
