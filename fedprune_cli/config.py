@@ -89,18 +89,16 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Participation:
-    """Who does what in a round: how `devices.per_round` are chosen, and when a device stops training the shared part.
+    """When a device stops training the shared part.
 
     freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
     never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
     """
 
-    select: str
     freeze_below: float | None
     freeze_window: int
 
     def __post_init__(self) -> None:
-        require(self.select in ("random", "price"), "select", self.select, "'random' or 'price'")
         below = self.freeze_below
         require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
         require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")

@@ -16,7 +16,6 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import folder
-from fedprune_cli.allocate.kkt import net_value
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError
@@ -162,22 +161,13 @@ def reopen(run_dir: Path) -> Setup:
 
 
 def participants(setup: Setup, radio: Conditions, number: int, slots: Mapping[str, Array]) -> Array:
-    """Returns the ids of the training devices that take part, ascending: those not in outage or frozen, or `per_round` of them.
-
-    Drawn, or those whose bandwidth buys most if all took part: ranked by w_k x_k - price b_k of P1, ties by id. When not all fit, the
-    policy `drop` ranks those it drops last; the others rank at the smallest feasible deadline.
-    """
+    """Returns the ids of the training devices that take part, ascending: those not in outage or frozen, or `per_round` drawn of them."""
     ids = np.flatnonzero(radio.available[: setup.scenario.num_devices])
     if "frozen" in slots:
         ids = ids[slots["frozen"][ids] == 0]
     wanted = setup.experiment.devices.per_round
     if wanted is None or wanted >= len(ids):
         return ids
-    if setup.experiment.participation.select == "price":
-        by_bits = round_problems(setup, ids, radio.gain_linear[ids], number, slots).by_bits
-        drops = getattr(setup.experiment.allocator, "policy", None) == "drop"
-        value = net_value(by_bits[max(by_bits)], "drop" if drops else "stretch")
-        return np.sort(ids[np.argsort(-value, kind="stable")[:wanted]])
     return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
 
 

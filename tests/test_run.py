@@ -151,9 +151,6 @@ def test_partial_participation_and_epochs(tmp_path: Path) -> None:
     assert len(set(chosen)) > 1
 
 
-PRICE = ("devices.count=6", "devices.per_round=2", "participation.select=price", "partition.alpha=100")
-
-
 def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
     """Runs a tiny experiment to its end with an interruption after `stop` rounds."""
     run.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
@@ -162,45 +159,6 @@ def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
         next(records)
     records.close()
     list(run.run(run.reopen(run_dir), run_dir))
-
-
-def test_price_picks_the_devices_whose_bandwidth_buys_most(tmp_path: Path) -> None:
-    records = run_to_end(tmp_path / "run", *PRICE)
-    setup = make_setup(*PRICE)
-    for number, record in enumerate(records):
-        radio, everyone = setup.scenario.at(number), np.arange(6)
-        problem = run.round_problems(
-            setup, everyone, radio.gain_linear[everyone], number, setup.initial.slots
-        ).reference
-        best = setup.experiment.allocator.solve(problem, 0, number)
-        value = problem.weight * (1 - best.prune_ratio) - best.price_per_hz * best.bandwidth_hz
-        chosen = record["devices"]["id"]
-        assert len(chosen) == 2
-        assert chosen == sorted({*chosen})
-        assert value[chosen].min() >= np.delete(value, chosen).max()
-    stop_and_resume(tmp_path / "stopped", 2, *PRICE)
-    assert results(tmp_path / "stopped") == results(tmp_path / "run")
-    assert verify_run(run.reopen(tmp_path / "run"), tmp_path / "run", every=1).failures == ()
-
-
-def test_price_with_everybody_is_the_run_without_a_choice(tmp_path: Path) -> None:
-    run_to_end(tmp_path / "random", "devices.per_round=4")
-    run_to_end(tmp_path / "price", "devices.per_round=4", "participation.select=price")
-    assert (tmp_path / "random" / "rounds.jsonl").read_bytes() == (tmp_path / "price" / "rounds.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("policy", ["stretch", "drop", "fail"])
-def test_price_ranks_when_not_all_fit(policy: str) -> None:
-    """`drop` takes its own admitted ones first; `fail` fails in the round that follows, if at all."""
-    setup = make_setup(*PRICE, "deadline.fraction=0.3", "pruner.max_ratio=0.3", f"allocator.on_infeasible={policy}")
-    radio, slots, everyone = setup.scenario.at(0), setup.initial.slots, np.arange(6)
-    ids = run.participants(setup, radio, 0, slots)
-    assert len(ids) == 2
-    if policy == "drop":
-        problem = run.round_problems(setup, everyone, radio.gain_linear[everyone], 0, slots).reference
-        admitted = np.flatnonzero(setup.experiment.allocator.solve(problem, 0, 0).admitted)
-        assert 0 < len(admitted) < 6
-        assert {*ids} <= {*admitted} or {*admitted} <= {*ids}
 
 
 PAYLOAD = ("payload.bits=[4,8]", "payload.error_feedback=true", "payload.pruned_downlink=true")
@@ -284,7 +242,7 @@ def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple
 
 
 def test_a_device_freezes_when_the_line_through_its_losses_falls_too_little() -> None:
-    rule = Participation("random", 0.1, 2)
+    rule = Participation(0.1, 2)
     slots = rule.slots(4)
     for losses in ([1.0, 1.0, 1.0], [1.2, 0.94, 0.8], [0.95, 0.9, 0.7]):
         slots = rule.next_slots(slots, np.array([0, 1, 2]), losses)
@@ -294,7 +252,7 @@ def test_a_device_freezes_when_the_line_through_its_losses_falls_too_little() ->
     assert slots["frozen"].tolist() == [1, 0, 0, 0]
     slots = rule.next_slots(slots, np.array([2, 3]), [0.7, None])
     assert slots["frozen"].tolist() == [1, 0, 1, 0]
-    assert Participation("random", None, 5).slots(4) == {}
+    assert Participation(None, 5).slots(4) == {}
 
 
 def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_path: Path) -> None:

@@ -449,13 +449,6 @@ def allocate(problem: Problem, policy: Policy, solve: Solve, least: Least, *, ex
     )
 
 
-def net_value(problem: Problem, policy: Policy) -> Array:
-    """Returns what each device adds to P1 beyond the price of its bandwidth, w_k x_k - price b_k [K]; -inf where it is dropped."""
-    best = allocate(problem, policy, solve_p1, least_feasible, exact=False)
-    value = problem.weight * (1 - best.prune_ratio) - best.price_per_hz * best.bandwidth_hz
-    return np.where(best.admitted, value, -np.inf)
-
-
 def build_allocation(
     problem: Problem, kept: Array, bandwidth_hz: Array, admitted: Array, price: float,
     certificate: Certificate | None, status: Status, message: str,
