@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import html
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,19 @@ import numpy as np
 from fedprune_cli import figures, folder
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.figures import Record, tested
+from fedprune_cli.page import (
+    csv_text,
+    details,
+    figure,
+    html_table,
+    latex_table,
+    page,
+    percent,
+    seconds,
+    section,
+    terminal_table,
+    write,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,31 +109,31 @@ def write_report(path: Path) -> Path:
     }
     last = tested(run.rounds)[-1]
     answer = (
-        f"{run.method}, seed {run.seed}: device accuracy {_percent(last['accuracy'])} after {len(run.rounds)} rounds "
-        f"and {_seconds(run.rounds[-1]['simulated_s'])} of simulated time."
+        f"{run.method}, seed {run.seed}: device accuracy {percent(last['accuracy'])} after {len(run.rounds)} rounds "
+        f"and {seconds(run.rounds[-1]['simulated_s'])} of simulated time."
     )
     body = [
         f"<p class=answer>{html.escape(answer)}</p>",
-        *(_figure(name, drawing, captions[name]) for name, drawing in drawn.items()),
-        _section("Figures of the run", _html_table(["figure", "value"], _facts(run))),
-        _section("Certificate", _html_table(["figure", "value"], _certificate_facts(run))),
-        _section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
+        *(figure(name, drawing, captions[name]) for name, drawing in drawn.items()),
+        section("Figures of the run", html_table(["figure", "value"], _facts(run))),
+        section("Certificate", html_table(["figure", "value"], _certificate_facts(run))),
+        section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
     ]
     out = path / "report"
     plain = [key for key, value in run.rounds[0].items() if key != "devices"]
     files = {
-        "index.html": _page(f"{run.method}, seed {run.seed}", body),
-        "rounds.csv": _csv(plain, [[record[key] for key in plain] for record in run.rounds]),
-        "devices.csv": _csv(*_device_rows(run)),
-        "histogram.csv": _csv(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
+        "index.html": page(f"{run.method}, seed {run.seed}", body),
+        "rounds.csv": csv_text(plain, [[record[key] for key in plain] for record in run.rounds]),
+        "devices.csv": csv_text(*_device_rows(run)),
+        "histogram.csv": csv_text(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
                               [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]),
     }  # fmt: skip
-    return _write(out, files | {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()})
+    return write(out, files | {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()})
 
 
 def run_table(run: Run) -> Table:
     """Returns the run's figures for the terminal."""
-    return _table(f"{run.method}, seed {run.seed}", ["figure", "value"], _facts(run))
+    return terminal_table(f"{run.method}, seed {run.seed}", ["figure", "value"], _facts(run))
 
 
 def _facts(run: Run) -> list[list[str]]:
@@ -129,19 +141,19 @@ def _facts(run: Run) -> list[list[str]]:
     ratios = [r["mean_ratio"] for r in rounds if r["mean_ratio"] is not None]
     facts = [
         ["rounds", str(len(rounds))],
-        ["simulated time", _seconds(rounds[-1]["simulated_s"])],
-        ["latency per round, mean", _seconds(float(np.mean([r["latency_s"] for r in rounds])))],
-        ["final accuracy, weighted by samples", _percent(last["accuracy"])],
-        ["final accuracy, unweighted", _percent(last["accuracy_mean"])],
-        ["final accuracy, 10th percentile of devices", _percent(last["accuracy_p10"])],
-        ["accuracy on a fresh device", _percent(last["fresh_accuracy"])],
+        ["simulated time", seconds(rounds[-1]["simulated_s"])],
+        ["latency per round, mean", seconds(float(np.mean([r["latency_s"] for r in rounds])))],
+        ["final accuracy, weighted by samples", percent(last["accuracy"])],
+        ["final accuracy, unweighted", percent(last["accuracy_mean"])],
+        ["final accuracy, 10th percentile of devices", percent(last["accuracy_p10"])],
+        ["accuracy on a fresh device", percent(last["fresh_accuracy"])],
         ["pruning ratio, mean", "-" if not ratios else f"{np.mean(ratios):.3f}"],
         ["pruned are", _granularity(run)],
         ["sent by all devices", f"{sum(r['bytes_up'] for r in rounds) / 1e6:.4g} MB"],
         ["energy of all devices", f"{sum(r['joules'] for r in rounds):.4g} J"],
     ]
     if run.summary and run.summary["time_to_target_s"] is not None:
-        facts.append(["time to the target accuracy", _seconds(run.summary["time_to_target_s"])])
+        facts.append(["time to the target accuracy", seconds(run.summary["time_to_target_s"])])
     return facts
 
 
@@ -366,9 +378,9 @@ def headline(comparison: Comparison) -> str:
     if to_target:
         equal = mine["time_reduction_equal"]
         assert equal
-        text += f" and {_less(to_target)} to the target accuracy of {_percent(target)}, {_less(equal)} than on equal bandwidth"
+        text += f" and {_less(to_target)} to the target accuracy of {percent(target)}, {_less(equal)} than on equal bandwidth"
     else:
-        text += f"; it does not reach the target accuracy of {_percent(target)} on every seed"
+        text += f"; it does not reach the target accuracy of {percent(target)} on every seed"
     bandwidth, pruning = mine["bandwidth_share"], mine["pruning_share"]
     assert bandwidth
     assert pruning
@@ -377,7 +389,7 @@ def headline(comparison: Comparison) -> str:
     text += (
         f". Against equal bandwidth a round takes {_less(Estimate(bandwidth.mean + pruning.mean, None, seeds))}: "
         f"{100 * bandwidth.mean:.1f} points by bandwidth, {100 * pruning.mean:.1f} by pruning. "
-        f"Final device accuracy {_percent(accuracy.mean)} against {_percent(base_accuracy.mean)} ({_points(points)} points). "
+        f"Final device accuracy {percent(accuracy.mean)} against {percent(base_accuracy.mean)} ({_points(points)} points). "
     )
     return text + (f"Means of {seeds} seeds with 95 % intervals." if seeds > 1 else "One seed: there is no interval.")
 
@@ -409,7 +421,7 @@ def comparison_table(comparison: Comparison) -> Table:
         ]
         for method, cells in comparison.figures.items()
     ]
-    return _table("comparison", ["", *(title for _, title, _ in shown)], rows)
+    return terminal_table("comparison", ["", *(title for _, title, _ in shown)], rows)
 
 
 def _comparison_rows(comparison: Comparison) -> list[list[str]]:
@@ -465,15 +477,15 @@ def write_comparison(
     how = f"<p><code>{html.escape(command)}</code></p>" if command else ""
     body = [
         f"<p class=answer>{html.escape(headline(comparison))}</p>",
-        _figure("progress", drawn["progress"], captions["progress"]),
-        *([_section("Failed runs, whose seeds are left out", f"<ul>{left_out}</ul>")] if missing else []),
-        _section("Comparison", _html_table(headers, rows) + f"<p class=note>{NOTE}</p>"),
-        *(_figure(name, drawing, captions[name]) for name, drawing in drawn.items() if name != "progress"),
-        _section("What limits a round", _html_table(LIMIT_HEADERS, _limit_rows(comparison)) + f"<p class=note>{LIMIT_NOTE}</p>"),
-        _section("Certificates", _html_table(["", *CERTIFICATE_HEADERS], _certificate_rows(comparison))),
-        _section("Devices", "".join(_devices_of(method, runs[0]) for method, runs in comparison.runs.items())),
-        _section("Runs", _html_table(["method", "seed", "folder"], members)),
-        _section("Reproduce", how + _reproduce(first)),
+        figure("progress", drawn["progress"], captions["progress"]),
+        *([section("Failed runs, whose seeds are left out", f"<ul>{left_out}</ul>")] if missing else []),
+        section("Comparison", html_table(headers, rows) + f"<p class=note>{NOTE}</p>"),
+        *(figure(name, drawing, captions[name]) for name, drawing in drawn.items() if name != "progress"),
+        section("What limits a round", html_table(LIMIT_HEADERS, _limit_rows(comparison)) + f"<p class=note>{LIMIT_NOTE}</p>"),
+        section("Certificates", html_table(["", *CERTIFICATE_HEADERS], _certificate_rows(comparison))),
+        section("Devices", "".join(_devices_of(method, runs[0]) for method, runs in comparison.runs.items())),
+        section("Runs", html_table(["method", "seed", "folder"], members)),
+        section("Reproduce", how + _reproduce(first)),
     ]  # fmt: skip
     raw_headers = [
         "figure",
@@ -484,14 +496,14 @@ def write_comparison(
         for key, _, _ in COLUMNS
     ]
     files: dict[str, str | bytes] = {
-        "index.html": _page("comparison", body),
-        "table.csv": _csv(raw_headers, raw),
-        "table.tex": _latex(headers, rows),
+        "index.html": page("comparison", body),
+        "table.csv": csv_text(raw_headers, raw),
+        "table.tex": latex_table(headers, rows),
         "table.md": markdown(comparison.figures),
     }
     for name, drawing in drawn.items():
         files |= {f"{name}.svg": drawing.svg(), f"{name}.pdf": drawing.pdf()}
-    return _write(out, files)
+    return write(out, files)
 
 
 MARKDOWN_KEYS = ("time_to_target_s", "time_reduction_equal", "time_reduction", "latency_s", "accuracy", "accuracy_gain", "p10_gain",
@@ -589,7 +601,7 @@ def _devices_of(method: str, run: Run) -> str:
             rows.setdefault(device, []).append(values)
         accuracy |= dict(zip(of["id"], of.get("accuracy") or (), strict=False))
     cells = [
-        [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), _percent(accuracy.get(device))]
+        [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), percent(accuracy.get(device))]
         for device in sorted(rows)
     ]  # fmt: skip
     headers = (
@@ -604,7 +616,7 @@ def _devices_of(method: str, run: Run) -> str:
         "last accuracy",
     )
     title = html.escape(f"{method}, seed {run.seed}: means of each device")
-    return f"<details><summary>{title}</summary>{_html_table(headers, cells)}</details>"
+    return f"<details><summary>{title}</summary>{html_table(headers, cells)}</details>"
 
 
 def _raw(cell: Estimate | None) -> tuple[Any, Any, Any]:
@@ -637,7 +649,7 @@ def allocation_table(result: Record) -> Table:
         if certificate is None
         else f"KKT residual {certificate['residual']:.1e}, gap {certificate['gap']:.1e}"
     )
-    title = f"{result['status']}, deadline {_seconds(result['deadline_s'])}; {proof}" + (
+    title = f"{result['status']}, deadline {seconds(result['deadline_s'])}; {proof}" + (
         f"\n{result['message']}" if result["message"] else ""
     )
     rows = [
@@ -651,7 +663,7 @@ def allocation_table(result: Record) -> Table:
         ]
         for d in result["devices"]
     ]
-    return _table(title, ["device", "ratio", "MHz", "Mbit/s", "seconds", "binds"], rows)
+    return terminal_table(title, ["device", "ratio", "MHz", "Mbit/s", "seconds", "binds"], rows)
 
 
 def ladder_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -660,35 +672,27 @@ def ladder_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = [
         [
             f"{row['fraction']:.2f}",
-            _seconds(row["deadline_s"]),
+            seconds(row["deadline_s"]),
             *("cannot" if row[n] is None else f"{row[n][0]:.3f} / {row[n][1]:.3f}" for n in names),
         ]
         for row in rows
     ]
-    return _table("weighted mean / largest pruning ratio", ["of dense", "deadline", *names], cells)
+    return terminal_table("weighted mean / largest pruning ratio", ["of dense", "deadline", *names], cells)
 
 
 def write_allocation(out: Path, result: Record, frontier: Sequence[Mapping[str, float]]) -> Path:
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices = [[device[key] for key in ALLOCATION_COLUMNS] for device in result["devices"]]
     files = {
-        "allocation.csv": _csv(ALLOCATION_COLUMNS, devices),
+        "allocation.csv": csv_text(ALLOCATION_COLUMNS, devices),
         "allocation.json": json.dumps(result, indent=1) + "\n",
-        "frontier.csv": _csv(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
+        "frontier.csv": csv_text(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
         "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),
     }
-    return _write(out, files)
+    return write(out, files)
 
 
-# --- text, tables and the page --------------------------------------------------------------------------------------
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.4g} s"
+# --- what a run was made of -------------------------------------------------------------------------------------------
 
 
 def _reproduce(run: Run) -> str:
@@ -700,108 +704,8 @@ def _reproduce(run: Run) -> str:
         "Data": manifest["dataset"],
         "Model": manifest["model"],
     }
-    return "".join(_details(title, values) for title, values in parts.items())
+    return "".join(details(title, values) for title, values in parts.items())
 
 
 def _state_hash(run: Run) -> str:
     return html.escape(str(run.summary["state_sha256"]) if run.summary else "unfinished")
-
-
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for at, header in enumerate(headers):
-        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=at == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _csv(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns CSV text; a text cell that a spreadsheet would take for a formula gets a leading apostrophe."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in [headers, *rows]:
-        writer.writerow(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell for cell in row]
-        )
-    return text.getvalue()
-
-
-def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return (
-            " & ".join(
-                cell.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&").replace("#", r"\#") for cell in cells
-            )
-            + r" \\"
-        )
-
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
-            r"\hline",
-            line(headers),
-            r"\hline",
-            *map(line, rows),
-            r"\hline",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
-
-
-def _figure(name: str, drawing: figures.Drawing, caption: str) -> str:
-    svg = figures.embed(drawing.svg(), html.escape(caption, quote=True), name)
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _details(title: str, values: Any) -> str:
-    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(json.dumps(values, indent=1))}</pre></details>"
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5a6472; --line: #d5dae1; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #15181c; --soft: #a2abb8; --line: #39404a; } }
-@media print { :root { --ink: #000; --paper: #fff; } details, section:has(details):not(:has(p)) { display: none; }
-  figure, section { break-inside: avoid; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.answer { font-size: 1.15rem; border-left: 4px solid #0072B2; padding-left: .8rem; margin: 0 0 1.5rem; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; display: block; }
-figcaption, .note { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem; }
-code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
-"""
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-    return (
-        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
-        f'<link rel=icon href="data:,"><title>fedprune: {html.escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body><main><h1>{html.escape(title)}</h1>{''.join(body)}</main></body></html>\n"
-    )
-
-
-def _write(out: Path, files: Mapping[str, str | bytes]) -> Path:
-    with folder.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return out / next(iter(files))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import run_to_end
 
-from fedprune_cli import report
+from fedprune_cli import page, report
 from fedprune_cli.errors import CheckpointError
 
 
@@ -77,7 +77,7 @@ def test_names_from_users_are_escaped(runs: dict[tuple[str, int], Path]) -> None
     text = report.write_report(path).read_text()
     assert "<script" not in text
     assert "<img" not in text
-    assert report._csv(["a"], [["=1+1"], ["@x"], [-3]]).splitlines() == ["a", "'=1+1", "'@x", "-3"]
+    assert page.csv_text(["a"], [["=1+1"], ["@x"], [-3]]).splitlines() == ["a", "'=1+1", "'@x", "-3"]
 
 
 def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
