@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -17,13 +17,13 @@ import typer
 
 from fedprune_cli import __version__
 from fedprune_cli.errors import ConfigError, FedpruneError
+from fedprune_cli.terminal import be_quiet, counting, note, progress, say, show, status
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from fedprune_cli.config import Experiment
     from fedprune_cli.members import Failure, Member
-    from fedprune_cli.run import Record, Setup
+    from fedprune_cli.run import Setup
 
 INTERRUPTED = 130
 
@@ -38,6 +38,10 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as data=fmnist partition.alpha=0.3."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=be_quiet, help="Print nothing but errors and what --json asks for.")
 ]
 
 
@@ -95,9 +99,14 @@ def train(
         str | None, typer.Option("--config-dir", help="A folder of further configuration files.")
     ] = None,
     config_name: Annotated[str | None, typer.Option("--config-name", help="Another primary configuration.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train one experiment: allocate, prune, train, aggregate, meter, record, and report."""
-    flags = ["-m"] * multirun + ["--resolve"] * resolve
+    """Train one experiment: allocate, prune, train, aggregate, meter, record, and report.
+
+    With -m a sweep: the same command again skips its finished runs and continues the others.
+    """
+    flags = ["--resolve"] * resolve
     for flag, value in (
         ("--cfg", cfg),
         ("-p", package),
@@ -106,36 +115,29 @@ def train(
         ("--config-name", config_name),
     ):
         flags += [flag, value] if value is not None else []
-    _hydra(flags + (overrides or []))
+    if multirun and cfg is None and info is None:
+        _sweep(flags, overrides or [], as_json=as_json)
+        return
+    configs: list[DictConfig] = []
+    _hydra(configs.append, [*["-m"] * multirun, *flags, *(overrides or [])])
+    for config in configs:  # none when the configuration was only shown
+        _train(config, as_json=as_json)
 
 
-def _hydra(arguments: list[str]) -> None:
-    """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work."""
+def _hydra(task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
+    """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work; `task` gets the configurations."""
     import hydra
 
     from fedprune_cli.config import CONF, explain
-
-    composed = False
-    failures: list[FedpruneError] = []
-
-    def task(config: DictConfig) -> None:
-        nonlocal composed
-        composed = True
-        try:
-            _train(config)
-        except FedpruneError as error:  # kept from Hydra, which would print a line of its own and end a sweep
-            failures.append(error)
-            if "-m" in arguments:
-                print(f"error: {error}", file=sys.stderr)
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["fedprune train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
+    except FedpruneError:
+        raise
     except Exception as error:
-        if composed:
-            raise
         raise explain(error) from None
     finally:
         sys.argv = argv
@@ -143,42 +145,74 @@ def _hydra(arguments: list[str]) -> None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
-    if failures and "-m" in arguments:
-        raise type(failures[0])(f"{len(failures)} members of the sweep failed, see above")
-    if failures:
-        raise failures[0]
 
 
-def _train(config: DictConfig) -> None:
+def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
+    """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
+    from fedprune_cli import sweep
+
+    place = sweep.sweep_dir(overrides)
+    if not any(override.lstrip("+").startswith("hydra.sweep.dir=") for override in overrides):
+        overrides = [*overrides, f"hydra.sweep.dir={place}"]
+    else:
+        place = Path(next(o for o in overrides if o.lstrip("+").startswith("hydra.sweep.dir=")).partition("=")[2])
+    for old in sweep.ended(place):
+        old.unlink()
+    try:
+        with counting("runs ended", lambda: len(sweep.ended(place))):
+            _hydra(sweep.run_member, ["-m", *flags, *overrides])
+    except KeyboardInterrupt:
+        note("interrupted; every finished round is safe: the same command continues")
+        raise SystemExit(INTERRUPTED) from None
+    members = sweep.read_members([place])
+    failed = [member for member in members if member.error is not None]
+    if len(failed) < len(members):
+        _report_sweep([place], place / "report", as_json=as_json)
+    if failed:
+        error = FedpruneError(f"{len(failed)} of {len(members)} runs of the sweep failed, see above")
+        error.exit_code = failed[0].exit_code
+        raise error
+
+
+def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
+    from fedprune_cli import sweep
+
+    members = sweep.read_members(folders)
+    groups = sweep.group(members)
+    with status("drawing the report"):
+        page = sweep.write_sweep(members, groups, out, "sweep")
+    if as_json:
+        print(json.dumps(sweep.to_json(members, groups, page)))
+        return
+    show(sweep.sweep_table(groups))
+    show(sweep.answer(members, groups))
+    say(f"again: {sweep.best_of(groups).command}")
+    say(f"report: {page}")
+
+
+def _train(config: DictConfig, *, as_json: bool) -> None:
     from fedprune_cli.config import build_experiment
-
-    experiment = build_experiment(config)
-    _show(experiment.run_dir, _start(experiment, config))
-
-
-def _start(experiment: Experiment, config: DictConfig) -> Path:
-    """Makes a new run and takes it to its end; returns the report's page."""
     from fedprune_cli.run import create, prepare
 
-    run_dir = experiment.run_dir
-    with _status("loading data and building the world"):
+    experiment = build_experiment(config)
+    with status("loading data and building the world"):
         setup = prepare(experiment)
-    create(setup, config, run_dir)
-    return _continue(setup, run_dir)
+    create(setup, config, experiment.run_dir)
+    _show(experiment.run_dir, _continue(setup, experiment.run_dir), as_json=as_json)
 
 
 @app.command()
-def resume(run_dir: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")]) -> None:
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Continue an interrupted run; it ends with the bytes of one that was never interrupted."""
-    _show(run_dir, _resume(run_dir))
-
-
-def _resume(run_dir: Path) -> Path:
     from fedprune_cli.run import reopen
 
-    with _status("loading data and building the world"):
+    with status("loading data and building the world"):
         setup = reopen(run_dir)
-    return _continue(setup, run_dir)
+    _show(run_dir, _continue(setup, run_dir), as_json=as_json)
 
 
 def _continue(setup: Setup, run_dir: Path) -> Path:
@@ -187,38 +221,50 @@ def _continue(setup: Setup, run_dir: Path) -> Path:
     from fedprune_cli.run import run
 
     try:
-        with _progress(setup.experiment) as show:
+        with progress(setup.experiment) as seen:
             for record in run(setup, run_dir):
-                show(record)
+                seen(record)
     except KeyboardInterrupt:
-        print(f"interrupted; every finished round is safe: fedprune resume {run_dir}", file=sys.stderr)
+        note(f"interrupted; every finished round is safe: fedprune resume {run_dir}")
         raise SystemExit(INTERRUPTED) from None
-    with _status("drawing the report"):
+    with status("drawing the report"):
         return write_report(run_dir)
 
 
-def _show(run_dir: Path, page: Path) -> None:
-    """Prints a run's table and where its report is."""
-    from fedprune_cli.report import read_run, run_table
+def _show(run_dir: Path, page: Path, *, as_json: bool) -> None:
+    """Prints a run's figures and where its report is."""
+    from fedprune_cli.report import read_run, run_json, run_table
 
-    _print(run_table(read_run(run_dir)))
-    print(f"report: {page}")
+    run = read_run(run_dir)
+    if as_json:
+        print(json.dumps(run_json(run, page)))
+        return
+    show(run_table(run))
+    say(f"report: {page}")
 
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    run_dirs: Annotated[list[Path], typer.Argument(help="One run folder, several to compare, or folders of sweeps.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where a comparison goes; default: comparison/ beside the first run.")
+        Path | None,
+        typer.Option(
+            help="Where it goes; default: report/ in a run or sweep, comparison/ beside the first of several runs."
+        ),
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Draw the report of a run, or compare several runs."""
-    if len(run_dirs) == 1:
-        from fedprune_cli.report import write_report
+    """Draw the report of a run or of a sweep, or compare several runs."""
+    from fedprune_cli.report import write_report
+    from fedprune_cli.sweep import ended
 
-        _show(run_dirs[0], write_report(run_dirs[0]))
+    if any(ended(path) for path in run_dirs):
+        _report_sweep(run_dirs, out or run_dirs[0] / "report", as_json=as_json)
+    elif len(run_dirs) == 1:
+        _show(run_dirs[0], write_report(run_dirs[0], out), as_json=as_json)
     else:
-        _compare(run_dirs, out or run_dirs[0].parent / "comparison")
+        _compare(run_dirs, out or run_dirs[0].parent / "comparison", as_json=as_json)
 
 
 @app.command()
@@ -236,6 +282,8 @@ def compare(
         int | None,
         typer.Option(min=1, help="Runs at the same time, each on one core; 1: one by one; default: the cores."),
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run several methods on the same data, devices and channel draws, and report what each gains.
 
@@ -259,7 +307,7 @@ def compare(
     ]  # all are checked before the first one runs
     unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
     if len(unfinished) < len(members):
-        print(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
+        note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
     failures = _run_members(unfinished, min(jobs or _usable_cores(), len(unfinished)))
     failed = {failure.member.seed for failure in failures}
     complete = [member for member in members if member.seed not in failed]
@@ -271,6 +319,7 @@ def compare(
             [member.arm for member in complete],
             command=shlex.join(["fedprune", *sys.argv[1:]]),
             missing=[str(failure) for failure in failures],
+            as_json=as_json,
         )
     if failures:
         left_out = f"; left out of the report: seed {', '.join(map(str, sorted(failed)))}" if complete else ""
@@ -285,13 +334,20 @@ def _usable_cores() -> int:
 
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
+    from omegaconf import DictConfig, OmegaConf
+
     from fedprune_cli.folder import SUMMARY, read_json
     from fedprune_cli.members import Failure, run_members
+    from fedprune_cli.run import begin_or_reopen
 
     def one_by_one() -> Iterator[tuple[Member, Failure | None]]:
         for member in members:
             try:
-                _resume(member.run_dir) if member.run_dir.exists() else _begin(member.config)
+                config = OmegaConf.create(member.config)
+                assert isinstance(config, DictConfig)
+                with status("loading data and building the world"):
+                    setup = begin_or_reopen(config)
+                _continue(setup, member.run_dir)
                 yield member, None
             except FedpruneError as error:
                 yield member, Failure(member, error.exit_code, str(error))
@@ -300,28 +356,18 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     try:
         side_by_side = jobs > 1
         ended = run_members(members, jobs) if side_by_side else one_by_one()
-        with _status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
+        with status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
             for number, (member, failure) in enumerate(ended, start=1):
                 if failure is None:
                     accuracy = 100 * read_json(member.run_dir / SUMMARY)["final_accuracy"]
-                    print(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}", flush=True)
+                    note(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
                 else:
                     failures.append(failure)
                     print(f"error: {failure}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print("interrupted; every finished round is safe: the same command continues", file=sys.stderr)
+        note("interrupted; every finished round is safe: the same command continues")
         raise SystemExit(INTERRUPTED) from None
     return failures
-
-
-def _begin(config_yaml: str) -> None:
-    from omegaconf import DictConfig, OmegaConf
-
-    from fedprune_cli.config import build_experiment
-
-    config = OmegaConf.create(config_yaml)
-    assert isinstance(config, DictConfig)
-    _start(build_experiment(config), config)
 
 
 def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
@@ -357,11 +403,10 @@ def allocate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for allocation.csv, allocation.json and frontier.svg.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Choose every device's pruning ratio and bandwidth for one round, without training."""
-    import json
-
     from fedprune_cli.config import build_experiment, compose_config
     from fedprune_cli.errors import unknown
     from fedprune_cli.planning import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
@@ -387,10 +432,10 @@ def allocate(
         return
     from fedprune_cli.report import allocation_table
 
-    _print(allocation_table(result))
-    _print(price_sentence(problem, result))
+    show(allocation_table(result))
+    show(price_sentence(problem, result))
     if out:
-        print(f"written: {out}/allocation.csv, allocation.json, frontier.csv, frontier.svg")
+        say(f"written: {out}/allocation.csv, allocation.json, frontier.csv, frontier.svg")
 
 
 @app.command()
@@ -402,11 +447,10 @@ def ladder(
     fractions: Annotated[
         str, typer.Option(help="Deadlines as fractions of the dense optimum.")
     ] = "0.4,0.5,0.6,0.7,0.8,0.9,1.0",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
-    import json
-
     from fedprune_cli.config import build_experiment, compose_config
     from fedprune_cli.planning import ladder as build_ladder
     from fedprune_cli.planning import problem_from_config
@@ -426,23 +470,30 @@ def ladder(
         return
     from fedprune_cli.report import ladder_table
 
-    _print(ladder_table(rows))
+    show(ladder_table(rows))
 
 
 @app.command()
 def verify(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
     every: Annotated[int, typer.Option(help="Solve every Nth round again with cvxpy.")] = 10,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Recompute a run's allocations and certificates, and solve some of its rounds again with cvxpy."""
+    from dataclasses import asdict
+
     from fedprune_cli.errors import CertificateError
     from fedprune_cli.run import reopen
     from fedprune_cli.verify import verify_run
 
-    with _status("loading data and building the world"):
+    with status("loading data and building the world"):
         setup = reopen(run_dir)
     findings = verify_run(setup, run_dir, every)
-    _print(findings.table())
+    if as_json:
+        print(json.dumps(asdict(findings)))
+    else:
+        show(findings.table())
     if findings.failures:
         raise CertificateError(
             f"{run_dir}: {findings.failures[0]}"
@@ -457,15 +508,14 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure smaller rounds, twice, in less than a minute.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and github-action-benchmark's files.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="A bench.json to compare with; worse is exit code 3.")] = None,
     max_regression: Annotated[str, typer.Option(help="How much worse an exact figure may be.")] = "15%",
     max_wall_regression: Annotated[str, typer.Option(help="How much worse a measured ratio may be.")] = "100%",
 ) -> None:
     """Measure fedprune against bare references in the same run, and compare with an earlier measurement."""
-    import json
-
     from fedprune_cli import bench as benches
 
     chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
@@ -476,16 +526,16 @@ def bench(
     measures: list[benches.Measure] = []
     notes: list[str] = []
     for name in chosen:
-        with _status(f"measuring {name}"):
+        with status(f"measuring {name}"):
             measures += benches.TASKS[name](effort, notes.append)
     if out:
         benches.write(out, measures, quick)
     if as_json:
         print(json.dumps(benches.to_json(measures, quick)))
     else:
-        _print(benches.table(measures))
-    for note in notes:
-        print(note, file=sys.stderr if as_json else sys.stdout)
+        show(benches.table(measures))
+    for line in notes:
+        (note if as_json else say)(line)
     if baseline:
         found = benches.regressions(measures, earlier, limits)
         for regression in found:
@@ -502,11 +552,10 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json, calibration.svg and devices/calibrated.yaml.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure this machine's step time at several ratios against the latency model, and fit the model's constant."""
-    import json
-
     from fedprune_cli import calibrate as calibration
     from fedprune_cli.config import build_experiment, compose_config
 
@@ -515,22 +564,22 @@ def calibrate(
         raise ConfigError(f"--cpu-ghz {cpu_ghz}: must be in [1e-06, 1e+06]")
     experiment = build_experiment(compose_config([*(overrides or []), "pruner.granularity=channel"]))
     clock = calibration.clock_hz() if cpu_ghz is None else cpu_ghz * 1e9
-    with _status("measuring steps"):
+    with status("measuring steps"):
         result = calibration.calibrate(experiment, chosen, turns, clock)
     if out:
         calibration.write(out, result)
     if as_json:
         print(json.dumps(calibration.to_json(result)))
         return
-    _print(calibration.table(result))
-    print(result.sentence())
+    show(calibration.table(result))
+    say(result.sentence())
     ghz, cycles = f"{result.cpu_hz / 1e9:.6g}", f"{result.cycles_per_flop:.6g}"
-    print(
+    say(
         f"devices like this machine: devices.min_cpu_ghz={ghz} devices.max_cpu_ghz={ghz} "
         f"devices.min_cycles_per_flop={cycles} devices.max_cycles_per_flop={cycles}"
     )
     if out:
-        print(
+        say(
             f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} devices=calibrated"
         )
 
@@ -541,73 +590,18 @@ def _compare(
     labels: list[str] | None = None,
     command: str | None = None,
     missing: Sequence[str] = (),
+    *,
+    as_json: bool,
 ) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli import report as reports
 
     comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
-    with _status("drawing the comparison"):
+    with status("drawing the comparison"):
         page = reports.write_comparison(comparison, out, command, missing)
-    _print(reports.comparison_table(comparison))
-    _print(reports.headline(comparison))
-    print(f"report: {page}")
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-    """Says what is going on while it takes long, on a terminal only."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextlib.contextmanager
-def _progress(experiment: Experiment) -> Iterator[Callable[[Record], None]]:
-    """Yields a function that shows a record: a live bar on a terminal, else a line every two seconds at most."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(experiment.method.name, total=experiment.rounds, figures="")
-            yield lambda record: bar.update(task, completed=record["round"], figures=_figures(record))
+    if as_json:
+        print(json.dumps(reports.comparison_json(comparison, page, missing)))
         return
-    started = shown = time.monotonic()
-    first = 0
-
-    def line(record: Record) -> None:
-        nonlocal shown, first
-        first = first or record["round"] - 1
-        now, left = time.monotonic(), experiment.rounds - record["round"]
-        if now - shown >= 2 or not left:
-            shown = now
-            eta = (now - started) / (record["round"] - first) * left
-            print(
-                f"round {record['round']}/{experiment.rounds}  {_figures(record)}  ETA {eta:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield line
-
-
-def _figures(record: Record) -> str:
-    """Returns a round's figures in a few words."""
-    accuracy = "" if record["accuracy"] is None else f"accuracy {100 * record['accuracy']:.1f} %  "
-    ratio = "" if record["mean_ratio"] is None else f"  ratio {record['mean_ratio']:.2f}"
-    return f"{accuracy}simulated {record['simulated_s']:.4g} s{ratio}"
+    show(reports.comparison_table(comparison))
+    show(reports.headline(comparison))
+    say(f"report: {page}")

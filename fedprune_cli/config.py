@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
-from fedprune_cli.errors import ConfigError, require, unknown
+from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, require, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import MODELS, ModelConfig
@@ -293,7 +293,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         values: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    for key in ("hydra", "arms"):  # how runs are launched and compared, not what one of them is
+    for key in ("hydra", "arms", "objectives"):  # how runs are launched and compared, not what one of them is
         values.pop(key, None)
     fields = [field.name for field in dataclasses.fields(Experiment)]
     for key in values:
@@ -343,9 +343,23 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         raise explain(error) from None
 
 
-def explain(error: Exception) -> ConfigError:
-    """Returns an error of Hydra's composition as one line, with the nearest valid name."""
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_slurm": "submitit",
+    "submitit_local": "submitit",
+    "ray": "ray",
+    "optuna": "optuna",
+}
+
+
+def explain(error: Exception) -> FedpruneError:
+    """Returns an error of Hydra's composition, or of a launcher, as one line, with the nearest valid name."""
     text = str(error) or type(error).__name__
+    if type(error).__module__.split(".")[0] in ("joblib", "submitit", "ray"):
+        return DeviceError(f"the launcher lost a run ({text.splitlines()[0]}); the same command continues the sweep")
+    found = re.search(r"hydra/(launcher|sweeper)/(?P<name>\w+)'", text)
+    if found and (extra := EXTRAS.get(found["name"])):
+        return ConfigError(f"{found[1]} {found['name']} needs an extra: pip install 'fedprune[{extra}]'")
     if found := re.search(
         r"Could not find '(?P<group>[^']+)/(?P<name>[^'/]+)'\n\nAvailable options in '[^']*':\n(?P<options>(\t.*\n)*)",
         text,

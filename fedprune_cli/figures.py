@@ -341,3 +341,51 @@ def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Draw
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return Drawing(plot, height=1.6 + 0.35 * len(split))
+
+
+def pareto_figure(points: Mapping[str, Sequence[Interval]], front: Sequence[str]) -> Drawing:
+    """Final accuracy against simulated seconds, with 95 % intervals; those in `front` are joined and named."""
+
+    def plot(axes: Any) -> None:
+        for name, ((x, dx), (y, dy)) in points.items():
+            best = name in front
+            axes.errorbar(
+                x,
+                100 * y,
+                xerr=dx,
+                yerr=None if dy is None else 100 * dy,
+                color=BLUE if best else INK,
+                alpha=1.0 if best else 0.5,
+                marker="o" if best else "s",
+                markersize=5,
+                capsize=2,
+                linestyle="",
+            )
+        line = [points[name] for name in front]
+        axes.plot([x[0] for x, _ in line], [100 * y[0] for _, y in line], color=BLUE, linewidth=1)
+        for name in front:
+            (x, _), (y, _) = points[name]
+            axes.annotate(name, (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=8, parse_math=False)
+        axes.set(xlabel="simulated time of the run (s)", ylabel="final accuracy (%)")
+
+    return Drawing(plot, height=4.2)
+
+
+def heat_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str], y: str, x: str, label: str) -> Drawing:
+    """A figure for each pair of two parameters' values, float64 [rows, columns], NaN where there is none."""
+
+    def plot(axes: Any) -> None:
+        image = axes.imshow(cells, cmap="cividis", aspect="auto")
+        low, high = np.nanmin(cells), np.nanmax(cells)
+        for (row, column), value in np.ndenumerate(cells):
+            if not np.isnan(value):
+                ink = "black" if value > (low + high) / 2 else "white"
+                axes.text(column, row, f"{value:.4g}", ha="center", va="center", color=ink)
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(columns)), list(columns), parse_math=False)
+        axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
+        axes.set_xlabel(x, parse_math=False)
+        axes.set_ylabel(y, parse_math=False)
+        axes.figure.colorbar(image, label=label)
+
+    return Drawing(plot, height=1.6 + 0.5 * len(rows))

@@ -63,14 +63,14 @@ def create(run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: 
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the folder for this process; raises CheckpointError when another one has it or it is not there."""
+def locked(run_dir: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the folder for this process; raises CheckpointError when it is not there, or another one has it and `wait` is not wanted."""
     try:
         descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise CheckpointError(f"{run_dir}: {error.strerror}; a run folder is expected") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
         raise CheckpointError(f"{run_dir}: another process is writing this run") from None

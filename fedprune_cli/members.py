@@ -12,11 +12,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli.config import build_experiment
 from fedprune_cli.errors import DeviceError, FedpruneError
 from fedprune_cli.execute import Execution, die_with_parent, forkserver
 from fedprune_cli.report import write_report
-from fedprune_cli.run import create, prepare, reopen, run
+from fedprune_cli.run import begin_or_reopen, run
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,7 @@ def _work(member: Member, sender: Connection) -> None:
     try:
         config = OmegaConf.create(member.config)
         assert isinstance(config, DictConfig)
-        new = not member.run_dir.exists()
-        setup = prepare(build_experiment(config)) if new else reopen(member.run_dir)
-        if new:
-            create(setup, config, member.run_dir)
+        setup = begin_or_reopen(config)
         serial = replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
         for _ in run(serial, member.run_dir):
             pass

@@ -26,13 +26,15 @@ def seconds(value: float) -> str:
     return f"{value:.4g} s"
 
 
-def terminal_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Returns the rows for the terminal."""
+def terminal_table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, folds_first: bool = False
+) -> Table:
+    """Returns the rows for the terminal; where it is narrow the first column folds, or else the others do."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for at, header in enumerate(headers):
-        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=at == 0)
+        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=(at == 0) != folds_first)
     for row in rows:
         table.add_row(*row)
     return table

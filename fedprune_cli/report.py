@@ -7,7 +7,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,8 @@ def crossing(run: Run, target: float) -> int | None:
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
-def write_report(path: Path) -> Path:
-    """Writes report/ of a run: index.html, figures as SVG, rounds.csv, devices.csv, histogram.csv; returns the page."""
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Writes a run's index.html, figures as SVG, rounds.csv, devices.csv and histogram.csv into report/, or `out`; returns the page."""
     run = read_run(path)
     count = len(run.manifest["train_samples"]) - run.manifest["fresh_devices"]
     drawn = {
@@ -119,7 +119,6 @@ def write_report(path: Path) -> Path:
         section("Certificate", html_table(["figure", "value"], _certificate_facts(run))),
         section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
     ]
-    out = path / "report"
     plain = [key for key, value in run.rounds[0].items() if key != "devices"]
     files = {
         "index.html": page(f"{run.method}, seed {run.seed}", body),
@@ -128,12 +127,17 @@ def write_report(path: Path) -> Path:
         "histogram.csv": csv_text(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
                               [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]),
     }  # fmt: skip
-    return write(out, files | {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()})
+    return write(out or path / "report", files | {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()})
 
 
 def run_table(run: Run) -> Table:
     """Returns the run's figures for the terminal."""
     return terminal_table(f"{run.method}, seed {run.seed}", ["figure", "value"], _facts(run))
+
+
+def run_json(run: Run, page: Path) -> Record:
+    """Returns the run for programs: its summary, None while it is unfinished, its folder and the report's page."""
+    return {"run_dir": str(run.path), "report": str(page), "rounds": len(run.rounds), "summary": run.summary}
 
 
 def _facts(run: Run) -> list[list[str]]:
@@ -287,7 +291,7 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference:
     targets = {seed: held_accuracy(base[seed]) - TARGET_MARGIN for seed in seeds} if base else {}
     estimates: dict[str, dict[str, Estimate | None]] = {}
     for method, members in groups.items():
-        rows = [_figures(members[seed], base[seed] if base else None, targets.get(seed)) for seed in seeds]
+        rows = [run_figures(members[seed], base[seed] if base else None, targets.get(seed)) for seed in seeds]
         estimates[method] = {key: estimate([row[key] for row in rows]) for key, _, _ in COLUMNS}
         if base and method == named:
             rows = [_equal_bandwidth_figures(base[seed], targets[seed]) for seed in seeds]
@@ -296,7 +300,7 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference:
     return Comparison(ordered, named, targets, estimates)
 
 
-def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, float | None]:
+def run_figures(run: Run, base: Run | None, target: float | None) -> dict[str, float | None]:
     """Returns a run's columns, its reductions against the reference of the same seed."""
     last = tested(run.rounds)[-1]
     latency_s = float(np.mean([r["latency_s"] for r in run.rounds]))
@@ -333,7 +337,7 @@ def _figures(run: Run, base: Run | None, target: float | None) -> dict[str, floa
 
 def _equal_bandwidth_figures(base: Run, target: float) -> dict[str, float | None]:
     """Returns the columns of the reference on equal bandwidth: dense training does not depend on bandwidth, only its clock does."""
-    row = _figures(base, base, target)
+    row = run_figures(base, base, target)
     base_s, equal_s = row["latency_s"], _mean_equal_s(base)
     assert base_s is not None
     base_time_s, time_s = row["time_to_target_s"], _equal_time_s(base, target)
@@ -424,6 +428,21 @@ def comparison_table(comparison: Comparison) -> Table:
     return terminal_table("comparison", ["", *(title for _, title, _ in shown)], rows)
 
 
+def comparison_json(comparison: Comparison, page: Path, missing: Sequence[str]) -> Record:
+    """Returns the comparison for programs: method -> figure -> mean, half_width (95 %), count; null where a seed has none."""
+    return {
+        "reference": comparison.reference,
+        "targets": {str(seed): target for seed, target in comparison.targets.items()},
+        "figures": {
+            method: {key: None if cell is None else asdict(cell) for key, cell in cells.items()}
+            for method, cells in comparison.figures.items()
+        },
+        "runs": {method: [str(run.path) for run in runs] for method, runs in comparison.runs.items()},
+        "missing": list(missing),
+        "report": str(page),
+    }
+
+
 def _comparison_rows(comparison: Comparison) -> list[list[str]]:
     rows = []
     for key, title, show in COLUMNS:
@@ -491,13 +510,13 @@ def write_comparison(
         "figure",
         *(f"{method} {part}" for method in comparison.figures for part in ("mean", "half_width_95", "seeds")),
     ]
-    raw = [
-        [key, *(value for method in comparison.figures for value in _raw(comparison.figures[method][key]))]
+    raw_rows = [
+        [key, *(value for method in comparison.figures for value in raw(comparison.figures[method][key]))]
         for key, _, _ in COLUMNS
     ]
     files: dict[str, str | bytes] = {
         "index.html": page("comparison", body),
-        "table.csv": csv_text(raw_headers, raw),
+        "table.csv": csv_text(raw_headers, raw_rows),
         "table.tex": latex_table(headers, rows),
         "table.md": markdown(comparison.figures),
     }
@@ -619,7 +638,8 @@ def _devices_of(method: str, run: Run) -> str:
     return f"<details><summary>{title}</summary>{html_table(headers, cells)}</details>"
 
 
-def _raw(cell: Estimate | None) -> tuple[Any, Any, Any]:
+def raw(cell: Estimate | None) -> tuple[Any, Any, Any]:
+    """Returns an estimate's mean, half width and count, for a CSV file."""
     return (None, None, None) if cell is None else (cell.mean, cell.half_width, cell.count)
 
 

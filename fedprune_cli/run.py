@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli import folder
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
 from fedprune_cli.config import Experiment, build_experiment
-from fedprune_cli.errors import CheckpointError, ConfigError
+from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
@@ -110,10 +110,13 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     )
 
 
-def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
-    """Continues the run in its folder to the last round; yields each record once it and its state are safe on disk."""
+def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
+    """Continues the run in its folder to the last round; yields each record once it and its state are safe on disk.
+
+    wait: for another process that is writing the run, instead of raising CheckpointError.
+    """
     experiment = setup.experiment
-    with folder.locked(run_dir):
+    with folder.locked(run_dir, wait=wait):
         state = folder.load(run_dir, experiment.config_hash)
         if state.round < experiment.rounds:
             with executor(
@@ -132,6 +135,37 @@ def run(setup: Setup, run_dir: Path) -> Iterator[Record]:
 def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     """Makes the folder of a new run, holding its configuration, manifest and first state."""
     folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
+
+
+def begin_or_reopen(config: DictConfig) -> Setup:
+    """Returns the setup of the run that a configuration asks for, whose folder is made unless it is there.
+
+    Raises CheckpointError when the folder holds another run.
+    """
+    experiment = build_experiment(config)
+    run_dir = experiment.run_dir
+    if not run_dir.exists():
+        setup = prepare(experiment)
+        try:
+            create(setup, config, run_dir)
+        except FedpruneError:
+            if not run_dir.exists():  # else another process made it in the meantime
+                raise
+        else:
+            return setup
+    check_holds(experiment)
+    return replace(reopen(run_dir), experiment=experiment)
+
+
+def check_holds(experiment: Experiment) -> None:
+    """Raises CheckpointError when the experiment's folder holds another run."""
+    manifest = folder.read_json(experiment.run_dir / folder.MANIFEST)
+    for key, asked in (("config_hash", experiment.config_hash), ("seed", experiment.seed)):
+        if manifest.get(key) != asked:
+            held = f"{key} {manifest.get(key)!r}, not {asked!r}"
+            raise CheckpointError(
+                f"{experiment.run_dir}: holds another run ({held}); choose another folder with out=DIR"
+            )
 
 
 def reopen(run_dir: Path) -> Setup:

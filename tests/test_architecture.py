@@ -30,6 +30,8 @@ ALLOWED = {
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "members": {"errors", "config", "execute", "report", "run"},
+    "terminal": {"config", "run"},  # for type checkers only
+    "sweep": {"errors", "config", "execute", "figures", "folder", "page", "report", "run", "terminal"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
 

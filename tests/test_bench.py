@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import fedprune
 from problems import literature
-from test_cli import fedprune
 
 from fedprune_cli import bench, cli, run
 from fedprune_cli.allocate.kkt import solve_p1

@@ -12,12 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
-
-
-def fedprune(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedprune_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+from conftest import TINY, fedprune
 
 
 def files() -> list[str]:
@@ -138,14 +133,15 @@ def test_ctrl_c_leaves_a_resumable_run() -> None:
         command = [sys.executable, "-m", "fedprune_cli", "resume", "run"]
 
 
+def limit_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+
 def test_a_full_disk_is_one_line_and_a_resumable_run(tmp_path: Path) -> None:
     """A file size limit stands in for the full disk: the same refusal by the system, at the first write too large."""
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
-
-    result = fedprune("train", *TINY, "rounds=200", "out=run", preexec_fn=limit)
+    result = fedprune("train", *TINY, "rounds=200", "out=run", before=limit_file_size)
     assert result.returncode == 8, result.stderr
     assert "error: cannot write run/rounds.jsonl: File too large" in result.stderr
     assert "Traceback" not in result.stderr
@@ -162,8 +158,8 @@ def test_compare_runs_pairs_and_a_second_call_only_reads() -> None:
     assert "report: cmp/index.html" in first.stdout
     page = Path("cmp/table.csv").read_bytes()
     second = fedprune("compare", *TINY, "--seeds", "0,1", "--out", "cmp")
-    assert "4 of 4 runs were finished before" in second.stdout
-    assert "round" not in second.stderr
+    assert "4 of 4 runs were finished before" in second.stderr
+    assert "ETA" not in second.stderr
     assert Path("cmp/table.csv").read_bytes() == page
 
 

@@ -8,9 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, fedprune
 from omegaconf import OmegaConf
-from test_cli import fedprune
 
 from fedprune_cli.config import build_experiment, compose_config
 from fedprune_cli.members import Member, run_members
@@ -58,7 +57,7 @@ def test_an_infeasible_arm_ends_with_its_own_exit_code() -> None:
     result = fedprune("compare", *TINY, arms, "--jobs", "2")
     assert result.returncode == 3
     assert "error: b, seed 0: " in result.stderr
-    assert "1/2" in result.stdout or "2/2" in result.stdout
+    assert "1/2" in result.stderr or "2/2" in result.stderr
 
 
 def test_a_member_whose_process_dies_is_a_failure_and_can_be_continued(tmp_path: Path) -> None:

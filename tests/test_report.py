@@ -55,8 +55,8 @@ def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_
     pages.append(
         report.write_comparison(report.compare([report.read_run(path) for path in runs.values()]), tmp_path / "out")
     )
-    for page in pages:
-        text = page.read_text()
+    for written in pages:
+        text = written.read_text()
         assert len(text) < 1_000_000
         assert "<script" not in text
         assert not re.search(r'(src|href)="?(https?:)?//', text)
@@ -98,7 +98,7 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
     assert equal
     assert base["latency_reduction"]
     assert base["latency_reduction"].mean == 0
-    row = report._figures(loaded["proposed", 0], loaded["personalized", 0], comparison.targets[0])
+    row = report.run_figures(loaded["proposed", 0], loaded["personalized", 0], comparison.targets[0])
     equal_s = report._mean_equal_s(loaded["personalized", 0])
     assert np.isclose(row["latency_s"] / equal_s, 1 - row["bandwidth_share"] - row["pruning_share"])
     assert left > 0

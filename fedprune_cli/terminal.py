@@ -1,0 +1,125 @@
+"""What a person at a terminal sees: tables, what is going on, and how far it is. `--quiet` leaves only errors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedprune_cli.config import Experiment
+    from fedprune_cli.run import Record
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+EVERY_S = 2.0  # between lines of progress where there is no terminal
+GLANCE_S = 0.5  # between looks at what others have done
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether only errors are to be seen from here on."""
+    _quiet.set(quiet)
+
+
+def show(result: Any) -> None:
+    """Prints a table or a text, which is what the command was asked for."""
+    from rich.console import Console
+
+    if not _quiet.get():
+        Console().print(result)
+
+
+def say(line: str) -> None:
+    """Prints a line that belongs to the result."""
+    if not _quiet.get():
+        print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Prints a line about what is going on."""
+    if not _quiet.get():
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Says what is going on while it takes long, on a terminal only."""
+    from rich.console import Console
+
+    with Console(stderr=True, quiet=_quiet.get()).status(text):
+        yield
+
+
+@contextlib.contextmanager
+def counting(text: str, count: Callable[[], int]) -> Iterator[None]:
+    """Says how many of something are done while others do them: live on a terminal, else a line when there are more."""
+    from rich.console import Console
+
+    console, done = Console(stderr=True, quiet=_quiet.get()), threading.Event()
+
+    def look(tell: Callable[[str], None]) -> None:
+        seen = 0
+        while not done.wait(GLANCE_S if console.is_terminal else EVERY_S):
+            now = count()
+            if now != seen:
+                seen = now
+                tell(f"{now} {text}")
+
+    with contextlib.ExitStack() as stack:
+        tell: Callable[[str], None] = note
+        if console.is_terminal:
+            tell = stack.enter_context(console.status(f"0 {text}")).update
+        watcher = threading.Thread(target=look, args=(tell,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+@contextlib.contextmanager
+def progress(experiment: Experiment) -> Iterator[Callable[[Record], None]]:
+    """Yields a function that shows a record: a live bar on a terminal, else a line every two seconds at most."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if _quiet.get():
+        yield lambda record: None
+        return
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(experiment.method.name, total=experiment.rounds, figures="")
+            yield lambda record: bar.update(task, completed=record["round"], figures=figures_of(record))
+        return
+    started = shown = time.monotonic()
+    first = 0
+
+    def line(record: Record) -> None:
+        nonlocal shown, first
+        first = first or record["round"] - 1
+        now, left = time.monotonic(), experiment.rounds - record["round"]
+        if now - shown >= EVERY_S or not left:
+            shown = now
+            eta = (now - started) / (record["round"] - first) * left
+            note(f"round {record['round']}/{experiment.rounds}  {figures_of(record)}  ETA {eta:.0f} s")
+
+    yield line
+
+
+def figures_of(record: Record) -> str:
+    """Returns a round's figures in a few words."""
+    accuracy = "" if record["accuracy"] is None else f"accuracy {100 * record['accuracy']:.1f} %  "
+    ratio = "" if record["mean_ratio"] is None else f"  ratio {record['mean_ratio']:.2f}"
+    return f"{accuracy}simulated {record['simulated_s']:.4g} s{ratio}"
