@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fedprune_cli import __version__
+from fedprune_cli import CONF, __version__
+from fedprune_cli.completion import BASH, complete_override
 from fedprune_cli.errors import ConfigError, FedpruneError
 from fedprune_cli.terminal import be_quiet, counting, note, progress, say, show, status
 
@@ -29,7 +30,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=True,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Federated learning on wireless edge devices: personalized, pruned, and allocated with a certificate.",
     epilog="Exit codes: 0 done, 2 configuration, 3 infeasible or regressed, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
@@ -37,7 +37,11 @@ app = typer.Typer(
 )
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[OVERRIDES]...", help="Hydra overrides, such as data=fmnist partition.alpha=0.3."),
+    typer.Argument(
+        metavar="[OVERRIDES]...",
+        help="Hydra overrides, such as data=fmnist partition.alpha=0.3.",
+        autocompletion=complete_override,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Quiet = Annotated[
@@ -49,16 +53,28 @@ def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and an exit code of its own."""
     try:
         signal.signal(signal.SIGTERM, _interrupt)
-        app(standalone_mode=True)
+        raise SystemExit(app(standalone_mode=False))
     except FedpruneError as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    raise SystemExit(0)
+    except Exception as error:
+        message = getattr(
+            error, "format_message", None
+        )  # of Typer's own errors, whose home differs between its versions
+        if message is None:
+            raise
+        text = " ".join(message().split())
+        _fail(ConfigError(f"{text}{'' if text[-1] in '.?' else '.'} See `{_help_of(error)}`."))
+
+
+def _help_of(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context else "fedprune --help"
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
@@ -71,13 +87,18 @@ def _fail(error: FedpruneError) -> NoReturn:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(f"fedprune {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def train(
     overrides: Overrides = None,
     multirun: Annotated[
@@ -128,7 +149,7 @@ def _hydra(task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
     """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work; `task` gets the configurations."""
     import hydra
 
-    from fedprune_cli.config import CONF, explain
+    from fedprune_cli.config import explain
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["fedprune train", *arguments]
@@ -382,6 +403,53 @@ def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
     if not isinstance(arms, dict) or not all(isinstance(of, list) for of in arms.values()):
         raise ConfigError("arms: must map each name to a list of overrides, such as {tight: [deadline.fraction=0.3]}")
     return {str(name): [str(override) for override in of] for name, of in arms.items()}
+
+
+@app.command()
+def runs(
+    root: Annotated[Path, typer.Argument(help="Where to look.")] = Path("outputs"),
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Show what can go: checkpoints of finished runs, and folders left half made."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune: remove it.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the runs of a folder, and free space.
+
+    What is pruned is only what more rounds would need: records, configurations, summaries and reports stay.
+    """
+    from dataclasses import asdict
+
+    from fedprune_cli import runs as listing
+
+    if not prune:
+        found = listing.find_runs(root)
+        if as_json:
+            print(json.dumps([asdict(run) for run in found]))
+        else:
+            show(listing.runs_table(found))
+        return
+    paths = listing.prunable(root)
+    if yes:
+        listing.prune(list(paths))
+    if as_json:
+        print(json.dumps({"removed": yes, "bytes": {str(path): size for path, size in paths.items()}}))
+        return
+    for path, size in paths.items():
+        say(f"{size / 1e6:8.2f} MB  {path}")
+    total = f"{sum(paths.values()) / 1e6:.2f} MB in {len(paths)} files and folders"
+    say(f"{total} removed" if yes else f"{total} can go: add --yes to remove them")
+
+
+@app.command()
+def completion() -> None:
+    """Print what makes bash complete commands, groups, options and keys: eval "$(fedprune completion)" in ~/.bashrc.
+
+    Other shells: fedprune --install-completion.
+    """
+    say(BASH)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprune_cli import CONF
 from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, require, unknown
@@ -37,9 +38,6 @@ from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
 from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
-
-PACKAGE = Path(__file__).parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -357,7 +355,7 @@ def explain(error: Exception) -> FedpruneError:
     text = str(error) or type(error).__name__
     if type(error).__module__.split(".")[0] in ("joblib", "submitit", "ray"):
         return DeviceError(f"the launcher lost a run ({text.splitlines()[0]}); the same command continues the sweep")
-    found = re.search(r"hydra/(launcher|sweeper)/(?P<name>\w+)'", text)
+    found = re.search(r"Could not load 'hydra/(launcher|sweeper)/(?P<name>\w+)'", text)
     if found and (extra := EXTRAS.get(found["name"])):
         return ConfigError(f"{found[1]} {found['name']} needs an extra: pip install 'fedprune[{extra}]'")
     if found := re.search(

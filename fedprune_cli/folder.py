@@ -160,7 +160,8 @@ def load(run_dir: Path, config_hash: str) -> State:
     try:
         data = (run_dir / STATE).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{run_dir / STATE}: {error.strerror}") from None
+        why = "it is finished and its checkpoint was pruned" if (run_dir / SUMMARY).exists() else error.strerror
+        raise CheckpointError(f"{run_dir / STATE}: {why}") from None
     state, written_hash = decode(data, str(run_dir / STATE), functools.partial(_read_personal, run_dir))
     if written_hash != config_hash:
         raise CheckpointError(f"{run_dir / STATE}: belongs to configuration {written_hash}, not to {config_hash}")

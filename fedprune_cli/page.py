@@ -34,7 +34,9 @@ def terminal_table(
 
     table = Table(title=title, title_justify="left")
     for at, header in enumerate(headers):
-        table.add_column(header, justify="left" if at == 0 else "right", no_wrap=(at == 0) != folds_first)
+        table.add_column(
+            header, justify="left" if at == 0 else "right", no_wrap=(at == 0) != folds_first, overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     return table

@@ -13,6 +13,7 @@ ROOT = Path(fedprune_cli.__file__).parent
 BASE = {"errors", "rng", "state"}
 ALLOWED = {
     "errors": set(),
+    "completion": set(),
     "rng": set(),
     "state": {"errors"},
     "world": BASE,
@@ -31,6 +32,7 @@ ALLOWED = {
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "members": {"errors", "config", "execute", "report", "run"},
     "terminal": {"config", "run"},  # for type checkers only
+    "runs": {"errors", "folder", "page"},
     "sweep": {"errors", "config", "execute", "figures", "folder", "page", "report", "run", "terminal"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
@@ -41,7 +43,7 @@ def imported(path: Path) -> set[str]:
     parts = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "fedprune_cli":
-            parts |= {alias.name for alias in node.names}
+            parts |= {alias.name for alias in node.names if alias.name.islower()}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedprune_cli."):
             parts.add(str(node.module).split(".")[1])
     return parts

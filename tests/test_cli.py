@@ -85,16 +85,33 @@ def test_hydra_shows_and_sweeps() -> None:
         (("compare", "--methods", "proposed,nope"), 2, "error: unknown method option 'nope'"),
         (("compare", "arms={a: 1}"), 2, "error: arms: must map each name to a list of overrides"),
         (("compare", 'arms={a: ["rounds=x"]}'), 2, "error: rounds"),
-        (("trian",), 2, ""),
+        (("trian",), 2, "error: No such command 'trian'. Did you mean 'train'? See `fedprune --help`."),
+        (
+            ("compare", "--sed", "1"),
+            2,
+            "error: No such option: --sed (Possible options: --seeds). See `fedprune compare --help`.",
+        ),
+        (("train", "--quite"), 2, "error: No such option: --quite (Possible options: --quiet). See"),
+        (
+            ("train", "-m", "seed=0,1", "hydra/launcher=coers"),
+            2,
+            "error: unknown hydra/launcher option 'coers'. Did you mean 'cores'?",
+        ),
+        (
+            ("train", "-m", "seed=0,1", "hydra/launcher=cores"),
+            2,
+            "error: launcher joblib needs an extra: pip install 'fedprune[joblib]'",
+        ),
+        (("train", "-m", "seed=range(2", "rounds=1"), 2, "error: "),
+        (("runs", "nowhere"), 5, "error: nowhere: no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_its_own_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
     result = fedprune(*arguments)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
-    if message:
-        assert result.stderr.startswith(message)
-        assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
     if "out=infeasible" not in arguments:
         assert files() == []
 
@@ -176,3 +193,39 @@ def test_compare_takes_the_arms_of_an_experiment() -> None:
     header = Path("cmp/table.csv").read_text().splitlines()[0]
     assert header.split(",")[1::3] == ["tight mean", "dense mean", "dense (equal bandwidth) mean"]
     assert "tight takes" in result.stdout
+
+
+def test_json_is_all_that_stdout_holds_and_quiet_leaves_nothing() -> None:
+    trained = fedprune("train", *TINY, "out=run", "--json")
+    answer = json.loads(trained.stdout)
+    assert answer["summary"] == json.loads(Path("run/summary.json").read_text())
+    assert Path(answer["report"]).exists()
+    compared = json.loads(fedprune("compare", *TINY, "--json", "-q").stdout)
+    assert compared["reference"] == "personalized"
+    assert compared["figures"]["personalized"]["time_reduction"]["mean"] == 0
+    assert json.loads(fedprune("verify", "run", "--json").stdout)["failures"] == []
+    for command in (("report", "run"), ("resume", "run"), ("verify", "run"), ("compare", *TINY)):
+        quiet = fedprune(*command, "--quiet")
+        assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", ""), command
+
+
+def test_what_is_not_a_terminal_gets_no_colours() -> None:
+    fedprune("train", *TINY, "out=run")
+    assert "\x1b" not in fedprune("report", "run").stdout
+
+
+def test_no_color_is_heeded_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pseudo-terminal, where colours and a moving bar would be drawn."""
+    import pty
+
+    def at_a_terminal(**environment: str) -> str:
+        main, side = pty.openpty()
+        command = [sys.executable, "-c", "from fedprune_cli import terminal; terminal.show('[red]text[/red]')"]
+        with subprocess.Popen(command, stdout=side, env={**os.environ, "TERM": "xterm", **environment}) as process:
+            process.wait(timeout=60)
+        os.close(side)
+        return os.read(main, 1000).decode()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31m" in at_a_terminal()
+    assert "\x1b[31m" not in at_a_terminal(NO_COLOR="1")

@@ -7,7 +7,8 @@ from conftest import make_experiment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli.config import CONF, GROUPS, build_experiment, compose_config
+from fedprune_cli import CONF
+from fedprune_cli.config import GROUPS, build_experiment, compose_config
 from fedprune_cli.errors import ConfigError
 
 BAD = [

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_cli import report
-from fedprune_cli.config import CONF
+from fedprune_cli import CONF, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.csv"))
