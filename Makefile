@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run lint type test test-all clean
+.PHONY: help install run lint type test test-all bench-ci bench-baseline clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,11 +28,18 @@ lint: .venv/installed ## style and formatting
 type: .venv/installed ## mypy, strict
 	$(BIN)/mypy
 
-test: .venv/installed ## the default tests, under five minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" -n 2
+test: .venv/installed ## the default tests, under five minutes on two cores; also as outputs/tests.xml (JUnit)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --junitxml=outputs/tests.xml
 
 test-all: .venv/installed lint type ## everything, with the slow proofs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --junitxml=outputs/tests.xml
+
+bench-ci: .venv/installed ## what nightly CI runs: measure, and fail (exit code 3) where it got worse than .ci/bench.json
+	$(BIN)/fedprune bench --quick --baseline .ci/bench.json --out outputs/bench
+
+bench-baseline: .venv/installed ## measure .ci/bench.json anew, after a change that is meant to cost or save something
+	$(BIN)/fedprune bench --quick --out outputs/bench
+	cp outputs/bench/bench.json .ci/bench.json
 
 clean: ## remove what was installed and cached; outputs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
