@@ -84,7 +84,7 @@ def test_an_interrupted_run_tells_each_round_again(tmp_path: Path, capsys: pytes
     next(records)
     records.close()
     list(run.run(planted("never"), tmp_path / "run"))
-    assert capsys.readouterr().err.split() == "round 1 round 1 round 2 round 3".split()
+    assert capsys.readouterr().err.split() == ["round", "1", "round", "1", "round", "2", "round", "3"]
 
 
 def test_an_error_of_the_run_is_not_the_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
