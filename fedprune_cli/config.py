@@ -34,6 +34,7 @@ from fedprune_cli.learn.personalize import METHODS, Method
 from fedprune_cli.learn.prune import PRUNERS, Pruner
 from fedprune_cli.meter import Meter, Payload
 from fedprune_cli.state import Array
+from fedprune_cli.track import TRACKERS, Tracking
 from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
@@ -142,7 +143,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run, complete and checked. What `execution`, `out` and `data.root` say does not change its numbers."""
+    """One run, complete and checked. What `execution`, `tracking`, `out` and `data.root` say does not change its numbers."""
 
     name: str
     seed: int
@@ -164,6 +165,7 @@ class Experiment:
     evaluation: Evaluation
     meter: Meter
     execution: Execution
+    tracking: Tracking
 
     def __post_init__(self) -> None:
         pattern = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -177,7 +179,7 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        for key in ("seed", "out", "execution"):
+        for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
         numerics = {
@@ -209,6 +211,7 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "pruner": PRUNERS,
     "allocator": ALLOCATORS,
     "weights": WEIGHTS,
+    "tracking": TRACKERS,
 }
 SECTIONS: dict[str, type] = {
     "training": Training,

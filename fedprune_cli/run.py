@@ -41,6 +41,7 @@ from fedprune_cli.meter import (
 )
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, State, untrained
+from fedprune_cli.track import check, following
 from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
 Record = dict[str, Any]
@@ -118,22 +119,25 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
     experiment = setup.experiment
     with folder.locked(run_dir, wait=wait):
         state = folder.load(run_dir, experiment.config_hash)
-        if state.round < experiment.rounds:
-            with executor(
-                experiment.execution, functools.partial(build_learner, experiment, setup.scenario)
-            ) as workers:
-                while state.round < experiment.rounds:
-                    started = time.perf_counter()
-                    state, record = round_step(setup, state, workers)
-                    timing = {"round": state.round, "wall_s": time.perf_counter() - started}
-                    entries = {"rounds.jsonl": record, "timings.jsonl": timing}
-                    state = folder.commit(run_dir, state, experiment.config_hash, entries)
-                    yield record
+        with following(experiment.tracking, run_dir) as log:
+            if state.round < experiment.rounds:
+                with executor(
+                    experiment.execution, functools.partial(build_learner, experiment, setup.scenario)
+                ) as workers:
+                    while state.round < experiment.rounds:
+                        started = time.perf_counter()
+                        state, record = round_step(setup, state, workers)
+                        timing = {"round": state.round, "wall_s": time.perf_counter() - started}
+                        entries = {"rounds.jsonl": record, "timings.jsonl": timing}
+                        state = folder.commit(run_dir, state, experiment.config_hash, entries)
+                        log(record)
+                        yield record
         folder.finish(run_dir, summarise(experiment, run_dir))
 
 
 def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     """Makes the folder of a new run, holding its configuration, manifest and first state."""
+    check(setup.experiment.tracking)
     folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
 
 

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +74,32 @@ def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: C
     if before:
         before()
     cli.main()
+
+
+def extra(name: str) -> list[str]:
+    """Returns the requirements of one of the package's extras."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    return list(project["optional-dependencies"][name])
+
+
+@pytest.fixture(scope="session")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes environments: what this one has, with further `packages` on top of it; returns the Python of one."""
+
+    @functools.cache
+    def make(*packages: str) -> Path:
+        home = tmp_path_factory.mktemp("overlay")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+        own = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
+        source = Path(run.__file__).parent.parent  # an editable installation is not seen through a .pth file
+        (Path(own) / "base.pth").write_text(f"{sysconfig.get_path('purelib')}\n{source}\n")
+        python = home / "bin" / "python"
+        install = [str(python), "-m", "pip", "install", "--quiet", *packages]
+        installed = subprocess.run(install, capture_output=True, text=True, timeout=500)
+        assert installed.returncode == 0, installed.stderr
+        return python
+
+    return make
 
 
 @pytest.fixture(autouse=True)
