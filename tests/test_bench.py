@@ -274,3 +274,34 @@ def test_a_quick_run_measures_everything() -> None:
     assert result.returncode == 0, result.stderr
     tasks = [entry["name"].split("/")[0] for entry in json.loads(result.stdout)["measures"]]
     assert list(dict.fromkeys(tasks)) == list(bench.TASKS)
+
+
+@pytest.mark.slow
+def test_a_slower_solver_and_a_larger_payload_are_named_by_a_real_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same measurement twice passes; with the solver three times as slow or payloads 20 % larger it exits with 3 and says which."""
+
+    def measured(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedprune", "bench", "--quick", "--tasks", "t2,allocator", "-q", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    assert measured("--out", "before")[0] == 0
+    against = ("--baseline", "before/bench.json")
+    assert measured(*against) == (0, "")
+    with monkeypatch.context() as planted:
+        planted.setattr(bench, "solve_p1", lambda problem: (solve_p1(problem), solve_p1(problem), solve_p1(problem))[0])
+        code, errors = measured(*against)
+    assert code == 3
+    assert errors.splitlines()[-1] == "error: 1 measure worse than before/bench.json: allocator/p1_vs_clarabel"
+    measure = run.measure
+    with monkeypatch.context() as planted:
+        planted.setattr(
+            run, "measure", lambda load, **of: measure(load, **of | {"payload_bytes": 1.2 * of["payload_bytes"]})
+        )
+        code, errors = measured(*against)
+    assert code == 3
+    assert "t2/bits_up" in errors.splitlines()[-1]
+    assert "20.0 % worse (limit 15 %)" in errors

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, fedprune, make_experiment, run_to_end
+from conftest import TINY, extra, fedprune, make_experiment, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,3 +167,63 @@ def test_a_damaged_member_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "0/member.json").write_text(content)
     with pytest.raises(CheckpointError, match="damaged"):
         sweep.read_members([tmp_path])
+
+
+# --- on real launchers, each in an environment of its own ---------------------------------------------------------------
+
+GRID = ("method=proposed,personalized,pruned", "partition.alpha=0.1,1", "seed=0,1,2,3")  # 24 runs
+SWEEP = ("-m", "fedprune_cli", "train", "-m", *TINY)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_three_times_ends_with_the_bytes_of_one_that_was_not(overlay: Callable[..., Path]) -> None:
+    python = overlay(*extra("joblib"))
+    command = [str(python), *SWEEP, "rounds=30", *GRID, "hydra/launcher=cores", "hydra.launcher.n_jobs=2"]
+    for place in ("whole", "killed"):
+        Path(place).mkdir()
+    subprocess.run(command, cwd="whole", check=True, capture_output=True, timeout=500)
+    random = np.random.default_rng(0)
+    for attempt in range(3):
+        process = subprocess.Popen(
+            command, cwd="killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        finished = len(list(Path("killed/outputs/main").glob("*/summary.json")))
+        while len(list(Path("killed/outputs/main").glob("*/summary.json"))) < finished + 4 and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 2))
+        if attempt < 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()  # its workers live on, and end what they have begun
+        process.wait()
+        assert len(list(Path("killed/outputs/main").glob("*/summary.json"))) < 24
+    continued = subprocess.run(command, cwd="killed", capture_output=True, text=True, timeout=500, check=False)
+    assert continued.returncode == 0, continued.stderr
+    assert len(list(Path("killed/outputs/main").glob("*/summary.json"))) == 24
+    assert bytes_of("killed") == bytes_of("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("joblib", ("hydra/launcher=cores",)),
+        ("submitit", ("hydra/launcher=submitit_local",)),
+        ("ray", ("hydra/launcher=cluster",)),
+        ("optuna", ("hydra/sweeper=search", "hydra.sweeper.n_trials=4", "deadline.fraction=interval(0.3,0.9)")),
+    ],
+)
+def test_every_launcher_and_sweeper_runs(package: str, arguments: Sequence[str], overlay: Callable[..., Path]) -> None:
+    """One bad combination fails alone, the others give the bytes that they have by themselves."""
+    bad = () if package == "optuna" else ("partition.alpha=-1,1",)
+    command = [str(overlay(*extra(package))), *SWEEP, "seed=0,1", *bad, *arguments, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == (2 if bad else 0), result.stderr
+    answer = json.loads(result.stdout)
+    assert len(answer["failed"]) == len(bad) * 2
+    assert sum(len(of["runs"]) for of in answer["groups"]) == (2 if bad else 4)
+    for of in answer["groups"] if package == "joblib" else ():
+        for seed, path in zip(of["seeds"], map(Path, of["runs"]), strict=True):
+            alone = Path(f"alone-{path.name}")
+            assert fedprune(*of["command"].split()[1:], f"seed={seed}", f"out={alone}").returncode == 0
+            assert (path / "rounds.jsonl").read_bytes() == (alone / "rounds.jsonl").read_bytes()
