@@ -367,6 +367,7 @@ def pareto_figure(points: Mapping[str, Sequence[Interval]], front: Sequence[str]
             (x, _), (y, _) = points[name]
             axes.annotate(name, (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=8, parse_math=False)
         axes.set(xlabel="simulated time of the run (s)", ylabel="final accuracy (%)")
+        axes.set_xlim(left=0)
 
     return Drawing(plot, height=4.2)
 

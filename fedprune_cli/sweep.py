@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -187,7 +188,7 @@ def group(members: Sequence[Member]) -> list[Group]:
         run_of = read_run(Path(member.run_dir))
         runs.setdefault(at, {})[run_of.seed] = run_of
         own = [override for override in member.overrides if override.lstrip("+~").partition("=")[0] != "seed"]
-        commands.setdefault(at, " ".join(["fedprune train", *own]))
+        commands.setdefault(at, shlex.join(["fedprune", "train", *own]))
     groups = [
         _group(dict(zip(keys, at, strict=True)), commands[at], dict(sorted(of.items()))) for at, of in runs.items()
     ]

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def counting(text: str, count: Callable[[], int]) -> Iterator[None]:
         tell: Callable[[str], None] = note
         if console.is_terminal:
             tell = stack.enter_context(console.status(f"0 {text}")).update
-        watcher = threading.Thread(target=look, args=(tell,), daemon=True)
+        watcher = threading.Thread(target=copy_context().run, args=(look, tell), daemon=True)
         watcher.start()
         try:
             yield

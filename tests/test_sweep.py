@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -52,6 +53,8 @@ def test_the_same_command_skips_what_is_finished_and_continues_what_is_broken() 
     assert bytes_of(".") == bytes_of("whole")
     page = Path(answer["report"])
     again = fedprune("report", str(page.parents[1]), "-q")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    again = fedprune(*command, "-q")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert {"index.html", "table.csv", "table.tex", "pareto.svg", "pareto.pdf"} == {
         file.name for file in page.parent.iterdir()
@@ -225,5 +228,5 @@ def test_every_launcher_and_sweeper_runs(package: str, arguments: Sequence[str],
     for of in answer["groups"] if package == "joblib" else ():
         for seed, path in zip(of["seeds"], map(Path, of["runs"]), strict=True):
             alone = Path(f"alone-{path.name}")
-            assert fedprune(*of["command"].split()[1:], f"seed={seed}", f"out={alone}").returncode == 0
+            assert fedprune(*shlex.split(of["command"])[1:], f"seed={seed}", f"out={alone}").returncode == 0
             assert (path / "rounds.jsonl").read_bytes() == (alone / "rounds.jsonl").read_bytes()
