@@ -7,9 +7,11 @@ each round once.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -136,7 +138,8 @@ class MLflow:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         manifest, records = read(run_dir)
         (run_dir / FOLDER).mkdir(exist_ok=True)
-        client = MlflowClient(self.uri or f"sqlite:///{(run_dir / FOLDER / 'mlflow.db').resolve()}")
+        with _turn(run_dir.parent):  # two runs of a sweep that make the same database at once would fail
+            client = MlflowClient(self.uri or f"sqlite:///{(run_dir / FOLDER / 'mlflow.db').resolve()}")
         with contextlib.suppress(MlflowException):  # it exists, or the next line says what is wrong
             client.create_experiment(manifest["experiment"])
         where = client.get_experiment_by_name(manifest["experiment"]).experiment_id
@@ -149,7 +152,8 @@ class MLflow:
         def log(record: Record) -> None:
             clock_ms, step = round(1000 * record["simulated_s"]), record["round"]
             new = {key: value for key, value in figures(record).items() if (key, step) not in done}
-            client.log_batch(at, metrics=[Metric(key, value, clock_ms, step) for key, value in new.items()])
+            if new:
+                client.log_batch(at, metrics=[Metric(key, value, clock_ms, step) for key, value in new.items()])
 
         status = "KILLED"
         client.update_run(at, status="RUNNING")
@@ -261,6 +265,17 @@ def fresh(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Waits until no other process has its turn in the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _text(value: str | int | float) -> str:
