@@ -18,7 +18,7 @@ import typer
 from fedprune_cli import CONF, __version__
 from fedprune_cli.completion import BASH, complete_override
 from fedprune_cli.errors import ConfigError, FedpruneError
-from fedprune_cli.terminal import be_quiet, counting, note, progress, say, show, status
+from fedprune_cli.terminal import be_quiet, counting, live, note, progress, say, show, status
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated learning on wireless edge devices: personalized, pruned, and allocated with a certificate.",
     epilog="Exit codes: 0 done, 2 configuration, 3 infeasible or regressed, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
-    "130 interrupted.",
+    "9 limit broken, 130 interrupted.",
 )
 Overrides = Annotated[
     list[str] | None,
@@ -441,6 +441,34 @@ def runs(
         say(f"{size / 1e6:8.2f} MB  {path}")
     total = f"{sum(paths.values()) / 1e6:.2f} MB in {len(paths)} files and folders"
     say(f"{total} removed" if yes else f"{total} can go: add --yes to remove them")
+
+
+@app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FIGURE<=VALUE, kept in every round, or FIGURE>=VALUE[@ROUND], kept at the end or from a round on."
+        ),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once instead of until the run is finished.")] = False,
+    price_per_gb: Annotated[float, typer.Option(help="What a gigabyte sent costs.")] = 0.0,
+    price_per_kwh: Annotated[float, typer.Option(help="What a kilowatt-hour costs.")] = 0.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run's key figures live; exit code 9 as soon as one breaks its limit, 5 when nobody runs it any more."""
+    from fedprune_cli import watch as watching
+
+    limits, prices = [watching.parse_limit(text) for text in limit or ()], watching.Prices(price_per_gb, price_per_kwh)
+    with live() as update:
+        for seen in watching.watch(run_dir, limits, prices, once=once):
+            if as_json:
+                last = seen.rows[-1] if seen.rows else {}
+                print(json.dumps({"round": len(seen.rows), "finished": seen.finished, **last}), flush=True)
+            else:
+                update(seen.table(limits))
 
 
 @app.command()

@@ -67,6 +67,12 @@ class OutputError(FedpruneError):
     exit_code = 8
 
 
+class LimitError(FedpruneError):
+    """A watched run broke one of its limits."""
+
+    exit_code = 9
+
+
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
     """Raises ConfigError naming `key`, its `value` and what is `allowed`, unless `ok`."""
     if not ok:

@@ -45,6 +45,19 @@ def note(line: str) -> None:
 
 
 @contextlib.contextmanager
+def live() -> Iterator[Callable[[Any], None]]:
+    """Yields a function that shows a table in the place of the one before; where there is no terminal, below it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    if not Console().is_terminal or _quiet.get():
+        yield show
+        return
+    with Live(auto_refresh=False) as shown:
+        yield lambda table: shown.update(table, refresh=True)
+
+
+@contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
     """Says what is going on while it takes long, on a terminal only."""
     from rich.console import Console

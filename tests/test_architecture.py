@@ -34,6 +34,7 @@ ALLOWED = {
     "members": {"errors", "config", "execute", "report", "run"},
     "terminal": {"config", "run"},  # for type checkers only
     "runs": {"errors", "folder", "page"},
+    "watch": {"errors", "folder", "page"},
     "sweep": {"errors", "config", "execute", "figures", "folder", "page", "report", "run", "terminal"},
     "verify": BASE | {"allocate", "folder", "run"},
 }
