@@ -285,7 +285,7 @@ def _usable_cores() -> int:
 
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
-    from fedprune_cli.folder import SUMMARY, read_json
+    from fedprune_cli.folder import read_summary
     from fedprune_cli.members import Failure, run_members
 
     def one_by_one() -> Iterator[tuple[Member, Failure | None]]:
@@ -303,7 +303,7 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
         with _status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
             for number, (member, failure) in enumerate(ended, start=1):
                 if failure is None:
-                    accuracy = 100 * read_json(member.run_dir / SUMMARY)["final_accuracy"]
+                    accuracy = 100 * (read_summary(member.run_dir) or {})["final_accuracy"]
                     print(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}", flush=True)
                 else:
                     failures.append(failure)

@@ -8,11 +8,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 1000  # characters
+
+
+def one_line(text: str) -> str:
+    """Returns the text as a terminal shows it on one line: what would move the cursor is escaped, what is too long cut."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: 2 * MAX_MESSAGE])
+    return shown if len(shown) <= MAX_MESSAGE else shown[:MAX_MESSAGE] + " ..."
+
 
 class FedpruneError(Exception):
     """Something the user can act on. The message is the whole story, on one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(FedpruneError):

@@ -16,6 +16,7 @@ import numpy as np
 from fedprune_cli import figures, folder
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.figures import Record, tested
+from fedprune_cli.files import read_json
 from fedprune_cli.page import (
     csv_text,
     details,
@@ -68,9 +69,9 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Returns the run; raises CheckpointError when the folder is not one, or is damaged."""
-    manifest = folder.read_json(path / folder.MANIFEST)
-    rounds = tuple(folder.read_log(path / "rounds.jsonl"))
-    summary = folder.read_json(path / folder.SUMMARY) if (path / folder.SUMMARY).exists() else None
+    folder.check(path, folder.MANIFEST)
+    manifest, summary = read_json(path / folder.MANIFEST, CheckpointError), folder.read_summary(path)
+    rounds = tuple(folder.read_records(path))
     if not tested(rounds):
         raise CheckpointError(f"{path}: no round has been tested yet, there is nothing to report")
     return Run(path, manifest, rounds, summary)

@@ -80,7 +80,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
     experiment = setup.experiment
-    records = folder.read_log(run_dir / "rounds.jsonl")
+    records = folder.read_records(run_dir)
     failures: list[str] = []
     residual = gap = difference = 0.0
     certified = solved = unsolved = 0

@@ -10,21 +10,22 @@ from pathlib import Path
 import fedprune_cli
 
 ROOT = Path(fedprune_cli.__file__).parent
-BASE = {"errors", "rng", "state"}
+BASE = {"errors", "files", "rng", "state"}
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "rng": set(),
     "state": {"errors"},
     "world": BASE,
     "allocate": BASE,
     "learn": BASE,
     "execute": {"errors"},
-    "folder": {"errors", "state"},
+    "folder": {"errors", "files", "state"},
     "meter": BASE | {"world", "allocate", "learn"},
     "config": BASE | {"world", "allocate", "learn", "meter", "execute"},
     "run": BASE | {"world", "allocate", "learn", "meter", "execute", "config", "folder"},
     "page": {"folder", "figures"},
-    "report": {"errors", "folder", "figures", "page"},
+    "report": {"errors", "files", "folder", "figures", "page"},
     "figures": set(),
     "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
