@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fedprune_cli import __version__
-from fedprune_cli.errors import ConfigError, FedpruneError
+from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,6 +48,10 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except FedpruneError as error:
         _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # PyTorch's word for it
+            raise
+        _fail(DeviceError(f"out of memory ({error}); finished rounds are safe"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -106,6 +110,10 @@ def train(
         ("--config-name", config_name),
     ):
         flags += [flag, value] if value is not None else []
+    if config_dir is not None:
+        from fedprune_cli.config import check_config_dir
+
+        check_config_dir(Path(config_dir))
     _hydra(flags + (overrides or []))
 
 
@@ -113,7 +121,9 @@ def _hydra(arguments: list[str]) -> None:
     """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work."""
     import hydra
 
-    from fedprune_cli.config import CONF, explain
+    from fedprune_cli.config import CONF, check_overrides, explain
+
+    check_overrides(arguments)
 
     composed = False
     failures: list[FedpruneError] = []
@@ -556,7 +566,7 @@ def _compare(
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names are the user's, and may look like markup
 
 
 @contextlib.contextmanager

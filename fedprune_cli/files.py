@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from fedprune_cli.errors import FedpruneError
 
 MAX_JSON_BYTES = 2**28
+MAX_NUMBER = 1e300
 MAX_YAML_BYTES = 200_000
 MAX_YAML_DEPTH = 50
 MAX_YAML_VALUES = 20_000  # with every alias written out
@@ -53,6 +54,24 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data, parse_constant=refuse, parse_float=number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether a JSON value has a form: a type, one of a tuple of forms, {key: form} with any further keys, [the form of every item].
+
+    `float` stands for any number that arithmetic can take, None for null.
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], of) for key, of in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, tuple):
+        return any(fits(value, of) for of in form)
+    if form is None or isinstance(value, bool):
+        return value is form or (form is bool and isinstance(value, bool))
+    if form is float:
+        return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
+    return isinstance(value, form) and not (form is int and abs(value) > 2**63)
 
 
 def read_json(path: Path, error: type[FedpruneError]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fedprune_cli.errors import CheckpointError, OutputError
-from fedprune_cli.files import parse_json, read_bytes, read_json
+from fedprune_cli.files import fits, parse_json, read_bytes, read_json
 from fedprune_cli.state import Array, Personal, Saved, State, chain, decode, encode
 
 STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
@@ -55,6 +55,47 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {str(path)!r}: no file can have this name ({error})") from None
 
 
+_PERHAPS = (float, None)
+RECORD_FORM = {
+    **dict.fromkeys(("round", "simulated_s", "latency_s", "bytes_up", "bytes_down", "joules"), float),
+    **dict.fromkeys(
+        ("deadline_s", "accuracy", "accuracy_mean", "accuracy_p10", "fresh_accuracy", "mean_ratio", "max_ratio"),
+        _PERHAPS,
+    ),
+    **dict.fromkeys(
+        ("dense_latency_s", "equal_dense_latency_s", "price_per_hz", "residual", "gap", "bits", "rounding_error"),
+        _PERHAPS,
+    ),
+    **dict.fromkeys(("grad_norm", "pruning_error", "train_loss", "flops"), _PERHAPS),
+    "status": str,
+    "devices": {"id": [int]},
+}
+COLUMNS = (
+    "prune_ratio",
+    "bandwidth_hz",
+    "compute_s",
+    "uplink_s",
+    "downlink_s",
+    "latency_s",
+    "pruning_error",
+    "joules",
+    "bytes_up",
+)
+PERHAPS_COLUMNS = ("train_loss", "accuracy")
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a JSON value can be a round's record: what it must have, and columns of one number for each device, if it has any."""
+    if not fits(value, RECORD_FORM):
+        return False
+    ids, columns = value["devices"]["id"], value["devices"]
+    needed = {**{key: [float] for key in COLUMNS}, **dict.fromkeys(PERHAPS_COLUMNS, ([_PERHAPS], None))} if ids else {}
+    aligned = all(
+        column is None or (isinstance(column, list) and len(column) == len(ids)) for column in columns.values()
+    )
+    return aligned and fits(columns, needed) and min(ids, default=0) >= 0
+
+
 def create(run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: State) -> None:
     """Makes the folder with its first checkpoint; raises CheckpointError when it exists."""
     exists = f"{run_dir} exists: continue it with `fedprune resume {run_dir}`, or choose another with out=DIR"
@@ -69,8 +110,8 @@ def create(run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: 
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for log in (RECORDS, TIMINGS):
                 (new / log).touch()
-            _replace(new / SUMS, _sums({name: _sha256(new / name) for name in (CONFIG, MANIFEST)}))
-            _replace(new / STATE, encode(Saved(state, manifest["config_hash"], "")))
+            write_whole(new / SUMS, _sums({name: _sha256(new / name) for name in (CONFIG, MANIFEST)}))
+            write_whole(new / STATE, encode(Saved(state, manifest["config_hash"], "")))
             new.rename(run_dir)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -129,7 +170,7 @@ def commit(run_dir: Path, saved: Saved, state: State, entries: Mapping[str, Mapp
             os.fsync(file.fileno())
     state = replace(state, personal=_store(run_dir, state.personal, state.round))
     new = Saved(state, saved.config_hash, link(saved.records, lines[RECORDS]))
-    _replace(run_dir / STATE, encode(new))
+    write_whole(run_dir / STATE, encode(new))
     if state.personal.name != saved.state.personal.name:
         with writing(run_dir):
             (run_dir / saved.state.personal.name).unlink(missing_ok=True)
@@ -196,8 +237,8 @@ def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     names = [CONFIG, MANIFEST, RECORDS, TIMINGS, STATE, *present]
     with writing(run_dir):
         sums = {name: _sha256(run_dir / name) for name in names}
-    _replace(run_dir / SUMS, _sums({**sums, SUMMARY: hashlib.sha256(data).hexdigest()}))
-    _replace(run_dir / SUMMARY, data)
+    write_whole(run_dir / SUMS, _sums({**sums, SUMMARY: hashlib.sha256(data).hexdigest()}))
+    write_whole(run_dir / SUMMARY, data)
 
 
 def load(run_dir: Path, config_hash: str) -> Saved:
@@ -233,7 +274,11 @@ def read_state(run_dir: Path) -> Saved:
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the records of the finished rounds; raises CheckpointError when they are not those that the checkpoint goes with."""
-    return [json.loads(line) for line in _lines(run_dir / RECORDS, read_state(run_dir))]
+    records = [json.loads(line) for line in _lines(run_dir / RECORDS, read_state(run_dir))]
+    for number, record in enumerate(records, start=1):
+        if not _is_record(record):
+            raise CheckpointError(f"{run_dir / RECORDS}: line {number} is damaged (not the record of a round)")
+    return records
 
 
 def check(run_dir: Path, *names: str) -> None:
@@ -280,7 +325,10 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     if not (run_dir / SUMMARY).exists():
         return None
     check(run_dir, SUMMARY)
-    return read_json(run_dir / SUMMARY, CheckpointError)
+    summary = read_json(run_dir / SUMMARY, CheckpointError)
+    if not fits(summary, {"state_sha256": str, "final_accuracy": float, "time_to_target_s": _PERHAPS}):
+        raise CheckpointError(f"{run_dir / SUMMARY}: damaged (not the summary of a run)")
+    return summary
 
 
 def _lines(log: Path, saved: Saved) -> list[bytes]:
@@ -302,7 +350,7 @@ def _lines(log: Path, saved: Saved) -> list[bytes]:
     return lines[:rounds]
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Writes the file whole or leaves the old one."""
     temporary = path.with_name(f".{path.name}.new")
     with writing(path):
