@@ -49,9 +49,7 @@ def main() -> NoReturn:
     except FedpruneError as error:
         _fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # PyTorch's word for it
-            raise
-        _fail(DeviceError(f"out of memory ({error}); finished rounds are safe"))
+        _fail(_out_of_memory(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -63,6 +61,13 @@ def main() -> NoReturn:
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> DeviceError:
+    """Returns a refusal of memory, NumPy's or PyTorch's, as an error of one line; raises every other one again."""
+    if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        raise error
+    return DeviceError(f"out of memory ({str(error) or 'refused by the system'}); finished rounds are safe")
 
 
 def _fail(error: FedpruneError) -> NoReturn:
@@ -110,9 +115,10 @@ def train(
         ("--config-name", config_name),
     ):
         flags += [flag, value] if value is not None else []
-    if config_dir is not None:
-        from fedprune_cli.config import check_config_dir
+    from fedprune_cli.config import check_config_dir, check_overrides
 
+    check_overrides(overrides or [])
+    if config_dir is not None:
         check_config_dir(Path(config_dir))
     _hydra(flags + (overrides or []))
 
@@ -121,9 +127,7 @@ def _hydra(arguments: list[str]) -> None:
     """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work."""
     import hydra
 
-    from fedprune_cli.config import CONF, check_overrides, explain
-
-    check_overrides(arguments)
+    from fedprune_cli.config import CONF, explain
 
     composed = False
     failures: list[FedpruneError] = []
@@ -133,10 +137,11 @@ def _hydra(arguments: list[str]) -> None:
         composed = True
         try:
             _train(config)
-        except FedpruneError as error:  # kept from Hydra, which would print a line of its own and end a sweep
-            failures.append(error)
+        except (FedpruneError, MemoryError, RuntimeError) as error:
+            # kept from Hydra, which would print a line of its own and end a sweep
+            failures.append(error if isinstance(error, FedpruneError) else _out_of_memory(error))
             if "-m" in arguments:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {failures[-1]}", file=sys.stderr)
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["fedprune train", *arguments]

@@ -9,8 +9,8 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import json
 import itertools
+import json
 import math
 import os
 import re
@@ -345,13 +345,13 @@ class _Scalars:
 
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ConfigError for what Hydra's parser would take minutes over or what no file can hold."""
-    for override in overrides:
+    for override in overrides:  # and for folders of configuration files that `check_config_dir` does not see
         if len(override) > MAX_OVERRIDE:
             raise ConfigError(f"{override[:40]}...: {len(override)} characters, at most {MAX_OVERRIDE} are read")
-        if "\0" in override or not override.isascii() and override != override.encode(errors="replace").decode():
+        if "\0" in override or (not override.isascii() and override != override.encode(errors="replace").decode()):
             raise ConfigError(f"{override!r}: is not text")
-        if override.lstrip("+~").startswith("hydra.searchpath"):
-            raise ConfigError("hydra.searchpath: give a folder of configuration files with --config-dir")
+        if override.lstrip("+~").startswith(("hydra.searchpath", "-cd", "-cp", "--config")):  # Hydra's spellings
+            raise ConfigError(f"{override}: a folder of configuration files is given with --config-dir DIR")
 
 
 def check_config_dir(folder: Path) -> None:

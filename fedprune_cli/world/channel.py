@@ -68,7 +68,8 @@ class Radio:
             return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
         if rounds * num_devices > MAX_OUTAGES:
             raise ConfigError(
-                f"channel.outage_enter={self.outage_enter}: {rounds} rounds of {num_devices} devices are more than {MAX_OUTAGES} outages to draw"
+                f"channel.outage_enter={self.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
+                f"must be at most {MAX_OUTAGES}"
             )
         reachable = np.ones((rounds, num_devices), dtype=bool)
         lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (

@@ -13,7 +13,6 @@ from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, Ragged, ragged
 
-
 MAX_DRAWN = 10**9  # samples of all devices
 
 
