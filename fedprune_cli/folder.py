@@ -272,6 +272,12 @@ def read_state(run_dir: Path) -> Saved:
     return decode(read_bytes(run_dir / STATE, MAX_BYTES, CheckpointError), str(run_dir / STATE))
 
 
+def read_whole_state(run_dir: Path) -> State:
+    """Returns the last finished round's state with its personal rows, checked; changes nothing. Raises CheckpointError."""
+    state = read_state(run_dir).state
+    return replace(state, personal=_read_personal(run_dir, state.personal))
+
+
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the records of the finished rounds; raises CheckpointError when they are not those that the checkpoint goes with."""
     records = [json.loads(line) for line in _lines(run_dir / RECORDS, read_state(run_dir))]

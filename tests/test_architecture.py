@@ -31,7 +31,7 @@ ALLOWED = {
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "members": {"errors", "config", "execute", "report", "run"},
-    "verify": BASE | {"allocate", "folder", "run"},
+    "verify": BASE | {"allocate", "learn", "meter", "folder", "run"},
 }
 
 

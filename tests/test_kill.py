@@ -81,13 +81,13 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
         kind, run_dir = ("serial", "processes")[happened % 2], tmp_path / "killed"
         victim = process(run_dir, kind)
         victim.join(rng.random() * seconds[kind])
-        if not victim.is_alive():
+        victim.kill()
+        victim.join()
+        if victim.exitcode != -signal.SIGKILL:  # it was at its end already
+            assert victim.exitcode == 0
             missed += 1
             shutil.rmtree(run_dir)
             continue
-        victim.kill()
-        victim.join()
-        assert victim.exitcode == -signal.SIGKILL
         happened += 1
         stopped_at.add(len((run_dir / folder.RECORDS).read_bytes().splitlines()) if run_dir.exists() else -1)
         resumed = process(run_dir, kind)
