@@ -38,6 +38,7 @@ from fedprune_cli.allocate.problem import Problem, dense_deadline, kept_fraction
 from fedprune_cli.config import build_experiment, compose_config
 from fedprune_cli.errors import CertificateError, ConfigError, DeviceError, RegressionError, unknown
 from fedprune_cli.execute import Execution, Executor, executor
+from fedprune_cli.files import MAX_JSON_BYTES, parse_json, read_bytes
 from fedprune_cli.folder import writing
 from fedprune_cli.rng import stream
 from fedprune_cli.run import Record, Setup, build_learner, build_parts, participants, plan, prepare, round_step
@@ -541,9 +542,9 @@ def write(out: Path, measures: Sequence[Measure], quick: bool) -> None:
 def read_baseline(path: Path, tasks: Sequence[str], quick: bool) -> tuple[Measure, ...]:
     """Returns the measures of the `tasks` in a bench.json; raises ConfigError saying what is wrong with it."""
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--baseline {path}: {error.strerror}") from None
+        content = parse_json(read_bytes(path, MAX_JSON_BYTES, ConfigError))
+    except ConfigError as error:
+        raise ConfigError(f"--baseline {error}") from None
     except ValueError:
         raise ConfigError(f"--baseline {path}: not JSON") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:

@@ -17,7 +17,7 @@ import typer
 
 from fedprune_cli import CONF, __version__
 from fedprune_cli.completion import BASH, complete_override
-from fedprune_cli.errors import ConfigError, FedpruneError
+from fedprune_cli.errors import ConfigError, FedpruneError, out_of_memory
 from fedprune_cli.terminal import be_quiet, counting, live, note, progress, say, show, status
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def main() -> NoReturn:
         raise SystemExit(app(standalone_mode=False))
     except FedpruneError as error:
         _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        _fail(out_of_memory(error))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -136,6 +138,11 @@ def train(
         ("--config-name", config_name),
     ):
         flags += [flag, value] if value is not None else []
+    from fedprune_cli.config import check_config_dir, check_overrides
+
+    check_overrides(overrides or [])
+    if config_dir is not None:
+        check_config_dir(Path(config_dir))
     if multirun and cfg is None and info is None:
         _sweep(flags, overrides or [], as_json=as_json)
         return
@@ -357,7 +364,7 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
     from omegaconf import DictConfig, OmegaConf
 
-    from fedprune_cli.folder import SUMMARY, read_json
+    from fedprune_cli.folder import read_summary
     from fedprune_cli.members import Failure, run_members
     from fedprune_cli.run import begin_or_reopen
 
@@ -380,7 +387,7 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
         with status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
             for number, (member, failure) in enumerate(ended, start=1):
                 if failure is None:
-                    accuracy = 100 * read_json(member.run_dir / SUMMARY)["final_accuracy"]
+                    accuracy = 100 * (read_summary(member.run_dir) or {})["final_accuracy"]
                     note(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
                 else:
                     failures.append(failure)

@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, require, unknown
 from fedprune_cli.execute import Execution
+from fedprune_cli.files import read_yaml
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import MODELS, ModelConfig
 from fedprune_cli.learn.personalize import METHODS, Method
@@ -39,6 +42,13 @@ from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
 from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
+
+MAX_OVERRIDE = 10_000  # characters
+MAX_CONFIG_FILES = 10_000
+HYDRA_ALLOWED = (
+    r"hydra(\.(output_subdir|(run|sweep)(\.(dir|subdir))?))?"
+    r"|defaults\[\d+\]\.override hydra/(job|hydra)_logging|\{'override hydra/(job|hydra)_logging': '(none|disabled|default)'\}"
+)
 
 
 @dataclass(frozen=True)
@@ -335,8 +345,49 @@ class _Scalars:
     out: str | None
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for what Hydra's parser would take minutes over or what no file can hold."""
+    for override in overrides:  # and for folders of configuration files that `check_config_dir` does not see
+        if len(override) > MAX_OVERRIDE:
+            raise ConfigError(f"{override[:40]}...: {len(override)} characters, at most {MAX_OVERRIDE} are read")
+        if "\0" in override or (not override.isascii() and override != override.encode(errors="replace").decode()):
+            raise ConfigError(f"{override!r}: is not text")
+        if "_target_" in override:  # Hydra would build, and so run, whatever it names
+            raise ConfigError(f"{override}: not allowed: no override names what is run")
+        if override.lstrip("+~").startswith(("hydra.searchpath", "-cd", "-cp", "--config")):  # Hydra's spellings
+            raise ConfigError(f"{override}: a folder of configuration files is given with --config-dir DIR")
+
+
+def check_config_dir(folder: Path) -> None:
+    """Raises ConfigError when a folder of configuration files holds what could do more than choose an experiment's values.
+
+    Hydra builds its callbacks, launchers and loggers from whatever class its own configuration names, and so would run it.
+    """
+    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in ["", *names])
+    files = list(itertools.islice(found, MAX_CONFIG_FILES + 1))
+    if len(files) > MAX_CONFIG_FILES:
+        raise ConfigError(f"--config-dir {folder}: more than {MAX_CONFIG_FILES} files")
+    for path in files:
+        if path.suffix != ".yaml":
+            continue
+        text = read_yaml(path, ConfigError)
+        try:
+            values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        except Exception as error:  # whatever OmegaConf makes of it
+            raise ConfigError(f"{path}: {explain(error)}") from None
+        keys = _leaves(values)
+        keys += [str(entry) for entry in (values.get("defaults") or () if isinstance(values, dict) else ())]
+        bad = [key for key in keys if "_target_" in key or ("hydra" in key and not re.fullmatch(HYDRA_ALLOWED, key))]
+        if bad or path.relative_to(folder).parts[0] == "hydra" or re.search(r"@package.*hydra", text):
+            where = bad[0] if bad else "hydra"
+            raise ConfigError(
+                f"{path}: {where}: not allowed: these files choose an experiment's values, and nothing that is run"
+            )
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Returns the configuration that the command line `overrides` select from conf/; raises ConfigError."""
+    check_overrides(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides=list(overrides))
@@ -375,11 +426,11 @@ def explain(error: Exception) -> FedpruneError:
     return ConfigError(text.splitlines()[0])
 
 
-def _leaves(values: Any, prefix: str = "") -> list[str]:
+def _leaves(values: Any, at: str = "") -> list[str]:
     """Returns the dotted paths of all nested keys."""
-    paths = []
-    for key, value in values.items():
-        paths.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            paths += _leaves(value, f"{prefix}{key}.")
-    return paths
+    if isinstance(values, list):
+        return [path for number, value in enumerate(values) for path in _leaves(value, f"{at}[{number}]")]
+    if not isinstance(values, dict):
+        return []
+    here = {f"{at}.{key}" if at else str(key): value for key, value in values.items()}
+    return [path for key, value in here.items() for path in [key, *_leaves(value, key)]]

@@ -8,11 +8,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 1000  # characters
+
+
+def one_line(text: str) -> str:
+    """Returns the text as a terminal shows it on one line: what would move the cursor is escaped, what is too long cut."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: 2 * MAX_MESSAGE])
+    return shown if len(shown) <= MAX_MESSAGE else shown[:MAX_MESSAGE] + " ..."
+
 
 class FedpruneError(Exception):
     """Something the user can act on. The message is the whole story, on one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(FedpruneError):
@@ -71,6 +82,13 @@ class LimitError(FedpruneError):
     """A watched run broke one of its limits."""
 
     exit_code = 9
+
+
+def out_of_memory(error: MemoryError | RuntimeError) -> DeviceError:
+    """Returns a refusal of memory, NumPy's or PyTorch's, as an error of one line; raises every other one again."""
+    if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        raise error
+    return DeviceError(f"out of memory ({str(error) or 'refused by the system'}); finished rounds are safe")
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:

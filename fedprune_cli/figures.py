@@ -30,7 +30,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, INK)  # their yellow cannot be
 
 
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "fedprune", "font.family": "sans-serif", "font.size": 10,
+    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "fedprune", "font.family": "sans-serif", "font.size": 10,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",

@@ -48,21 +48,29 @@ def csv_text(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     for row in [headers, *rows]:
         writer.writerow(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell for cell in row]
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in row]
         )
     return text.getvalue()
+
+
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "%_&#${}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
+    | {"±": r"$\pm$", "\n": " ", "\r": " "}
+)
 
 
 def latex_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns the rows as a LaTeX tabular."""
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            " & ".join(
-                cell.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&").replace("#", r"\#") for cell in cells
-            )
-            + r" \\"
-        )
+        return " & ".join(cell.translate(LATEX) for cell in cells) + r" \\"
 
     return "\n".join(
         [
@@ -135,5 +143,5 @@ def write(out: Path, files: Mapping[str, str | bytes]) -> Path:
     with folder.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            folder.write_whole(out / name, text if isinstance(text, bytes) else text.encode(errors="replace"))
     return out / next(iter(files))

@@ -15,12 +15,13 @@ from fedprune_cli.allocate.kkt import frontier
 from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
 from fedprune_cli.config import Experiment
 from fedprune_cli.errors import DataError
+from fedprune_cli.files import read_bytes
 from fedprune_cli.learn.models import build_model, count_cost, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.quantize import BITS_PER_PARAM
 from fedprune_cli.meter import build_load, build_problem, downlink_s
 from fedprune_cli.run import prepare, round_problems
-from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns, read_table
+from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
 OWN_LIMITS = (
@@ -55,13 +56,8 @@ def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
 
 
 def _header(file: Path) -> list[str]:
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            return [name.strip() for name in lines.readline().split(",")]
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not a CSV text file ({error})") from None
+    first = read_bytes(file, MAX_TABLE_BYTES, DataError).split(b"\n", 1)[0][:MAX_LINE]
+    return [name.strip() for name in first.decode("utf-8-sig", errors="replace").split(",")]
 
 
 def _own_problem(file: Path, experiment: Experiment) -> Problem:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedprune_cli import figures, folder
-from fedprune_cli.errors import CheckpointError
+from fedprune_cli.errors import CheckpointError, one_line
 from fedprune_cli.figures import Record, tested
+from fedprune_cli.files import fits, read_json
 from fedprune_cli.page import (
     csv_text,
     details,
@@ -48,6 +49,13 @@ CONVERGENCE_NOTE = (
 )
 
 
+MANIFEST_FORM = {
+    "method": str, "seed": int, "fresh_devices": int, "train_samples": [int], "histogram": [[int]],
+    "config": {"pruner": {"granularity": str}, "rounds": int, **dict.fromkeys(("data", "partition", "devices", "channel"), dict)},
+    "dataset": {"num_classes": int}, "model": dict, "versions": dict,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder's content. summary is None while the run is unfinished."""
@@ -59,7 +67,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.manifest["method"])
+        return one_line(self.manifest["method"])
 
     @property
     def seed(self) -> int:
@@ -68,9 +76,14 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Returns the run; raises CheckpointError when the folder is not one, or is damaged."""
-    manifest = folder.read_json(path / folder.MANIFEST)
-    rounds = tuple(folder.read_log(path / "rounds.jsonl"))
-    summary = folder.read_json(path / folder.SUMMARY) if (path / folder.SUMMARY).exists() else None
+    folder.check(path, folder.MANIFEST)
+    manifest, summary = read_json(path / folder.MANIFEST, CheckpointError), folder.read_summary(path)
+    if (
+        not fits(manifest, MANIFEST_FORM)
+        or len({manifest["dataset"]["num_classes"], *map(len, manifest["histogram"])}) > 1
+    ):
+        raise CheckpointError(f"{path / folder.MANIFEST}: damaged (not the manifest of a run)")
+    rounds = tuple(folder.read_records(path))
     if not tested(rounds):
         raise CheckpointError(f"{path}: no round has been tested yet, there is nothing to report")
     return Run(path, manifest, rounds, summary)
@@ -535,7 +548,8 @@ def markdown(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> str:
     lines = [f"| | {' | '.join(title for _, title, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method, cells in estimates.items():
         shown = ["-" if (cell := cells.get(key)) is None else cell.text(show) for key, _, show in columns]
-        lines.append(f"| {method} | {' | '.join(shown)} |".replace("\n", " "))
+        name = html.escape(method, quote=False).replace("\\", "\\\\").replace("|", "\\|")
+        lines.append(f"| {name} | {' | '.join(shown)} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 
 

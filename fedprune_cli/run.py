@@ -20,6 +20,7 @@ from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, l
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
+from fedprune_cli.files import read_json, read_yaml
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
 from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
@@ -40,7 +41,7 @@ from fedprune_cli.meter import (
     measure,
 )
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, State, untrained
+from fedprune_cli.state import Array, State, same_form, untrained
 from fedprune_cli.track import check, following
 from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
@@ -118,18 +119,19 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
     """
     experiment = setup.experiment
     with folder.locked(run_dir, wait=wait):
-        state = folder.load(run_dir, experiment.config_hash)
+        saved = folder.load(run_dir, experiment.config_hash)
+        if not same_form(saved.state, setup.initial):
+            raise CheckpointError(f"{run_dir / folder.STATE}: damaged checkpoint (of another model or fleet)")
         with following(experiment.tracking, run_dir) as log:
-            if state.round < experiment.rounds:
+            if saved.state.round < experiment.rounds:
                 with executor(
                     experiment.execution, functools.partial(build_learner, experiment, setup.scenario)
                 ) as workers:
-                    while state.round < experiment.rounds:
+                    while saved.state.round < experiment.rounds:
                         started = time.perf_counter()
-                        state, record = round_step(setup, state, workers)
+                        state, record = round_step(setup, saved.state, workers)
                         timing = {"round": state.round, "wall_s": time.perf_counter() - started}
-                        entries = {"rounds.jsonl": record, "timings.jsonl": timing}
-                        state = folder.commit(run_dir, state, experiment.config_hash, entries)
+                        saved = folder.commit(run_dir, saved, state, {folder.RECORDS: record, folder.TIMINGS: timing})
                         log(record)
                         yield record
         folder.finish(run_dir, summarise(experiment, run_dir))
@@ -163,7 +165,8 @@ def begin_or_reopen(config: DictConfig) -> Setup:
 
 def check_holds(experiment: Experiment) -> None:
     """Raises CheckpointError when the experiment's folder holds another run."""
-    manifest = folder.read_json(experiment.run_dir / folder.MANIFEST)
+    folder.check(experiment.run_dir, folder.MANIFEST)
+    manifest = read_json(experiment.run_dir / folder.MANIFEST, CheckpointError)
     for key, asked in (("config_hash", experiment.config_hash), ("seed", experiment.seed)):
         if manifest.get(key) != asked:
             held = f"{key} {manifest.get(key)!r}, not {asked!r}"
@@ -174,9 +177,13 @@ def check_holds(experiment: Experiment) -> None:
 
 def reopen(run_dir: Path) -> Setup:
     """Returns the setup that a run folder was made with; raises CheckpointError naming what differs."""
-    manifest = folder.read_json(run_dir / folder.MANIFEST)
+    folder.check(run_dir, folder.CONFIG, folder.MANIFEST)
+    manifest, text = (
+        read_json(run_dir / folder.MANIFEST, CheckpointError),
+        read_yaml(run_dir / folder.CONFIG, CheckpointError),
+    )
     try:
-        experiment = build_experiment(DictConfig(OmegaConf.create((run_dir / folder.CONFIG).read_text())))
+        experiment = build_experiment(DictConfig(OmegaConf.create(text)))
     except Exception as error:  # whatever a damaged file makes the YAML parser say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{run_dir / folder.CONFIG}: {reason}") from None
@@ -185,8 +192,8 @@ def reopen(run_dir: Path) -> Setup:
     for key in ("config", "config_hash", "seed", "dataset", "model", "histogram"):
         if now[key] != then.get(key):
             where = (
-                next((k for k in now[key] if now[key][k] != then.get(key, {}).get(k)), "")
-                if isinstance(now[key], dict)
+                next((k for k in now[key] if now[key][k] != then[key].get(k)), "")
+                if isinstance(now[key], dict) and isinstance(then.get(key), dict)
                 else ""
             )
             raise CheckpointError(
@@ -685,7 +692,7 @@ def build_manifest(setup: Setup) -> Record:
 
 def summarise(experiment: Experiment, run_dir: Path) -> Record:
     """Returns the run's summary: figures of the last round (never of the best), sums, and the state's hash."""
-    records = folder.read_log(run_dir / "rounds.jsonl")
+    records = folder.read_records(run_dir)
     last = next(record for record in reversed(records) if record["accuracy"] is not None)
     target = experiment.evaluation.target_accuracy
     reached = [r["simulated_s"] for r in records if target is not None and (r["accuracy"] or 0.0) >= target]

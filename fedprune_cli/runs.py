@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedprune_cli import folder
 from fedprune_cli.errors import CheckpointError
+from fedprune_cli.files import read_json
 from fedprune_cli.page import percent, seconds, terminal_table
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def _run_dirs(root: Path) -> Iterator[Path]:
 def _look(path: Path) -> Listed:
     size = sum(file.lstat().st_size for file in path.rglob("*"))
     try:
-        manifest, records = folder.read_json(path / folder.MANIFEST), folder.read_log(path / "rounds.jsonl")
+        folder.check(path, folder.MANIFEST)
+        manifest, records = read_json(path / folder.MANIFEST, CheckpointError), folder.read_records(path)
         accuracies = [record["accuracy"] for record in records if record["accuracy"] is not None]
         return Listed(
             str(path), _status(path), manifest["method"], manifest["seed"], len(records), manifest["config"]["rounds"],
@@ -64,13 +66,11 @@ def _look(path: Path) -> Listed:
 
 
 def _status(path: Path) -> Status:
-    try:
-        with folder.locked(path):
-            if not (path / folder.SUMMARY).exists():
-                return "interrupted"
-            return "finished" if (path / folder.STATE).exists() else "pruned"
-    except CheckpointError:
+    if folder.is_held(path):
         return "running"
+    if not (path / folder.SUMMARY).exists():
+        return "interrupted"
+    return "pruned" if folder.is_pruned(path) else "finished"
 
 
 def runs_table(runs: Sequence[Listed]) -> Table:
@@ -103,7 +103,7 @@ def prunable(root: Path) -> dict[Path, int]:
                 found[file] = file.lstat().st_size
     for at, folders, _ in os.walk(root):
         for name in folders:
-            if (pid := _unfinished_by(name)) and not _alive(pid):
+            if (pid := _unfinished_by(name)) and not folder.alive(pid):
                 found[Path(at) / name] = sum(file.lstat().st_size for file in (Path(at) / name).rglob("*"))
         folders[:] = [name for name in folders if not _unfinished_by(name)]
     return found
@@ -112,25 +112,15 @@ def prunable(root: Path) -> dict[Path, int]:
 def prune(paths: Sequence[Path]) -> None:
     """Removes what `prunable` found, each checkpoint while no other process has its run."""
     for path in paths:
-        with folder.writing(path):
-            if path.is_dir():
+        if path.is_dir():
+            with folder.writing(path):
                 shutil.rmtree(path)
-                continue
-            with folder.locked(path.parent):
-                path.unlink(missing_ok=True)
+    for run_dir in dict.fromkeys(path.parent for path in paths if path.name == folder.STATE):
+        with folder.locked(run_dir):
+            folder.drop_checkpoint(run_dir)
 
 
 def _unfinished_by(name: str) -> int | None:
     """Returns the process that was making a folder of this name, None when it is no such folder."""
     found = re.fullmatch(r"\..+\.(\d+)\.new", name)
     return int(found[1]) if found else None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

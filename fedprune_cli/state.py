@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,16 +107,27 @@ class State:
     slots: Mapping[str, Array]
 
 
-def encode(state: State, config_hash: str) -> bytes:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: the state, the configuration that it belongs to, and the chained SHA-256 of the records of its rounds."""
+
+    state: State
+    config_hash: str
+    records: str
+
+
+def encode(saved: Saved) -> bytes:
     """Returns the checkpoint as a plain safetensors file; equal states give equal bytes.
 
     Stored personal rows lie in a file of their own, of which it holds the name, the number of rows and the hash.
     """
-    personal = state.personal
+    state, personal = saved.state, saved.state.personal
     tensors = {"shared": state.shared, "personal/initial": personal.initial, "personal/place": personal.place}
     tensors |= {f"slots/{name}": value for name, value in state.slots.items()}
     stored = [personal.name, len(personal.stored), personal.sha256]
-    meta: dict[str, object] = {"round": state.round, "config_hash": config_hash, "personal": stored}
+    meta: dict[str, object] = {
+        "round": state.round, "config_hash": saved.config_hash, "personal": stored, "records": saved.records,
+    }  # fmt: skip
     digest = hashlib.sha256(json.dumps(meta).encode())
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].dtype}{tensors[name].shape}".encode())
@@ -127,24 +139,40 @@ def encode(state: State, config_hash: str) -> bytes:
     )
 
 
-def decode(data: bytes, where: str, read: Callable[[str, tuple[int, int], str], Array]) -> tuple[State, str]:
-    """Returns the state and the config hash that `encode` wrote; raises CheckpointError when any byte differs.
-
-    read: returns the stored personal rows of a file's name, shape and hash.
-    """
+def decode(data: bytes, where: str) -> Saved:
+    """Returns what `encode` wrote, its stored personal rows all zero; raises CheckpointError when any byte differs."""
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header["__metadata__"]["fedprune"])
+        if "records" not in meta:
+            raise CheckpointError(f"{where}: damaged checkpoint, or one of an older version of fedprune")
         slots = {name.removeprefix("slots/"): value for name, value in tensors.items() if name.startswith("slots/")}
         name, rows, sha256 = meta["personal"]
-        initial, place = tensors["personal/initial"], tensors["personal/place"]
+        shared, initial, place = (tensors[key] for key in ("shared", "personal/initial", "personal/place"))
         empty = Personal(initial, place, np.broadcast_to(np.float32(0), (rows, len(initial))), name, sha256)
-        state, config_hash = State(meta["round"], tensors["shared"], empty, slots), meta["config_hash"]
-        intact = encode(state, config_hash) == data
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        saved = Saved(State(meta["round"], shared, empty, slots), meta["config_hash"], meta["records"])
+        intact = encode(saved) == data
+        # what follows can be false only in a file that was made to deceive
+        allowed = re.fullmatch(r"personal-\d{1,9}\.f32", name) and type(meta["round"]) is int and meta["round"] >= 0
+        sound = place.dtype == np.int64 and shared.dtype == initial.dtype == np.float32
+        sound = sound and place.min(initial=-1) >= -1 and place.max(initial=-1) < rows
+        sound = sound and shared.ndim == initial.ndim == place.ndim == 1
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: damaged checkpoint ({type(error).__name__})") from None
     if not intact:
         raise CheckpointError(f"{where}: damaged checkpoint (its content does not match its checksum)")
-    stored = read(name, (rows, len(initial)), sha256)
-    return State(state.round, state.shared, Personal(initial, place, stored, name, sha256), slots), config_hash
+    if not (allowed and sound):
+        raise CheckpointError(f"{where}: damaged checkpoint (its values cannot be)")
+    return saved
+
+
+def same_form(state: State, other: State) -> bool:
+    """Whether two states of a run have arrays of the same shapes and types, as far as both have them."""
+
+    def form(of: State) -> dict[str, tuple[object, ...]]:
+        arrays = {"": of.shared, "personal": of.personal.initial, "place": of.personal.place, **of.slots}
+        return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+    mine, its = form(state), form(other)
+    return all(mine[name] == its[name] for name in mine.keys() & its.keys())

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 
 from fedprune_cli import figures, folder
 from fedprune_cli.config import Experiment, build_experiment
-from fedprune_cli.errors import CheckpointError, FedpruneError, unknown
+from fedprune_cli.errors import CheckpointError, FedpruneError, out_of_memory, unknown
 from fedprune_cli.execute import Execution
+from fedprune_cli.files import fits, read_json
 from fedprune_cli.page import csv_text, figure, html_table, latex_table, page, section, terminal_table, write
 from fedprune_cli.report import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
 from fedprune_cli.run import begin_or_reopen, check_holds, run
@@ -84,7 +85,8 @@ def run_member(config: DictConfig) -> float | list[float] | None:
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         member, values = Member(overrides, run_dir), objectives(experiment, names)
-    except FedpruneError as error:
+    except (FedpruneError, MemoryError, RuntimeError) as raised:
+        error = raised if isinstance(raised, FedpruneError) else out_of_memory(raised)
         member, values = Member(overrides, run_dir, str(error), error.exit_code), None
         print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
     with folder.writing(place):
@@ -111,7 +113,7 @@ def _run_to_end(config: DictConfig, *, shown: bool, serial: bool) -> None:
 
 def objectives(experiment: Experiment, names: Sequence[str]) -> float | list[float]:
     """Returns what a sweeper searches for: figures of the finished run's summary; a list of several, a number of one."""
-    summary = folder.read_json(experiment.run_dir / folder.SUMMARY)
+    summary = folder.read_summary(experiment.run_dir) or {}
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     for name in names:
         if name not in numbers:
@@ -131,11 +133,10 @@ def read_members(folders: Sequence[Path]) -> list[Member]:
         if not files:
             raise CheckpointError(f"{of}: no sweep; a folder of `fedprune train -m` is expected")
         for path in sorted(files, key=lambda file: (len(file.parent.name), file.parent.name)):
-            value = folder.read_json(path)
-            try:
-                member = Member(tuple(value["overrides"]), value["run_dir"], value["error"], value["exit_code"])
-            except (KeyError, TypeError):
-                raise CheckpointError(f"{path}: damaged (not a sweep's member)") from None
+            value = read_json(path, CheckpointError)
+            if not fits(value, {"overrides": [str], "run_dir": str, "error": (str, None), "exit_code": int}):
+                raise CheckpointError(f"{path}: damaged (not a sweep's member)")
+            member = Member(tuple(value["overrides"]), value["run_dir"], value["error"], value["exit_code"])
             members.setdefault(member.run_dir if member.error is None else str(path), member)
     return list(members.values())
 

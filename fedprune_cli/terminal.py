@@ -29,7 +29,7 @@ def show(result: Any) -> None:
     from rich.console import Console
 
     if not _quiet.get():
-        Console().print(result)
+        Console(markup=False, emoji=False).print(result)  # names are the user's, and may look like markup
 
 
 def say(line: str) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedprune_cli import folder
-from fedprune_cli.errors import ConfigError, require
+from fedprune_cli.errors import CheckpointError, ConfigError, require
+from fedprune_cli.files import read_json
 
 Record = Mapping[str, Any]
 Log = Callable[[Record], None]
@@ -233,7 +234,7 @@ def following(tracking: Tracking, run_dir: Path) -> Iterator[Log]:
 
 def read(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the run's manifest, and the records of its finished rounds."""
-    return folder.read_json(run_dir / folder.MANIFEST), folder.read_log(run_dir / "rounds.jsonl")
+    return read_json(run_dir / folder.MANIFEST, CheckpointError), folder.read_records(run_dir)
 
 
 def run_id(manifest: Mapping[str, Any]) -> str:

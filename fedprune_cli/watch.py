@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune_cli import folder
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
+from fedprune_cli.files import parse_json, read_bytes, read_json
 from fedprune_cli.page import terminal_table
 
 if TYPE_CHECKING:
@@ -138,20 +138,14 @@ class Look:
 
 def look(run_dir: Path, prices: Prices) -> Look:
     """Returns what a run's folder shows now; a line that is being written is not seen yet. Raises CheckpointError."""
-    manifest = folder.read_json(run_dir / folder.MANIFEST)
-    try:
-        with folder.locked(run_dir):
-            held = False
-    except CheckpointError:
-        held = True
+    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
+    held = folder.is_held(run_dir)
     finished = (run_dir / folder.SUMMARY).exists()
-    path = run_dir / "rounds.jsonl"
+    path = run_dir / folder.RECORDS
+    lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        rows = kpis([json.loads(line) for line in lines], prices)
+        rows = kpis([parse_json(line) for line in lines], prices)
         return Look(rows, int(manifest["config"]["rounds"]), finished, held)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: damaged (not a run's records)") from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import multiprocessing
 import os
 import subprocess
@@ -11,13 +13,15 @@ import sysconfig
 import tempfile
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from fedprune_cli import cli, run
+from fedprune_cli import cli, folder, run
 from fedprune_cli.config import Experiment, build_experiment, compose_config
+from fedprune_cli.state import State, encode
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -100,6 +104,32 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return python
 
     return make
+
+
+def resign(run_dir: Path) -> None:
+    """Writes the checksums anew, as somebody would who wants a changed folder to be taken for sound."""
+    names = [line.split()[1] for line in (run_dir / folder.SUMS).read_text().splitlines()]
+    sums = [f"{hashlib.sha256((run_dir / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (run_dir / folder.SUMS).write_text("".join(sums))
+
+
+def forge(
+    run_dir: Path,
+    records: list[run.Record] | None = None,
+    state: State | None = None,
+    summary: run.Record | None = None,
+) -> None:
+    """Replaces a finished run's records, state or summary, with every checksum as it would be."""
+    records = folder.read_records(run_dir) if records is None else records
+    lines = [json.dumps(record).encode() + b"\n" for record in records]
+    saved = folder.read_state(run_dir)
+    saved = replace(saved, state=state or saved.state, records=functools.reduce(folder.link, lines, ""))
+    (run_dir / folder.RECORDS).write_bytes(b"".join(lines))
+    (run_dir / folder.STATE).write_bytes(encode(saved))
+    sha256 = hashlib.sha256((run_dir / folder.STATE).read_bytes()).hexdigest()
+    summary = json.loads((run_dir / folder.SUMMARY).read_text()) | {"state_sha256": sha256} | (summary or {})
+    (run_dir / folder.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    resign(run_dir)
 
 
 @pytest.fixture(autouse=True)

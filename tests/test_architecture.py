@@ -10,33 +10,34 @@ from pathlib import Path
 import fedprune_cli
 
 ROOT = Path(fedprune_cli.__file__).parent
-BASE = {"errors", "rng", "state"}
+BASE = {"errors", "files", "rng", "state"}
 ALLOWED = {
     "errors": set(),
     "completion": set(),
+    "files": {"errors"},
     "rng": set(),
     "state": {"errors"},
     "world": BASE,
     "allocate": BASE,
     "learn": BASE,
     "execute": {"errors"},
-    "folder": {"errors", "state"},
-    "track": {"errors", "folder"},
+    "folder": {"errors", "files", "state"},
+    "track": {"errors", "files", "folder"},
     "meter": BASE | {"world", "allocate", "learn"},
     "config": BASE | {"world", "allocate", "learn", "meter", "execute", "track"},
     "run": BASE | {"world", "allocate", "learn", "meter", "execute", "config", "folder", "track"},
     "page": {"folder", "figures"},
-    "report": {"errors", "folder", "figures", "page"},
+    "report": {"errors", "files", "folder", "figures", "page"},
     "figures": set(),
     "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "members": {"errors", "config", "execute", "report", "run"},
     "terminal": {"config", "run"},  # for type checkers only
-    "runs": {"errors", "folder", "page"},
-    "watch": {"errors", "folder", "page"},
-    "sweep": {"errors", "config", "execute", "figures", "folder", "page", "report", "run", "terminal"},
-    "verify": BASE | {"allocate", "folder", "run"},
+    "runs": {"errors", "files", "folder", "page"},
+    "watch": {"errors", "files", "folder", "page"},
+    "sweep": {"errors", "config", "execute", "figures", "files", "folder", "page", "report", "run", "terminal"},
+    "verify": BASE | {"allocate", "learn", "meter", "folder", "run"},
 }
 
 

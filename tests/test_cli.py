@@ -220,7 +220,11 @@ def test_no_color_is_heeded_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
 
     def at_a_terminal(**environment: str) -> str:
         main, side = pty.openpty()
-        command = [sys.executable, "-c", "from fedprune_cli import terminal; terminal.show('[red]text[/red]')"]
+        command = [
+            sys.executable,
+            "-c",
+            "from fedprune_cli import terminal; from rich.text import Text; terminal.show(Text('text', style='red'))",
+        ]
         with subprocess.Popen(command, stdout=side, env={**os.environ, "TERM": "xterm", **environment}) as process:
             process.wait(timeout=60)
         os.close(side)

@@ -194,6 +194,7 @@ def test_a_download_replaces_no_file_of_the_user(tmp_path: Path) -> None:
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
         "MNIST/raw/mine",
         "MNIST/raw/new",
+        "MNIST/raw/new.sha256",
     ]
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_experiment, make_setup, run_to_end
+from conftest import forge, make_experiment, make_setup, run_to_end
 from problems import literature
 from typer.testing import CliRunner
 
 from fedprune_cli.cli import app
 from fedprune_cli.errors import DataError, FedpruneError
+from fedprune_cli.folder import read_records
 from fedprune_cli.planning import answer, problem_from_config, problem_from_csv
 from fedprune_cli.run import reopen
 from fedprune_cli.verify import verify_run
@@ -185,9 +186,8 @@ def test_verify_finds_a_sound_run_sound_and_a_changed_one_not(tmp_path: Path) ->
     assert findings.certified == findings.rounds == 3
     assert findings.solved_again + findings.unsolved == 3
     assert findings.residual <= 1e-9
-    log = tmp_path / "run" / "rounds.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_records(tmp_path / "run")
     records[1]["devices"]["bandwidth_hz"][0] *= 1.001
-    log.write_text("\n".join(map(json.dumps, records)) + "\n")
+    forge(tmp_path / "run", records=records)
     changed = verify_run(reopen(tmp_path / "run"), tmp_path / "run", every=0)
     assert changed.failures == ("round 2: the recorded allocation is not what the configuration gives",)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_to_end
+from conftest import resign, run_to_end
 
 from fedprune_cli import page, report
 from fedprune_cli.errors import CheckpointError
@@ -74,6 +74,7 @@ def test_names_from_users_are_escaped(runs: dict[tuple[str, int], Path]) -> None
     manifest["method"] = "<script>alert(1)</script>"
     manifest["config"]["name"] = "</pre><img src=x>"
     (path / "manifest.json").write_text(json.dumps(manifest))
+    resign(path)
     text = report.write_report(path).read_text()
     assert "<script" not in text
     assert "<img" not in text

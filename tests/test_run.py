@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_setup, run_to_end
+from conftest import TINY, make_setup, resign, run_to_end
 from omegaconf import OmegaConf
 
 from fedprune_cli import folder, run
@@ -218,7 +218,7 @@ def test_without_freezing_no_state_and_no_record_knows_of_it(tmp_path: Path) -> 
     assert set(records[1][0]) - set(records[0][0]) == {"frozen"}
     assert [record | {"frozen": 0} for record in records[0]] == records[1]
     states = [
-        folder.load(at, make_setup(*rest).experiment.config_hash)
+        folder.load(at, make_setup(*rest).experiment.config_hash).state
         for at, rest in ((off, ()), (on, ("participation.freeze_below=0.5", "participation.freeze_window=3")))
     ]
     assert {*states[1].slots} - {*states[0].slots} == {"frozen", "recent_loss"}
@@ -283,6 +283,9 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
         shutil.copytree(tmp_path / "run", damaged)
         file = next(damaged.glob("personal-*.f32")) if name == "PERSONAL" else damaged / name
         file.write_bytes(change(file.read_bytes()))
+        with pytest.raises(CheckpointError, match="damaged"):
+            list(run.run(run.reopen(damaged), damaged))
+        resign(damaged)
         with pytest.raises(CheckpointError, match=message):
             list(run.run(run.reopen(damaged), damaged))
 
@@ -301,15 +304,16 @@ def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: 
             (file,) = (tmp_path / "run").glob("personal-*.f32")
             assert file.stat().st_size <= 4 * len(trained) * size
             state, _ = run.round_step(setup, state, workers)  # all rows in memory: the reference
-    stored = folder.load(tmp_path / "run", setup.experiment.config_hash)
+    stored = folder.load(tmp_path / "run", setup.experiment.config_hash).state
     assert (file.name != "personal-0.f32") == (4 * len(trained) < 60)
     np.testing.assert_array_equal(list(stored.personal), list(state.personal))
     assert len(run.tested_devices(setup)) == 3
+    (tmp_path / "run" / "summary.json").unlink()
     garbage = tmp_path / "run" / "personal-99.f32"  # what a killed process leaves behind
     garbage.write_bytes(b"half")
     with file.open("ab") as rows:
         rows.write(b"more")
-    again = folder.load(tmp_path / "run", setup.experiment.config_hash)
+    again = folder.load(tmp_path / "run", setup.experiment.config_hash).state
     assert not garbage.exists()
     np.testing.assert_array_equal(list(stored.personal), list(again.personal))
 

@@ -64,9 +64,11 @@ def test_pruning_takes_checkpoints_of_finished_runs_and_what_dead_processes_left
     answer = json.loads(fedprune("runs", "--prune", "--yes", "--json").stdout)
     gone = {root / "finished/state.safetensors", root / "finished/personal-0.f32"}
     assert {Path(path) for path in answer["bytes"]} == gone | {left}
-    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == {
-        path: content for path, content in before.items() if path not in gone
+    sums = root / "finished" / folder.SUMS
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path != sums} == {
+        path: content for path, content in before.items() if path not in gone | {sums}
     }
+    folder.check(root / "finished")
     assert (left.exists(), mine.exists()) == (False, True)
     assert {Path(of.path).name: of.status for of in runs.find_runs(root)} == {
         "finished": "pruned",

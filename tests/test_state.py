@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.state import State, decode, encode, untrained
+from fedprune_cli.state import Saved, State, decode, encode, untrained
 
 STATE = State(
     3,
@@ -14,28 +14,25 @@ STATE = State(
 )
 
 
-def no_rows(name: str, shape: tuple[int, int], sha256: str) -> np.ndarray:
-    return np.zeros(shape, np.float32)
-
-
 def test_a_state_survives_the_disk_and_equal_states_have_equal_bytes() -> None:
-    data = encode(STATE, "abc")
-    state, config_hash = decode(data, "x", no_rows)
-    assert config_hash == "abc"
+    data = encode(Saved(STATE, "abc", "def"))
+    saved = decode(data, "x")
+    state = saved.state
+    assert (saved.config_hash, saved.records) == ("abc", "def")
     assert state.round == 3
     assert state.slots["simulated_s"].shape == ()
     assert (len(state.personal), len(state.personal[1])) == (2, 0)
     np.testing.assert_array_equal(state.shared, STATE.shared)
-    assert encode(state, "abc") == data
+    assert encode(saved) == data
 
 
 def test_every_flipped_bit_and_every_truncation_is_detected() -> None:
-    data = encode(STATE, "abc")
+    data = encode(Saved(STATE, "abc", "def"))
     for bit in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CheckpointError, match="damaged"):
-            decode(bytes(damaged), "x", no_rows)
+            decode(bytes(damaged), "x")
     for size in range(len(data)):
         with pytest.raises(CheckpointError, match="damaged"):
-            decode(data[:size], "x", no_rows)
+            decode(data[:size], "x")

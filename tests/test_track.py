@@ -47,7 +47,7 @@ class Planted:
 
         if self.fails == "start":
             raise OSError("no server")
-        for record in folder.read_log(run_dir / "rounds.jsonl"):
+        for record in folder.read_records(run_dir):
             log(record)
         yield log
         if self.fails == "end":
@@ -157,7 +157,7 @@ def test_a_server_that_has_some_rounds_is_sent_the_others(tmp_path: Path, monkey
     records.close()
     del sent[2]  # lost on its way
     list(run.run(run.reopen(tmp_path / "run"), tmp_path / "run"))
-    assert sent == {record["round"]: figures(record) for record in folder.read_log(tmp_path / "run" / "rounds.jsonl")}
+    assert sent == {record["round"]: figures(record) for record in folder.read_records(tmp_path / "run")}
     assert exits == [1, 0]
 
 
@@ -252,7 +252,7 @@ def test_each_tracker_holds_each_round_once(
 
     run_to_end(tmp_path / "plain", "seed=1")
     assert same_bytes(Path("run"), tmp_path / "plain")
-    records = folder.read_log(Path("run/rounds.jsonl"))
+    records = folder.read_records(Path("run"))
     expected = sorted((key, record["round"], value) for record in records for key, value in figures(record).items())
     method, seed, lr, rows = json.loads(succeed("-c", READERS[name]).stdout)
     assert [(key, step) for key, step, _ in sorted(rows)] == [(key, step) for key, step, _ in expected]

@@ -25,6 +25,8 @@ from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
 Shape = tuple[int, int, int]  # channels, height, width
+MAX_WIDTH = 100_000  # of a layer, and channels
+MAX_PARAMS = 10**9
 
 
 class ModelConfig(Protocol):
@@ -49,7 +51,8 @@ class Mlp:
     hidden: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require(all(width > 0 for width in self.hidden), "hidden", list(self.hidden), "a list of widths > 0")
+        widths = len(self.hidden) <= 100 and all(0 < width <= MAX_WIDTH for width in self.hidden)
+        require(widths, "hidden", list(self.hidden), f"a list of at most 100 widths in 1..{MAX_WIDTH}")
 
     def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
         widths = [int(np.prod(shape)), *self.hidden]
@@ -79,8 +82,9 @@ class Cnn:
     padding: int
 
     def __post_init__(self) -> None:
-        require(len(self.channels) == 2 and min(self.channels) > 0, "channels", list(self.channels), "two widths > 0")
-        require(self.hidden > 0, "hidden", self.hidden, "> 0")
+        widths = len(self.channels) == 2 and all(0 < width <= MAX_WIDTH for width in self.channels)
+        require(widths, "channels", list(self.channels), f"two widths in 1..{MAX_WIDTH}")
+        require(0 < self.hidden <= MAX_WIDTH, "hidden", self.hidden, f"in 1..{MAX_WIDTH}")
         require(0 <= self.padding <= 2, "padding", self.padding, "0, 1 or 2")
 
     def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
@@ -113,7 +117,7 @@ class ResNet18:
     groups: int
 
     def __post_init__(self) -> None:
-        require(self.groups > 0, "groups", self.groups, "> 0")
+        require(0 < self.groups <= MAX_WIDTH, "groups", self.groups, f"in 1..{MAX_WIDTH}")
 
     def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
         from torchvision.models.resnet import BasicBlock, ResNet
@@ -137,7 +141,7 @@ class MobileNet:
 
     def __post_init__(self) -> None:
         require(0 < self.width <= 4, "width", self.width, "in (0, 4]")
-        require(self.groups > 0, "groups", self.groups, "> 0")
+        require(0 < self.groups <= MAX_WIDTH, "groups", self.groups, f"in 1..{MAX_WIDTH}")
 
     def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
         from torchvision.models import MobileNetV2
@@ -159,8 +163,14 @@ MODELS: dict[str, type[ModelConfig]] = {"mlp": Mlp, "cnn": Cnn, "resnet18": ResN
 def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Sequential:
     """Returns the model with PyTorch's default initialization drawn from stream (seed, "init").
 
-    Raises ConfigError for a model with running buffers (BatchNorm): they are neither shared nor personal.
+    Raises ConfigError for one too large, and for a model with running buffers (BatchNorm): they are neither shared nor personal.
     """
+    with torch.device("meta"):  # counted before any memory is taken
+        size = sum(
+            param.numel() for block in config.blocks(shape, num_classes).values() for param in block.parameters()
+        )
+    if size > MAX_PARAMS:
+        raise ConfigError(f"model {config.name!r} would have {size} parameters: must be at most {MAX_PARAMS}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(seed, "init").integers(2**62)))
         model = nn.Sequential(config.blocks(shape, num_classes))

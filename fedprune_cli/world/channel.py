@@ -10,11 +10,12 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedprune_cli.errors import DataError, require
+from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 from fedprune_cli.world.devices import Fleet, read_table
 
+MAX_OUTAGES = 10**10
 LIGHT_M_PER_S = 299_792_458.0
 
 
@@ -65,6 +66,11 @@ class Radio:
         """Gilbert-Elliott from its stationary distribution: in outage a fraction enter / (enter + leave) of the time."""
         if self.outage_enter == 0:
             return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
+        if rounds * num_devices > MAX_OUTAGES:
+            raise ConfigError(
+                f"channel.outage_enter={self.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
+                f"must be at most {MAX_OUTAGES}"
+            )
         reachable = np.ones((rounds, num_devices), dtype=bool)
         lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (
             self.outage_enter + self.outage_leave

@@ -21,8 +21,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fedprune_cli.errors import DataError, require
+from fedprune_cli.files import read_bytes
 from fedprune_cli.state import Array
 
+MAX_BYTES = 2**30  # of a file, unpacked
+SUM_SUFFIX = ".sha256"  # of a file beside each that was brought here, with its SHA-256: a disk may change a pixel
 DOWNLOAD_TIMEOUT_S = 10.0  # without an answer; a slow answer may take as long as it takes
 
 
@@ -217,6 +220,9 @@ def _staged(folder: Path) -> Iterator[Path]:
         for path in [path for path in Path(stage).rglob("*") if path.is_file()]:
             target = folder / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            target.with_name(target.name + SUM_SUFFIX).write_text(f"{digest}\n")
             path.replace(target)
 
 
@@ -262,8 +268,16 @@ def _plain_or_gz(path: Path) -> Path:
 
 def _read_idx(path: Path, rank: int) -> Array:
     """Returns the bytes of an IDX file as an array of `rank` dimensions; raises DataError."""
+    data = read_bytes(path, MAX_BYTES, DataError)
+    beside = path.with_name(path.name + SUM_SUFFIX)
+    if beside.is_file() and beside.read_text(errors="replace").strip() != hashlib.sha256(data).hexdigest():
+        raise DataError(
+            f"{path}: damaged: not what {beside.name} was written for; remove both to have them brought again"
+        )
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(data)) as packed:
+                data = packed.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or truncated ({_reason(error)})") from None
     head = 4 + 4 * rank
@@ -325,7 +339,7 @@ class Cifar10(Downloaded):
         if not all(path.is_file() for path in paths):
             return None
         for path, (_, expected) in zip(paths, listed, strict=True):
-            data = path.read_bytes()
+            data = read_bytes(path, MAX_BYTES, DataError)
             if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != expected:
                 raise DataError(f"{path}: damaged or truncated: MD5 {found} of {len(data)} bytes, must be {expected}")
         halves = [dataset(root=str(self.folder), train=train, download=False) for train in (True, False)]

@@ -12,11 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, DataError, require
+from fedprune_cli.files import read_bytes
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array
 
 MAX_DEVICES = 10**7
 MAX_TABLE_BYTES = 64 * 2**20
+MAX_LINE = 10_000
 # What a column may hold: generous, and narrow enough that no later exponent or square overflows.
 RANGES = {
     "cpu_ghz": (1e-6, 1e6),
@@ -321,13 +323,11 @@ def read_table(
 
     Raises DataError naming the file, the line, the column, the value and what is allowed.
     """
-    path = Path(file)
     try:
-        if path.stat().st_size > MAX_TABLE_BYTES:
-            raise DataError(f"{file}: {path.stat().st_size} bytes, at most {MAX_TABLE_BYTES} are read")
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+        content = read_bytes(Path(file), MAX_TABLE_BYTES, DataError).decode("utf-8-sig").splitlines()
+        if (longest := max(map(len, content), default=0)) > MAX_LINE:
+            raise DataError(f"{file}: a line of {longest} characters, at most {MAX_LINE} are read")
+        lines = list(csv.reader(content))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: not a CSV text file ({error})") from None
     header = [name.strip() for name in lines[0]] if lines else []

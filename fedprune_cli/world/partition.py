@@ -13,6 +13,8 @@ from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.state import Array, Ragged, ragged
 
+MAX_DRAWN = 10**9  # samples of all devices
+
 
 class PartitionConfig(Protocol):
     """A partition plug-in: a frozen dataclass whose fields are its configuration."""
@@ -159,6 +161,11 @@ class Drawn:
         require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
 
     def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        if num_devices * self.samples > MAX_DRAWN:
+            raise ConfigError(
+                f"{num_devices} devices of {self.samples} samples are {num_devices * self.samples}: must be at most {MAX_DRAWN}; "
+                "lower devices.count, devices.fresh or partition.samples"
+            )
         rng = stream(seed, "partition")
         classes = np.unique(labels)
         mix = rng.standard_gamma(self.alpha, (num_devices, len(classes)))
