@@ -27,6 +27,7 @@ from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.errors import ConfigError, require, unknown
 from fedprune_cli.execute import Execution
+from fedprune_cli.failsafe import Failsafe
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import MODELS, ModelConfig
 from fedprune_cli.learn.personalize import METHODS, Method
@@ -36,6 +37,7 @@ from fedprune_cli.state import Array
 from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
+from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
 
 PACKAGE = Path(__file__).parent
@@ -163,6 +165,8 @@ class Experiment:
     deadline: Deadline
     payload: Payload
     participation: Participation
+    faults: Faults
+    failsafe: Failsafe
     evaluation: Evaluation
     meter: Meter
     execution: Execution
@@ -175,6 +179,11 @@ class Experiment:
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
         require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
 
+    @property
+    def faulty(self) -> bool:
+        """Whether anything goes wrong, or the server does other than it would if nothing did."""
+        return not (self.faults.none and self.failsafe.none)
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
@@ -182,6 +191,8 @@ class Experiment:
         for key in ("seed", "out", "execution"):
             del fields[key]
         fields["data"].pop("root", None)
+        if not self.faulty:  # then they decide nothing
+            del fields["faults"], fields["failsafe"]
         numerics = {
             "torch": version("torch"),
             "threads": 1,
@@ -217,6 +228,8 @@ SECTIONS: dict[str, type] = {
     "deadline": Deadline,
     "payload": Payload,
     "participation": Participation,
+    "faults": Faults,
+    "failsafe": Failsafe,
     "evaluation": Evaluation,
     "meter": Meter,
     "execution": Execution,

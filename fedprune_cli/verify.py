@@ -16,6 +16,7 @@ from fedprune_cli.run import (
     Record,
     Setup,
     allocate,
+    estimate,
     frozen_devices,
     participants,
     round_problems,
@@ -70,6 +71,12 @@ def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict
         slots, devices, np.array(ratio[:training]), np.array(error[:training])
     )
     stopped = setup.experiment.participation.next_slots(slots, devices, loss[:training])
+    if "faults" in record:
+        latency_s = np.array(record["devices"].get("latency_s", [])[:training])
+        guarded = setup.experiment.failsafe.next_slots(
+            slots, record["round"] - 1, devices, latency_s, record["deadline_s"], record["faults"]
+        )
+        learned |= guarded
     if "rounding" in slots and record["rounding_error"] is not None:
         learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
     return {**slots, **learned, **stopped, "simulated_s": np.array(record["simulated_s"])}
@@ -94,7 +101,8 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
             if record["devices"]["id"] != frozen.tolist():
                 failures.append(f"round {record['round']}: the recorded devices are not what the configuration gives")
             continue
-        problems = round_problems(setup, ids, conditions.gain_linear[ids], number, slots)
+        believed, gain = estimate(setup, conditions.gain_linear, number)
+        problems = round_problems(believed, ids, gain[ids], number, slots)
         bits, allocation = allocate(experiment, problems, number, slots)
         problem = problems.by_bits[bits]
         slots = next_slots(setup, slots, record)

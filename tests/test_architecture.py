@@ -21,8 +21,9 @@ ALLOWED = {
     "execute": {"errors"},
     "folder": {"errors", "state"},
     "meter": BASE | {"world", "allocate", "learn"},
-    "config": BASE | {"world", "allocate", "learn", "meter", "execute"},
-    "run": BASE | {"world", "allocate", "learn", "meter", "execute", "config", "folder"},
+    "failsafe": BASE | {"world", "allocate", "learn"},
+    "config": BASE | {"world", "allocate", "learn", "meter", "execute", "failsafe"},
+    "run": BASE | {"world", "allocate", "learn", "meter", "execute", "failsafe", "config", "folder"},
     "page": {"folder", "figures"},
     "report": {"errors", "folder", "figures", "page"},
     "figures": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
     "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
     "members": {"errors", "config", "execute", "report", "run"},
-    "verify": BASE | {"allocate", "folder", "run"},
+    "verify": BASE | {"allocate", "failsafe", "folder", "run"},
 }
 
 
