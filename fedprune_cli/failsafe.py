@@ -30,7 +30,7 @@ from fedprune_cli.world.faults import Fates, Faults
 
 SLACK = 0.01  # of the deadline within which it counts as met: kept entries are whole, and headers are sent with them
 MAX_MAGNITUDE = 1e9  # a value beyond it is as good as infinite
-RECOVERY = 0.95  # the most that a device's margin shrinks in a round
+RECOVERY = 0.99  # the most by which a device's margin shrinks in a round
 MAX_CAUTION = 100.0
 FOREVER = int(np.iinfo(np.int64).max)
 
@@ -48,8 +48,8 @@ class Failsafe:
     update is late, and for which the server waits for those that never come. max_staleness: rounds by which an update may be old,
     where it counts 1 / (1 + age). aggregation: `mean`, `median`, `trimmed_mean` (without the share `trim` at either end) or `clipped`
     (the mean of changes no longer than clip_norm median ones). safe_ratio: plan a device that missed its deadline with the time that
-    it took, so that it prunes more. quarantine_after: offences (refused, or beyond outlier_norm median norms) after which a device takes
-    no part for quarantine_rounds; None: never, and for good.
+    it took, so that it prunes more. quarantine_after: offences (refused, or beyond outlier_norm median norms) in successive
+    rounds of its own after which a device takes no part for quarantine_rounds; None: never, and for good.
     """
 
     late: str
@@ -105,17 +105,18 @@ class Failsafe:
     ) -> dict[str, Array]:
         """Returns what is remembered of the devices `ids` [K], which took latency_s [K], after round `number`: all from its record."""
         new: dict[str, Array] = {}
+        seen = ~np.isin(ids, [*log["died"], *log["lost"], *log["delayed"]])
         if self.safe_ratio:
             new["caution"] = caution = slots["caution"].copy()
-            seen = ~np.isin(ids, [*log["died"], *log["lost"], *log["delayed"]])
             slowness = latency_s[seen] / max(deadline_s, 1e-300)
-            slowness[slowness <= 1 + SLACK] = np.clip(slowness[slowness <= 1 + SLACK], RECOVERY, 1.0)
+            slowness = np.where(slowness > 1 + SLACK, slowness, np.clip(slowness, RECOVERY, 1.0))
             caution[ids[seen]] = np.clip(caution[ids[seen]] * slowness, 1.0, MAX_CAUTION)
         if self.quarantine_after is not None:
             offences, until = slots["offences"].copy(), slots["quarantined_until"].copy()
-            offences[[*log["refused"], *log["outliers"]]] += 1
-            caught = offences >= self.quarantine_after
-            rounds = self.quarantine_rounds
+            offended = [*log["refused"], *log["outliers"]]
+            offences[np.setdiff1d(ids[seen], offended)] = 0
+            offences[offended] += 1
+            caught, rounds = offences >= self.quarantine_after, self.quarantine_rounds
             until[caught], offences[caught] = FOREVER if rounds is None else number + 1 + rounds, 0
             new |= {"offences": offences, "quarantined_until": until}
         return new
