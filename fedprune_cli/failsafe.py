@@ -46,10 +46,11 @@ class Failsafe:
 
     late: of an update after the deadline, `wait` for it, `drop` it or `defer` it to the next round. wait_factor: deadlines after which an
     update is late, and for which the server waits for those that never come. max_staleness: rounds by which an update may be old,
-    where it counts 1 / (1 + age). aggregation: `mean`, `median`, `trimmed_mean` (without the share `trim` at either end) or `clipped`
-    (the mean of changes no longer than clip_norm median ones). safe_ratio: plan a device that missed its deadline with the time that
-    it took, so that it prunes more. quarantine_after: offences (refused, or beyond outlier_norm median norms) in successive
-    rounds of its own after which a device takes no part for quarantine_rounds; None: never, and for good.
+    where it counts 1 / (1 + age). aggregation: `mean`, `median` or `trimmed_mean` (without the share `trim` at either end), of which
+    the latter two count each device once. clip_norm: the median norms to which a longer change is shortened before, None: never.
+    safe_ratio: plan a device that missed its deadline with the time that it took, so that it prunes more. quarantine_after: offences
+    (refused, or beyond outlier_norm median norms) in successive rounds of its own after which a device takes no part for
+    quarantine_rounds; None: never, and for good.
     """
 
     late: str
@@ -57,7 +58,7 @@ class Failsafe:
     max_staleness: int
     aggregation: str
     trim: float
-    clip_norm: float
+    clip_norm: float | None
     safe_ratio: bool
     quarantine_after: int | None
     quarantine_rounds: int | None
@@ -67,10 +68,11 @@ class Failsafe:
         require(self.late in ("wait", "drop", "defer"), "late", self.late, "'wait', 'drop' or 'defer'")
         require(1 <= self.wait_factor < math.inf, "wait_factor", self.wait_factor, ">= 1 and finite")
         require(0 <= self.max_staleness <= 10**6, "max_staleness", self.max_staleness, "in 0..1000000")
-        kinds = ("mean", "median", "trimmed_mean", "clipped")
+        kinds = ("mean", "median", "trimmed_mean")
         require(self.aggregation in kinds, "aggregation", self.aggregation, f"one of {', '.join(kinds)}")
         require(0 <= self.trim < 0.5, "trim", self.trim, "in [0, 0.5)")
-        require(0 < self.clip_norm < math.inf, "clip_norm", self.clip_norm, "> 0 and finite")
+        norm = self.clip_norm
+        require(norm is None or 0 < norm < math.inf, "clip_norm", norm, "> 0 and finite, or null")
         require(0 < self.outlier_norm < math.inf, "outlier_norm", self.outlier_norm, "> 0 and finite")
         for key in ("quarantine_after", "quarantine_rounds"):
             value = getattr(self, key)
@@ -79,7 +81,7 @@ class Failsafe:
     @property
     def none(self) -> bool:
         """Whether a run without faults is the same with and without it."""
-        plain = self.late == "wait" and self.aggregation == "mean"
+        plain = self.late == "wait" and self.aggregation == "mean" and self.clip_norm is None
         return plain and not self.safe_ratio and self.quarantine_after is None
 
     def slots(self, faults: Faults, num_devices: int, shared_params: int) -> dict[str, Array]:
@@ -270,8 +272,8 @@ def _under_way(
 
 
 def _within_norms(failsafe: Failsafe, old: Array, arrivals: list[Arrival], log: Log) -> list[Arrival]:
-    """Returns the arrivals, shortened where the aggregation clips, and logs those that are far longer than the others."""
-    clips, judges = failsafe.aggregation == "clipped", failsafe.quarantine_after is not None
+    """Returns the arrivals, shortened where clip_norm says so, and logs those that are far longer than the others."""
+    clips, judges = failsafe.clip_norm, failsafe.quarantine_after is not None
     if not arrivals or not (clips or judges):
         return arrivals
     norms = change_norms(old, [arrival.mask for arrival in arrivals], [arrival.values for arrival in arrivals])
@@ -281,9 +283,9 @@ def _within_norms(failsafe: Failsafe, old: Array, arrivals: list[Arrival], log: 
     ids = np.array([arrival.device for arrival in arrivals])
     if judges:
         log["outliers"] = sorted(ids[norms > failsafe.outlier_norm * middle].tolist())
-    if not clips:
+    if clips is None:
         return arrivals
-    bound = failsafe.clip_norm * middle
+    bound = clips * middle
     log["clipped"] = sorted(ids[norms > bound].tolist())
     return [
         replace(arrival, values=clip(old, arrival.mask, arrival.values, norm, bound))

@@ -190,8 +190,8 @@ FAULT_TITLES = {
     "refused": "refused: not finite, or of a wrong size",
     "stale": "stale: from an earlier round, taken with less weight",
     "expired": "expired: too old, or from a device in quarantine",
-    "clipped": "clipped to the median length",
-    "outliers": "outliers: much longer than the median",
+    "clipped": "clipped: shortened to clip_norm median norms",
+    "outliers": "outliers: beyond outlier_norm median norms",
     "safe": "planned with more time than estimated",
     "quarantined": "in quarantine, taking no part",
 }
@@ -233,6 +233,8 @@ def _rules(run: Run) -> str:
         f"took updates up to {rules['max_staleness']} rounds old",
         f"combined by {rules['aggregation'].replace('_', ' ')}",
     ]
+    if rules["clip_norm"] is not None:
+        words.append(f"clipped changes to {rules['clip_norm']:g} median norms")
     if rules["safe_ratio"]:
         words.append("pruned more where a device had missed its deadline")
     if (after := rules["quarantine_after"]) is not None:
