@@ -16,9 +16,10 @@ from hypothesis.extra.numpy import arrays
 
 from fedprune_cli import report, run
 from fedprune_cli.config import CONF, compose_config
-from fedprune_cli.errors import ConfigError
-from fedprune_cli.failsafe import KINDS, Arrival, Failsafe, deliver
-from fedprune_cli.learn.client import Update
+from fedprune_cli.errors import ConfigError, DeviceError
+from fedprune_cli.failsafe import KINDS, Arrival, Failsafe, deliver, keep_what_holds
+from fedprune_cli.learn.batched import train_block
+from fedprune_cli.learn.client import Update, train
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.learn.server import aggregate, change_norms, clip, trimmed_mean
 from fedprune_cli.state import Array, State, untrained
@@ -109,6 +110,40 @@ def test_a_run_in_which_nothing_arrives_goes_on_and_changes_nothing(
         np.testing.assert_array_equal(list(state.personal), list(setup.initial.personal))
 
 
+def test_poison_that_makes_training_diverge_ends_no_run(tmp_path: Path) -> None:
+    overrides = (
+        "faults.poisoned_share=0.5",
+        "faults.poison_scale=1e7",
+        "training.lr=0.5",
+        "rounds=4",
+        "payload.bits=[8]",
+    )
+    records = run_to_end(tmp_path / "run", *overrides)
+    assert any(record["faults"]["refused"] for record in records)
+    state = run.folder.load(tmp_path / "run", make_setup(*overrides).experiment.config_hash)
+    assert np.isfinite(state.shared).all()
+    assert all(np.isfinite(row).all() for row in state.personal)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_who_diverged_keeps_its_personal_part_and_its_residual(bits: int) -> None:
+    setup = make_setup("faults=poisoned")
+    learner = run.build_learner(setup.experiment, setup.scenario)
+    unit = run.train_unit(
+        setup, setup.initial, Masks(np.arange(setup.cost.shared_params), np.full(4, setup.cost.shared_params)), 1, bits
+    )
+    unit = dataclasses.replace(unit, shared=np.full_like(unit.shared, 1e30), residual=np.ones_like(unit.shared))
+    for update in (train(learner, unit), train_block(learner, [unit])[0]):
+        assert not np.isfinite(update.shared).all()
+        assert update.train_loss is None
+        (kept,) = keep_what_holds([update], [unit], np.array([False]))
+        np.testing.assert_array_equal(kept.personal, unit.personal)
+        np.testing.assert_array_equal(kept.residual, unit.residual)
+        assert kept.rounding_error is None
+    with pytest.raises(DeviceError, match="the training loss is nan"):
+        train(learner, dataclasses.replace(unit, may_diverge=False))
+
+
 def test_the_dead_are_waited_for_and_what_they_spent_is_counted(tmp_path: Path) -> None:
     alive = run_to_end(tmp_path / "alive", "rounds=1")[0]
     dying = run_to_end(tmp_path / "dying", "rounds=1", "faults.die=0.5", "failsafe.wait_factor=2")[0]
@@ -193,8 +228,10 @@ def test_late_updates_follow_the_policy_and_stale_ones_count_less() -> None:
     assert ends == {"wait": (1.5, [0, 1]), "drop": (1.0, [0]), "defer": (1.0, [0])}
     assert delivery.slots["way_due"].tolist() == [1]
 
-    def next_round(number: int, old: float) -> Any:
-        state = State(number, np.full(5, old, np.float32), untrained(np.zeros(0, np.float32), 2), delivery.slots)
+    def next_round(number: int, old: float, **slots: Array) -> Any:
+        state = State(
+            number, np.full(5, old, np.float32), untrained(np.zeros(0, np.float32), 2), delivery.slots | slots
+        )
         nobody = np.zeros(0, dtype=bool)
         fates = Fates(nobody, np.ones(0), nobody, np.zeros(0, np.int64), np.array([], dtype="<U9"))
         masks = Masks(np.arange(5), np.full(2, 5))
@@ -206,6 +243,7 @@ def test_late_updates_follow_the_policy_and_stale_ones_count_less() -> None:
     assert taken.arrivals[0].values.tolist() == [13] * 5  # its change of u, on what u is now
     assert len(taken.slots["way_due"]) == 0
     assert next_round(3, 10.0).log["expired"] == [1]
+    assert next_round(2, 10.0, quarantined_until=np.array([0, 9])).log["expired"] == [1]
     fresh = Arrival(0, np.ones(5, bool), np.full(5, 1, np.float32))
     assert _combined([fresh, taken.arrivals[0]], PLAIN).tolist() == [4] * 5  # (1 + 13 / 3) / (1 + 1 / 3)
 
