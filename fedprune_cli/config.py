@@ -30,6 +30,7 @@ from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, require, unknown
 from fedprune_cli.execute import Execution
+from fedprune_cli.failsafe import Failsafe
 from fedprune_cli.files import read_yaml
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import MODELS, ModelConfig
@@ -41,6 +42,7 @@ from fedprune_cli.track import TRACKERS, Tracking
 from fedprune_cli.world.channel import CHANNELS, Channel
 from fedprune_cli.world.datasets import DATASETS, DatasetConfig
 from fedprune_cli.world.devices import FLEETS, Devices
+from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
 
 MAX_OVERRIDE = 10_000  # characters
@@ -172,6 +174,8 @@ class Experiment:
     deadline: Deadline
     payload: Payload
     participation: Participation
+    faults: Faults
+    failsafe: Failsafe
     evaluation: Evaluation
     meter: Meter
     execution: Execution
@@ -185,6 +189,11 @@ class Experiment:
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
         require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
 
+    @property
+    def faulty(self) -> bool:
+        """Whether anything goes wrong, or the server does other than it would if nothing did."""
+        return not (self.faults.none and self.failsafe.none)
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
@@ -192,6 +201,8 @@ class Experiment:
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if not self.faulty:  # then they decide nothing
+            del fields["faults"], fields["failsafe"]
         numerics = {
             "torch": version("torch"),
             "threads": 1,
@@ -228,6 +239,8 @@ SECTIONS: dict[str, type] = {
     "deadline": Deadline,
     "payload": Payload,
     "participation": Participation,
+    "faults": Faults,
+    "failsafe": Failsafe,
     "evaluation": Evaluation,
     "meter": Meter,
     "execution": Execution,

@@ -202,6 +202,24 @@ class Measurement:
         """t_k [K]; the round lasts as long as its slowest device."""
         return self.downlink_s + self.compute_s + self.uplink_s
 
+    def cut_short(self, share: Array, tx_power_w: Array) -> Measurement:
+        """Returns the figures of devices that stop after the share [K] of their seconds of computing and sending."""
+        stops = share < 1
+        done_s = share * (self.compute_s + self.uplink_s)
+        compute_s = np.minimum(self.compute_s, done_s)
+        uplink_s = done_s - compute_s
+        computed = np.divide(compute_s, self.compute_s, out=np.ones(len(share)), where=self.compute_s > 0)
+        sent = np.divide(uplink_s, self.uplink_s, out=np.ones(len(share)), where=self.uplink_s > 0)
+        radio_j = tx_power_w * self.uplink_s
+        cut = {
+            "compute_s": compute_s,
+            "uplink_s": uplink_s,
+            "joules": computed * (self.joules - radio_j) + sent * radio_j,
+            "flops": computed * self.flops,
+            "bytes_up": np.floor(sent * self.bytes_up),
+        }
+        return replace(self, **{name: np.where(stops, value, getattr(self, name)) for name, value in cut.items()})
+
     def joined(self, other: Measurement) -> Measurement:
         """Returns the figures of these devices and of others that heard more of the same broadcast."""
         arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up")

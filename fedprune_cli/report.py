@@ -130,12 +130,15 @@ def write_report(path: Path, out: Path | None = None) -> Path:
         *(figure(name, drawing, captions[name]) for name, drawing in drawn.items()),
         section("Figures of the run", html_table(["figure", "value"], _facts(run))),
         section("Certificate", html_table(["figure", "value"], _certificate_facts(run))),
+        *_fault_sections({run.method: (run,)}),
         section("Reproduce", f"<p>State: <code>{_state_hash(run)}</code></p>" + _reproduce(run)),
     ]
-    plain = [key for key, value in run.rounds[0].items() if key != "devices"]
+    plain = [key for key, value in run.rounds[0].items() if key not in ("devices", "faults")]
+    kinds = [kind for kind in FAULT_TITLES if any("faults" in record for record in run.rounds)]
     files = {
         "index.html": page(f"{run.method}, seed {run.seed}", body),
-        "rounds.csv": csv_text(plain, [[record[key] for key in plain] for record in run.rounds]),
+        "rounds.csv": csv_text([*plain, *kinds],
+                               [[*(r[key] for key in plain), *_fault_counts([r], kinds)] for r in run.rounds]),
         "devices.csv": csv_text(*_device_rows(run)),
         "histogram.csv": csv_text(["device", *(f"class_{c}" for c in range(run.manifest["dataset"]["num_classes"]))],
                               [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]),
@@ -192,6 +195,71 @@ def _certificate_facts(run: Run) -> list[list[str]]:
     else:
         facts.append(["certificate", "none: this allocator claims no optimality of P1"])
     return facts
+
+
+# What the log of a round names, and what became of it.
+FAULT_TITLES = {
+    "died": "died in mid-round: nothing arrived",
+    "lost": "lost on the radio",
+    "delayed": "sent, to arrive in a later round",
+    "poisoned": "sent poison (the server cannot see it)",
+    "late": "late: after the deadline",
+    "refused": "refused: not finite, or of a wrong size",
+    "stale": "stale: from an earlier round, taken with less weight",
+    "expired": "expired: too old, or from a device in quarantine",
+    "clipped": "clipped: shortened to clip_norm median norms",
+    "outliers": "outliers: beyond outlier_norm median norms",
+    "safe": "planned with more time than estimated",
+    "quarantined": "in quarantine, taking no part",
+}
+
+
+def _fault_counts(records: Sequence[Record], kinds: Sequence[str]) -> list[int]:
+    """Returns for each kind how many device-rounds the logs name."""
+    return [sum(len(record.get("faults", {}).get(kind, ())) for record in records) for kind in kinds]
+
+
+def _fault_sections(runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Returns the section on faults and fail-safes, or nothing when no round of any run names one."""
+    of = {name: [record for run in group for record in run.rounds] for name, group in runs.items()}
+    counts = {name: _fault_counts(records, list(FAULT_TITLES)) for name, records in of.items()}
+    shown = [at for at in range(len(FAULT_TITLES)) if any(count[at] for count in counts.values())]
+    if not shown:
+        return []
+    titles = list(FAULT_TITLES.values())
+    rows = [[titles[at], *(str(count[at]) for count in counts.values())] for at in shown]
+    waited = [sum(record.get("faults", {}).get("waited_s", 0.0) for record in records) for records in of.values()]
+    rows.append(["waited for what did not come", *(seconds(value) for value in waited)])
+    rules = "".join(f"<li>{html.escape(name)}: {html.escape(_rules(group[0]))}</li>" for name, group in runs.items())
+    note = "<p class=note>Device-rounds. What the server did:</p>"
+    return [section("Faults and fail-safes", html_table(["", *runs], rows) + f"{note}<ul>{rules}</ul>")]
+
+
+def _rules(run: Run) -> str:
+    """Says in a sentence which fail-safes a run had."""
+    rules = run.manifest["config"].get("failsafe")
+    if rules is None:
+        return "waited for every update and took the mean"
+    late = {
+        "wait": "waited for late updates",
+        "drop": "dropped late updates",
+        "defer": "took late updates a round later",
+    }
+    words = [
+        f"{late[rules['late']]} (late after {rules['wait_factor']:g} deadlines)",
+        f"took updates up to {rules['max_staleness']} rounds old",
+        f"combined by {rules['aggregation'].replace('_', ' ')}",
+    ]
+    if rules["clip_norm"] is not None:
+        words.append(f"clipped changes to {rules['clip_norm']:g} median norms")
+    if rules["safe_ratio"]:
+        words.append("pruned more where a device had missed its deadline")
+    if (after := rules["quarantine_after"]) is not None:
+        rounds = rules["quarantine_rounds"]
+        words.append(
+            f"shut devices out {'for good' if rounds is None else f'for {rounds} rounds'} after {after} offences in a row"
+        )
+    return ", ".join(words)
 
 
 def _device_rows(run: Run) -> tuple[list[str], list[list[Any]]]:
@@ -515,6 +583,7 @@ def write_comparison(
         *(figure(name, drawing, captions[name]) for name, drawing in drawn.items() if name != "progress"),
         section("What limits a round", html_table(LIMIT_HEADERS, _limit_rows(comparison)) + f"<p class=note>{LIMIT_NOTE}</p>"),
         section("Certificates", html_table(["", *CERTIFICATE_HEADERS], _certificate_rows(comparison))),
+        *_fault_sections(comparison.runs),
         section("Devices", "".join(_devices_of(method, runs[0]) for method, runs in comparison.runs.items())),
         section("Runs", html_table(["method", "seed", "folder"], members)),
         section("Reproduce", how + _reproduce(first)),

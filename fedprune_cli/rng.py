@@ -10,16 +10,23 @@ import numpy as np
 Purpose = Literal[
     "allocator",  # random baseline allocator
     "batch",  # minibatch order of (round, device, phase)
+    "channel_error",  # of the server's gains of (round)
+    "clock_error",  # of the server's clocks
+    "death",  # who dies in mid-round of (round), and when
+    "delay",  # whose update is late by rounds, of (round)
     "evaluation",  # which devices are tested, when not all
     "fading",  # block fading of (round)
     "fleet",  # clocks, powers and distances
     "importance",  # random pruner, of (round)
     "init",  # initial model parameters
     "los",  # line-of-sight state of each device
+    "loss",  # Gilbert-Elliott state of lost updates of (round)
     "outage",  # Gilbert-Elliott state of (round)
     "participants",  # devices of (round)
     "partition",  # which device owns which sample
+    "poison",  # noise sent by (round, device)
     "rounding",  # stochastic rounding of the payload of (round, device)
+    "saboteurs",  # which devices send what they should not
     "shadowing",  # log-normal shadowing of each device
     "split",  # train and test samples of (device)
 ]

@@ -16,10 +16,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import folder
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency
+from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency, rate
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
+from fedprune_cli.failsafe import KINDS, Arrival, Log, cautious, deliver, keep_what_holds, quarantined
 from fedprune_cli.files import read_json, read_yaml
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
@@ -27,7 +28,6 @@ from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost,
 from fedprune_cli.learn.personalize import Phase, personal_only
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
 from fedprune_cli.learn.quantize import BITS_PER_PARAM, bits_per_value, levels
-from fedprune_cli.learn.server import aggregate
 from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.meter import (
     Load,
@@ -78,7 +78,8 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     if not len(ids):
         return idle_round(setup, state, radio, frozen, workers)
 
-    problems = round_problems(setup, ids, radio.gain_linear[ids], state.round, state.slots)
+    believed, gain = estimate(setup, radio.gain_linear, state.round)
+    problems = round_problems(believed, ids, gain[ids], state.round, state.slots)
     bits, allocation = allocate(experiment, problems, state.round, state.slots)
     taking = np.flatnonzero(allocation.admitted)
     devices = ids[taking]
@@ -88,19 +89,31 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     masks = build_masks(experiment.pruner, state, prune_ratio, experiment.seed, setup.layout)
     errors = pruning_errors(state, masks, np.concatenate([devices, frozen]))
 
-    updates = train_devices(
-        setup, workers, [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
-    )
-    shared, gradient = server_step(setup, state, masks, updates)
+    units = [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
+    fates = experiment.faults.draw(experiment.seed, state.round, experiment.rounds, scenario.num_devices, devices)
+    updates = keep_what_holds(train_devices(setup, workers, units), units, fates.died)
+    problems, allocation = as_it_was(setup, believed, problems, allocation, ids, radio, state)
+    measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
+    measured = measured.cut_short(fates.work, scenario.fleet.tx_power_w[devices])
+    delivery = deliver(
+        experiment.faults, experiment.failsafe, experiment.seed, state, masks, updates, fates,
+        measured.latency_s, allocation.deadline_s,
+    )  # fmt: skip
+    shared, gradient = server_step(setup, state, delivery.arrivals)
     own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
     personal = state.personal.replaced({update.device: update.personal for update in [*updates, *own]})
 
-    measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
+    learned = experiment.failsafe.next_slots(
+        state.slots, state.round, devices, measured.latency_s, allocation.deadline_s, delivery.log
+    )
+    latency_s = delivery.latency_s
     if own:
         hears = radio.gain_linear[np.concatenate([ids, frozen])]
-        measured = measured.joined(measure_frozen(setup, masks, frozen, hears, measured.bytes_down))
-    clock = state.slots["simulated_s"] + measured.latency_s.max(initial=0.0)
-    slots = {"prune_ratio": prune_ratio, "simulated_s": clock}
+        alone = measure_frozen(setup, masks, frozen, hears, measured.bytes_down)
+        latency_s = max(latency_s, float(alone.latency_s.max()))
+        measured = measured.joined(alone)
+    clock = state.slots["simulated_s"] + latency_s
+    slots = {"prune_ratio": prune_ratio, "simulated_s": clock} | delivery.slots | learned
     slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors[: len(devices)])
     slots |= experiment.participation.next_slots(state.slots, devices, [update.train_loss for update in updates])
     slots |= rounding_slots(state.slots, bits, updates)
@@ -108,8 +121,9 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
 
     scores = test_models(setup, new, masks, workers)
     return new, build_record(
-        setup, new, problems.reference, bits, allocation, updates, own, measured, gradient, errors, scores
-    )
+        setup, new, problems.reference, bits, allocation, updates, own, measured, latency_s, gradient, errors, scores,
+        delivery.log,
+    )  # fmt: skip
 
 
 def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
@@ -206,14 +220,36 @@ def reopen(run_dir: Path) -> Setup:
 
 
 def participants(setup: Setup, radio: Conditions, number: int, slots: Mapping[str, Array]) -> Array:
-    """Returns the ids of the training devices that take part, ascending: those not in outage or frozen, or `per_round` drawn of them."""
-    ids = np.flatnonzero(radio.available[: setup.scenario.num_devices])
+    """Returns the ids of the training devices that take part, ascending: all, or `per_round` drawn, of those that can.
+
+    Those cannot that are in outage, frozen or in quarantine.
+    """
+    ids = np.setdiff1d(np.flatnonzero(radio.available[: setup.scenario.num_devices]), quarantined(slots, number))
     if "frozen" in slots:
         ids = ids[slots["frozen"][ids] == 0]
     wanted = setup.experiment.devices.per_round
     if wanted is None or wanted >= len(ids):
         return ids
     return np.sort(stream(setup.experiment.seed, "participants", number).choice(ids, wanted, replace=False))
+
+
+def estimate(setup: Setup, gain: Array, number: int) -> tuple[Setup, Array]:
+    """Returns the setup and the gains [N] as the server takes them to be in round `number`: itself where it is not wrong."""
+    faults, scenario = setup.experiment.faults, setup.scenario
+    if not faults.misjudges:
+        return setup, gain
+    cpu_hz, believed = faults.estimate(setup.experiment.seed, number, scenario.fleet.cpu_hz, gain)
+    return replace(setup, scenario=replace(scenario, fleet=replace(scenario.fleet, cpu_hz=cpu_hz))), believed
+
+
+def as_it_was(
+    setup: Setup, believed: Setup, problems: RoundProblems, allocation: Allocation, ids: Array, radio: Conditions, state: State
+) -> tuple[RoundProblems, Allocation]:  # fmt: skip
+    """Returns the problems and the allocation at the true clocks and gains, in place of those that the server planned with."""
+    if believed is setup:
+        return problems, allocation
+    truth = round_problems(setup, ids, radio.gain_linear[ids], state.round, state.slots)
+    return truth, replace(allocation, rate_bps=rate(allocation.bandwidth_hz, truth.reference.snr_hz))
 
 
 def frozen_devices(setup: Setup, radio: Conditions, slots: Mapping[str, Array]) -> Array:
@@ -264,7 +300,9 @@ def round_problems(setup: Setup, ids: Array, gain: Array, number: int, slots: Ma
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     problem = replace(problem, deadline_s=deadline_s, ids=ids)
     saved_s = broadcast_s if prunes_downlink(setup) else 0.0
-    by_bits = {width: compress(problem, bits_per_value(width), saved_s) for width in experiment.payload.bits}
+    by_bits = {
+        width: cautious(compress(problem, bits_per_value(width), saved_s), slots) for width in experiment.payload.bits
+    }
     return RoundProblems(load, problem, by_bits)
 
 
@@ -339,6 +377,7 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int, bits: int)
         plan(setup, device),
         bits,
         state.slots["residual"][device] if "residual" in state.slots else None,
+        setup.experiment.faulty,
     )
 
 
@@ -366,14 +405,12 @@ def kept_of(masks: Masks, device: int) -> Array | tuple[Array, ...] | None:
     return masks.kept_units(device) if masks.units else np.packbits(mask)
 
 
-def server_step(setup: Setup, state: State, masks: Masks, updates: Sequence[Update]) -> tuple[Array, Array]:
-    """Returns the new u [U], and the mean gradient that the updates imply: the way each entry went, per unit of step size."""
-    kept = [masks[update.device] for update in updates]
-    values = [update.shared for update in updates]
-    weights = setup.scenario.partition.train.sizes[[update.device for update in updates]].tolist()
-    lr = setup.experiment.training.lr
-    steps = [sum(phase.steps for phase in plan(setup, update.device) if phase.kind != "personal") for update in updates]
-    return aggregate(state.shared, kept, values, weights, [lr * max(count, 1) for count in steps])
+def server_step(setup: Setup, state: State, arrivals: Sequence[Arrival]) -> tuple[Array, Array]:
+    """Returns the new u [U], and the mean gradient that the arrivals imply: the way each entry went, per unit of step size."""
+    ids, lr = [arrival.device for arrival in arrivals], setup.experiment.training.lr
+    steps = [sum(phase.steps for phase in plan(setup, device) if phase.kind != "personal") for device in ids]
+    samples = setup.scenario.partition.train.sizes[ids]
+    return setup.experiment.failsafe.combine(state.shared, arrivals, samples, [lr * max(count, 1) for count in steps])
 
 
 def measure_round(
@@ -432,7 +469,9 @@ def sliced_load(setup: Setup, masks: Masks, devices: Sequence[int], plans: Seque
         for device, cutoff in zip(devices, masks.kept[devices].tolist(), strict=True)
     }
     costs = [of_cutoff[c] for c in masks.kept[devices].tolist()]
-    return build_load(setup.scenario.fleet, np.array(devices), plans, costs, setup.experiment.training.batch_size)
+    return build_load(
+        setup.scenario.fleet, np.array(devices, dtype=np.int64), plans, costs, setup.experiment.training.batch_size
+    )
 
 
 def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> dict[int, Score]:
@@ -456,6 +495,7 @@ def test_models(setup: Setup, new: State, masks: Masks, workers: Executor) -> di
             setup.initial.personal.initial,
             None,
             (Phase("personal", evaluation.fresh_steps),),
+            may_diverge=setup.experiment.faulty,
         )
         for device in range(scenario.num_devices, len(scenario.partition.train))
     ]
@@ -473,8 +513,8 @@ def tested_devices(setup: Setup) -> list[int]:
 
 def build_record(
     setup: Setup, new: State, problem: Problem, bits: int, allocation: Allocation,
-    updates: Sequence[Update], own: Sequence[Update], measured: Measurement, gradient: Array, errors: Array,
-    scores: Mapping[int, Score],
+    updates: Sequence[Update], own: Sequence[Update], measured: Measurement, latency_s: float, gradient: Array, errors: Array,
+    scores: Mapping[int, Score], log: Log,
 ) -> Record:  # fmt: skip
     """Returns the round as one JSON object; arrays stand under `devices`, aligned with its `id`: after those that trained u the frozen.
 
@@ -485,17 +525,16 @@ def build_record(
     ids = [update.device for update in updates]
     weights = samples[ids] / max(samples[ids].sum(), 1)
     equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
-    losses = [update.train_loss for update in updates]
     rounding = [update.rounding_error for update in updates if update.rounding_error is not None]
     certificate = allocation.certificate
     tested = accuracy_figures(setup, scores)
     return {
         "round": new.round,
         "simulated_s": float(new.slots["simulated_s"]),
-        "latency_s": float(measured.latency_s.max(initial=0.0)),
+        "latency_s": float(latency_s),
         "deadline_s": allocation.deadline_s,
         **tested,
-        "train_loss": float(np.dot(weights, losses)) if losses and None not in losses else None,  # type: ignore[arg-type]
+        "train_loss": mean_loss(updates, samples),
         "mean_ratio": float(allocation.prune_ratio[admitted].mean()) if updates else None,
         "max_ratio": float(allocation.prune_ratio[admitted].max()) if updates else None,
         "bits": bits,
@@ -514,6 +553,7 @@ def build_record(
         "status": allocation.status,
         "message": allocation.message,
         **frozen_figures(new),
+        **fault_figures(setup, log),
         "devices": device_rows(
             new, [*updates, *own], allocation.bandwidth_hz[admitted].tolist(), measured, errors, scores
         ),
@@ -540,6 +580,18 @@ def device_rows(
         "train_loss": [update.train_loss for update in updates],
         "accuracy": [_accuracy(scores.get(device)) for device in ids] if scores else None,
     }
+
+
+def mean_loss(updates: Sequence[Update], samples: Array) -> float | None:
+    """Returns the training loss averaged with weights D_k over the devices that have one."""
+    losses = {update.device: update.train_loss for update in updates if update.train_loss is not None}
+    of = samples[list(losses)]
+    return float(np.dot(of / of.sum(), list(losses.values()))) if losses else None
+
+
+def fault_figures(setup: Setup, log: Log) -> Record:
+    """Returns what went wrong and which fail-safe acted; nothing in a run in which neither can."""
+    return {"faults": log} if setup.experiment.faulty or log["refused"] else {}
 
 
 def frozen_figures(new: State) -> Record:
@@ -570,7 +622,7 @@ def idle_round(setup: Setup, state: State, radio: Conditions, frozen: Array, wor
     latency_s = float(measured.latency_s.max()) if measured else 0.0
     slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
     new = replace(state, round=state.round + 1, personal=personal, slots=slots)
-    scores = test_models(setup, new, masks, workers)
+    scores, away = test_models(setup, new, masks, workers), quarantined(state.slots, state.round)
     unknown = ("deadline_s", "train_loss", "mean_ratio", "max_ratio", "bits", "rounding_error", "pruning_error", "dense_latency_s",
                "equal_dense_latency_s", "price_per_hz", "residual", "gap")  # fmt: skip
     zero = ("latency_s", "bytes_up", "bytes_down", "joules", "flops", "grad_norm")
@@ -583,10 +635,14 @@ def idle_round(setup: Setup, state: State, radio: Conditions, frozen: Array, wor
         "status": "idle",
         "message": "every device is in outage",
         **frozen_figures(new),
+        **fault_figures(setup, {kind: [] for kind in KINDS} | {"quarantined": away.tolist(), "waited_s": 0.0}),
         "devices": {"id": []},
     }
-    if not radio.available[: setup.scenario.num_devices].any():
+    here = np.flatnonzero(radio.available[: setup.scenario.num_devices])
+    if not len(here):
         return new, idle
+    if np.isin(here, away).any() and not measured:
+        return new, idle | {"message": "every device that is not in outage is in quarantine or frozen"}
     stopped = idle | {"status": "frozen", "message": "every device that is not in outage is frozen"}
     if not measured:
         return new, stopped
@@ -615,6 +671,7 @@ def prepare(experiment: Experiment) -> Setup:
     slots = {"prune_ratio": np.zeros(scenario.num_devices), "simulated_s": np.array(0.0)}
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     slots |= experiment.participation.slots(scenario.num_devices)
+    slots |= experiment.failsafe.slots(experiment.faults, scenario.num_devices, cost.shared_params)
     if experiment.payload.error_feedback:
         slots["residual"] = np.zeros((scenario.num_devices, cost.shared_params), dtype=np.float32)
     if len(experiment.payload.bits) > 1:

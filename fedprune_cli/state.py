@@ -167,12 +167,20 @@ def decode(data: bytes, where: str) -> Saved:
     return saved
 
 
-def same_form(state: State, other: State) -> bool:
-    """Whether two states of a run have arrays of the same shapes and types, as far as both have them."""
+def same_form(state: State, initial: State) -> bool:
+    """Whether a state's arrays have the types and shapes of those that its run began with, as far as both have them.
 
-    def form(of: State) -> dict[str, tuple[object, ...]]:
-        arrays = {"": of.shared, "personal": of.personal.initial, "place": of.personal.place, **of.slots}
-        return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    What began with no row may have any number of them.
+    """
 
-    mine, its = form(state), form(other)
-    return all(mine[name] == its[name] for name in mine.keys() & its.keys())
+    def arrays(of: State) -> dict[str, Array]:
+        return {"": of.shared, "personal": of.personal.initial, "place": of.personal.place, **of.slots}
+
+    def fits(array: Array, first: Array) -> bool:
+        grows = first.ndim > 0 and len(first) == 0 and array.ndim == first.ndim
+        return array.dtype == first.dtype and (
+            array.shape == first.shape or (grows and array.shape[1:] == first.shape[1:])
+        )
+
+    mine, its = arrays(state), arrays(initial)
+    return all(fits(mine[name], its[name]) for name in mine.keys() & its.keys())

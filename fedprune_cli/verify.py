@@ -24,6 +24,7 @@ from fedprune_cli.run import (
     Record,
     Setup,
     allocate,
+    estimate,
     frozen_devices,
     participants,
     plan,
@@ -107,6 +108,12 @@ def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict
         slots, devices, np.array(ratio[:training]), np.array(error[:training])
     )
     stopped = setup.experiment.participation.next_slots(slots, devices, loss[:training])
+    if "faults" in record:
+        latency_s = np.array(record["devices"].get("latency_s", [])[:training])
+        guarded = setup.experiment.failsafe.next_slots(
+            slots, record["round"] - 1, devices, latency_s, record["deadline_s"], record["faults"]
+        )
+        learned |= guarded
     if "rounding" in slots and record["rounding_error"] is not None:
         learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
     return {**slots, **learned, **stopped, "simulated_s": np.array(record["simulated_s"])}
@@ -134,7 +141,8 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         conditions = setup.scenario.at(number)
         ids = participants(setup, conditions, number, slots)
         frozen = frozen_devices(setup, conditions, slots)
-        failures += [f"round {record['round']}: {what}" for what in sums(record, float(slots["simulated_s"]))]
+        wrong = sums(record, float(slots["simulated_s"]), frozen, waits=experiment.failsafe.late == "wait")
+        failures += [f"round {record['round']}: {what}" for what in wrong]
         if not len(ids):
             slots["simulated_s"] = np.array(record["simulated_s"])
             if record["devices"]["id"] != frozen.tolist():
@@ -145,7 +153,8 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
                 f"round {record['round']}: {what}" for what in meter_again(setup, record, number, 0, ids, frozen)
             ]
             continue
-        problems = round_problems(setup, ids, conditions.gain_linear[ids], number, slots)
+        believed, gain = estimate(setup, conditions.gain_linear, number)
+        problems = round_problems(believed, ids, gain[ids], number, slots)
         bits, allocation = allocate(experiment, problems, number, slots)
         problem = problems.by_bits[bits]
         slots = next_slots(setup, slots, record)
@@ -191,12 +200,18 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     )  # fmt: skip
 
 
-def sums(record: Record, before_s: float) -> Iterator[str]:
-    """Yields what is wrong with the sums of a round that began at `before_s`."""
-    devices = record["devices"]
+def sums(record: Record, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
+    """Yields what is wrong with the sums of a round that began at `before_s`; waits: whether the server waits for late updates."""
+    devices, log = record["devices"], record.get("faults", {})
     columns = {key: devices.get(key) or [0.0] for key in ("latency_s", "bytes_up", "joules", "prune_ratio")}
+    missing = {
+        device for kind in ("died", "lost", "delayed", *([] if waits else ["late"])) for device in log.get(kind, ())
+    }
+    of_device = list(zip(devices["id"], columns["latency_s"], strict=False))
+    arrived_s = max((took for device, took in of_device if device not in missing and device not in frozen), default=0.0)
+    frozen_s = max((took for device, took in of_device if device in frozen), default=0.0)
     expected = {
-        "latency_s": max(columns["latency_s"]),
+        "latency_s": max(arrived_s + log.get("waited_s", 0.0), frozen_s),
         "bytes_up": sum(columns["bytes_up"]),
         "joules": math.fsum(columns["joules"]),
         "simulated_s": before_s + record["latency_s"],
@@ -219,7 +234,12 @@ def meter_again(setup: Setup, record: Record, number: int, training: int, ids: A
     sent = np.array(rows["bytes_up"], dtype=float)
     kept = np.rint((1 - np.array(rows["prune_ratio"])) * size)
     coded = code_bytes(kept, record["bits"] or BITS_PER_PARAM)
-    wrong = sent != np.where(stopped, 0, coded) if setup.layout is None else sent > np.where(stopped, 0, coded)
+    fates = experiment.faults.draw(
+        experiment.seed, number, experiment.rounds, setup.scenario.num_devices, devices[:training]
+    )
+    work = np.append(fates.work, np.ones(len(devices) - training))  # below 1 for who died in mid-round
+    at_most = work < 1 if setup.layout is None else np.ones(len(devices), dtype=bool)
+    wrong = (sent > np.where(stopped, 0, coded)) | (~at_most & (sent != np.where(stopped, 0, coded)))
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         yield f"device {devices[at]} sent {sent[at]:.0f} bytes, its ratio gives {'' if setup.layout is None else 'at most '}{coded[at]:.0f}"
@@ -245,7 +265,7 @@ def meter_again(setup: Setup, record: Record, number: int, training: int, ids: A
         load,
         rate_bps=rate(np.array(rows["bandwidth_hz"]), snr_hz),
         kept=share,
-        payload_bytes=sent,
+        payload_bytes=np.where(work < 1, coded, sent),
         bits_down=0.0,
         t_down_s=np.array(
             [
@@ -254,7 +274,8 @@ def meter_again(setup: Setup, record: Record, number: int, training: int, ids: A
             ]
         ),
     )
-    for key in ("compute_s", "uplink_s", "downlink_s", "latency_s", "joules"):
+    again = again.cut_short(work, load.fleet.tx_power_w)
+    for key in ("compute_s", "uplink_s", "downlink_s", "latency_s", "joules", "bytes_up"):
         recorded, computed = np.array(rows[key], dtype=float), getattr(again, key)
         apart = ~np.isclose(recorded, computed, rtol=METER_TOLERANCE, atol=0)
         if apart.any():

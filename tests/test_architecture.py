@@ -24,8 +24,9 @@ ALLOWED = {
     "folder": {"errors", "files", "state"},
     "track": {"errors", "files", "folder"},
     "meter": BASE | {"world", "allocate", "learn"},
-    "config": BASE | {"world", "allocate", "learn", "meter", "execute", "track"},
-    "run": BASE | {"world", "allocate", "learn", "meter", "execute", "config", "folder", "track"},
+    "failsafe": BASE | {"world", "allocate", "learn"},
+    "config": BASE | {"world", "allocate", "learn", "meter", "execute", "track", "failsafe"},
+    "run": BASE | {"world", "allocate", "learn", "meter", "execute", "failsafe", "config", "folder", "track"},
     "page": {"folder", "figures"},
     "report": {"errors", "files", "folder", "figures", "page"},
     "figures": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
     "runs": {"errors", "files", "folder", "page"},
     "watch": {"errors", "files", "folder", "page"},
     "sweep": {"errors", "config", "execute", "figures", "files", "folder", "page", "report", "run", "terminal"},
-    "verify": BASE | {"allocate", "learn", "meter", "folder", "run"},
+    "verify": BASE | {"failsafe", "allocate", "learn", "meter", "folder", "run"},
 }
 
 

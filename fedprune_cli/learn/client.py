@@ -94,7 +94,7 @@ class Unit:
 
     kept: None for everything, a mask of u packed into bits, or the units of whole channels, a bool array a channel group.
     stage names the work in error messages. bits: of a value that is sent; residual: what rounding took from earlier updates [U], None when
-    it is not fed back.
+    it is not fed back. may_diverge: a loss that is not finite is no error, as faults may have led to it.
     """
 
     stage: str
@@ -106,6 +106,7 @@ class Unit:
     phases: tuple[Phase, ...]
     bits: int = BITS_PER_PARAM
     residual: Array | None = None
+    may_diverge: bool = False
 
     @property
     def steps(self) -> int:
@@ -161,7 +162,7 @@ def send(seed: int, unit: Unit, mask: Array | None, shared: Array, personal: Arr
     """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the unit's bits."""
     where = slice(None) if mask is None else mask
     values = shared.copy() if mask is None else shared[mask]
-    if unit.bits == BITS_PER_PARAM:
+    if unit.bits == BITS_PER_PARAM or (unit.may_diverge and not np.isfinite(values).all()):
         return Update(unit.device, values, personal, loss, values.nbytes)
     change = values - unit.shared[where]
     if unit.residual is not None:
@@ -270,9 +271,11 @@ def _run_phase(
     return require_finite(float(total_loss) / phase.steps, unit, phase, config, x.shape[1:])
 
 
-def require_finite(mean_loss: float, unit: Unit, phase: Phase, config: Training, shape: Sequence[int]) -> float:
-    """Returns the loss; raises DeviceError saying where it came from when it is not finite."""
+def require_finite(mean_loss: float, unit: Unit, phase: Phase, config: Training, shape: Sequence[int]) -> float | None:
+    """Returns the loss; when it is not finite None where it may be so, else raises DeviceError saying where it came from."""
     if not math.isfinite(mean_loss):
+        if unit.may_diverge:
+            return None
         raise DeviceError(
             f"round {unit.round + 1}, device {unit.device}, {unit.stage}, {phase.kind} steps: the training loss is {mean_loss} "
             f"(batches {list(shape)} of {config.batch_size}); lower training.lr={config.lr} or "

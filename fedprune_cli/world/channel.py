@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -41,6 +42,19 @@ class Channel(Protocol):
         """Returns who can be reached, bool [rounds, N]; more rounds or devices change no earlier entry."""
 
 
+def gilbert_elliott(draw: Callable[[int], Array], rounds: int, num_devices: int, enter: float, leave: float) -> Array:
+    """Returns who is in the bad state, bool [rounds, N], from the stationary distribution on.
+
+    draw: uniform numbers [N] of a round; enter, leave: probabilities a round of entering and leaving the state.
+    """
+    bad = np.zeros((rounds, num_devices), dtype=bool)
+    bad[0] = draw(0) < enter / (enter + leave)
+    for number in range(1, rounds):
+        uniform = draw(number)
+        bad[number] = np.where(bad[number - 1], uniform >= leave, uniform < enter)
+    return bad
+
+
 @dataclass(frozen=True)
 class Radio:
     """The band and its outages, common to all channels.
@@ -63,7 +77,7 @@ class Radio:
         require(0 < self.outage_leave <= 1, "outage_leave", self.outage_leave, "in (0, 1]")
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
-        """Gilbert-Elliott from its stationary distribution: in outage a fraction enter / (enter + leave) of the time."""
+        """Gilbert-Elliott, in outage a fraction enter / (enter + leave) of the time."""
         if self.outage_enter == 0:
             return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
         if rounds * num_devices > MAX_OUTAGES:
@@ -71,16 +85,11 @@ class Radio:
                 f"channel.outage_enter={self.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
                 f"must be at most {MAX_OUTAGES}"
             )
-        reachable = np.ones((rounds, num_devices), dtype=bool)
-        lost = stream(seed, "outage", 0).random(num_devices) < self.outage_enter / (
-            self.outage_enter + self.outage_leave
-        )
-        for number in range(rounds):
-            if number:
-                draw = stream(seed, "outage", number).random(num_devices)
-                lost = np.where(lost, draw >= self.outage_leave, draw < self.outage_enter)
-            reachable[number] = ~lost
-        return reachable
+
+        def draw(number: int) -> Array:
+            return stream(seed, "outage", number).random(num_devices)
+
+        return ~gilbert_elliott(draw, rounds, num_devices, self.outage_enter, self.outage_leave)
 
 
 @dataclass(frozen=True)
