@@ -18,7 +18,7 @@ from fedprune_cli import report, run
 from fedprune_cli.allocate.problem import latency
 from fedprune_cli.config import CONF, compose_config
 from fedprune_cli.errors import ConfigError, DeviceError
-from fedprune_cli.failsafe import KINDS, MAX_CAUTION, RECOVERY, Arrival, Failsafe, cautious, deliver, keep_what_holds
+from fedprune_cli.failsafe import KINDS, MAX_CAUTION, RECOVERY, Arrival, Failsafe, cautious, deliver, diverged, undone
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train
 from fedprune_cli.learn.prune import Masks
@@ -82,6 +82,18 @@ def test_runs_with_every_fault_are_the_same_bytes_and_sound(tmp_path: Path) -> N
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 
+def test_faults_find_nothing_to_spoil_in_a_method_that_sends_nothing(tmp_path: Path) -> None:
+    everything = (
+        *ALL,
+        "payload.error_feedback=false",
+        "payload.bits=[32]",
+        "pruner=magnitude",
+        "failsafe.aggregation=median",
+    )
+    records = run_to_end(tmp_path / "run", "method=local", *everything)
+    assert all(record["bytes_up"] == 0 for record in records)
+
+
 @pytest.mark.parametrize("late", ["wait", "drop", "defer"])
 @pytest.mark.parametrize(
     "fault",
@@ -137,10 +149,18 @@ def test_who_diverged_keeps_its_personal_part_and_its_residual(bits: int) -> Non
     for update in (train(learner, unit), train_block(learner, [unit])[0]):
         assert not np.isfinite(update.shared).all()
         assert update.train_loss is None
-        (kept,) = keep_what_holds([update], [unit], np.array([False]))
+        assert diverged(update)
+        kept = undone(update, unit)
         np.testing.assert_array_equal(kept.personal, unit.personal)
         np.testing.assert_array_equal(kept.residual, unit.residual)
         assert kept.rounding_error is None
+
+    class Once:
+        def map(self, f: Any, units: Any, cost: Any) -> list[Any]:
+            return [f(learner, each) for each in units]
+
+    (kept,) = run.train_devices(setup, Once(), [unit])
+    np.testing.assert_array_equal(kept.personal, unit.personal)
     with pytest.raises(DeviceError, match="the training loss is nan"):
         train(learner, dataclasses.replace(unit, may_diverge=False))
 
