@@ -174,14 +174,14 @@ def cautious(problem: Problem, slots: Mapping[str, Array]) -> Problem:
     )
 
 
-def keep_what_holds(updates: Sequence[Update], units: Sequence[Unit], died: Array) -> list[Update]:
-    """Returns the updates, those of the dead and of the diverged without what they trained: their personal part is the old one."""
-    return [
-        replace(update, personal=unit.personal, train_loss=None, rounding_error=None, residual=unit.residual)
-        if dead or not (np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
-        else update
-        for update, unit, dead in zip(updates, units, died, strict=True)
-    ]
+def undone(update: Update, unit: Unit) -> Update:
+    """Returns the update of a device that keeps nothing of what it trained: its personal part is the old one."""
+    return replace(update, personal=unit.personal, train_loss=None, rounding_error=None, residual=unit.residual)
+
+
+def diverged(update: Update) -> bool:
+    """Whether what a device trained is not finite."""
+    return not (np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
 
 
 def deliver(
@@ -264,7 +264,7 @@ def _under_way(
         "way_sent": np.full(len(leaving), number, dtype=np.int64),
         "way_due": np.array([number + delay for _, delay, _, _ in leaving], dtype=np.int64),
         "way_mask": np.packbits(
-            np.array([mask for _, _, mask, _ in leaving], dtype=bool).reshape(-1, old.size), axis=1
+            np.array([mask for _, _, mask, _ in leaving], dtype=bool).reshape(len(leaving), old.size), axis=1
         ),
         "way_change": changes,
     }

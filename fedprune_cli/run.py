@@ -20,7 +20,7 @@ from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, l
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
-from fedprune_cli.failsafe import KINDS, Arrival, Log, cautious, deliver, keep_what_holds, quarantined
+from fedprune_cli.failsafe import KINDS, Arrival, Log, cautious, deliver, diverged, quarantined, undone
 from fedprune_cli.files import read_json, read_yaml
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
@@ -91,7 +91,8 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
 
     units = [train_unit(setup, state, masks, device, bits) for device in devices.tolist()]
     fates = experiment.faults.draw(experiment.seed, state.round, experiment.rounds, scenario.num_devices, devices)
-    updates = keep_what_holds(train_devices(setup, workers, units), units, fates.died)
+    trained = zip(train_devices(setup, workers, units), units, fates.died, strict=True)
+    updates = [undone(update, unit) if died else update for update, unit, died in trained]
     problems, allocation = as_it_was(setup, believed, problems, allocation, ids, radio, state)
     measured = measure_round(setup, problems.load, allocation, masks, updates, radio.gain_linear[ids])
     measured = measured.cut_short(fates.work, scenario.fleet.tx_power_w[devices])
@@ -103,17 +104,16 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Re
     own = train_devices(setup, workers, [frozen_unit(setup, state, masks, device) for device in frozen.tolist()])
     personal = state.personal.replaced({update.device: update.personal for update in [*updates, *own]})
 
-    learned = experiment.failsafe.next_slots(
-        state.slots, state.round, devices, measured.latency_s, allocation.deadline_s, delivery.log
-    )
     latency_s = delivery.latency_s
     if own:
         hears = radio.gain_linear[np.concatenate([ids, frozen])]
         alone = measure_frozen(setup, masks, frozen, hears, measured.bytes_down)
         latency_s = max(latency_s, float(alone.latency_s.max()))
         measured = measured.joined(alone)
-    clock = state.slots["simulated_s"] + latency_s
-    slots = {"prune_ratio": prune_ratio, "simulated_s": clock} | delivery.slots | learned
+    slots = {"prune_ratio": prune_ratio, "simulated_s": state.slots["simulated_s"] + latency_s} | delivery.slots
+    slots |= experiment.failsafe.next_slots(
+        state.slots, state.round, devices, measured.latency_s[: len(devices)], allocation.deadline_s, delivery.log
+    )
     slots |= experiment.weights.next_slots(state.slots, devices, prune_ratio[devices], errors[: len(devices)])
     slots |= experiment.participation.next_slots(state.slots, devices, [update.train_loss for update in updates])
     slots |= rounding_slots(state.slots, bits, updates)
@@ -387,14 +387,18 @@ def frozen_unit(setup: Setup, state: State, masks: Masks, device: int) -> Unit:
 
 
 def train_devices(setup: Setup, workers: Executor, units: Sequence[Unit]) -> list[Update]:
-    """Returns the devices' updates in the order of the units: small models side by side, others and slices one by one."""
+    """Returns the devices' updates in the order of the units: small models side by side, others and slices one by one.
+
+    A device that diverged keeps its old personal part; that is an error except where faults may have led to it.
+    """
     together = [unit for unit in units if setup.batched and not isinstance(unit.kept, tuple)]
     sides = blocks(together, setup.experiment.training.block)
     in_blocks = workers.map(train_block, sides, lambda side: len(side) * side[-1].steps) if sides else []
     done = {update.device: update for block in in_blocks for update in block}
     rest = [unit for unit in units if unit.device not in done]
     done |= {update.device: update for update in workers.map(train, rest, lambda unit: unit.steps)} if rest else {}
-    return [done[unit.device] for unit in units]
+    updates = [done[unit.device] for unit in units]
+    return [undone(update, unit) if diverged(update) else update for update, unit in zip(updates, units, strict=True)]
 
 
 def kept_of(masks: Masks, device: int) -> Array | tuple[Array, ...] | None:
@@ -586,7 +590,7 @@ def mean_loss(updates: Sequence[Update], samples: Array) -> float | None:
     """Returns the training loss averaged with weights D_k over the devices that have one."""
     losses = {update.device: update.train_loss for update in updates if update.train_loss is not None}
     of = samples[list(losses)]
-    return float(np.dot(of / of.sum(), list(losses.values()))) if losses else None
+    return float(np.dot(of / max(of.sum(), 1), list(losses.values()))) if losses else None
 
 
 def fault_figures(setup: Setup, log: Log) -> Record:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedprune_cli import report, run
+from fedprune_cli.allocate.problem import latency
 from fedprune_cli.config import CONF, compose_config
 from fedprune_cli.errors import ConfigError, DeviceError
-from fedprune_cli.failsafe import KINDS, Arrival, Failsafe, deliver, keep_what_holds
+from fedprune_cli.failsafe import KINDS, MAX_CAUTION, RECOVERY, Arrival, Failsafe, cautious, deliver, diverged, undone
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train
 from fedprune_cli.learn.prune import Masks
@@ -81,6 +82,18 @@ def test_runs_with_every_fault_are_the_same_bytes_and_sound(tmp_path: Path) -> N
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 
+def test_faults_find_nothing_to_spoil_in_a_method_that_sends_nothing(tmp_path: Path) -> None:
+    everything = (
+        *ALL,
+        "payload.error_feedback=false",
+        "payload.bits=[32]",
+        "pruner=magnitude",
+        "failsafe.aggregation=median",
+    )
+    records = run_to_end(tmp_path / "run", "method=local", *everything)
+    assert all(record["bytes_up"] == 0 for record in records)
+
+
 @pytest.mark.parametrize("late", ["wait", "drop", "defer"])
 @pytest.mark.parametrize(
     "fault",
@@ -136,10 +149,18 @@ def test_who_diverged_keeps_its_personal_part_and_its_residual(bits: int) -> Non
     for update in (train(learner, unit), train_block(learner, [unit])[0]):
         assert not np.isfinite(update.shared).all()
         assert update.train_loss is None
-        (kept,) = keep_what_holds([update], [unit], np.array([False]))
+        assert diverged(update)
+        kept = undone(update, unit)
         np.testing.assert_array_equal(kept.personal, unit.personal)
         np.testing.assert_array_equal(kept.residual, unit.residual)
         assert kept.rounding_error is None
+
+    class Once:
+        def map(self, f: Any, units: Any, cost: Any) -> list[Any]:
+            return [f(learner, each) for each in units]
+
+    (kept,) = run.train_devices(setup, Once(), [unit])
+    np.testing.assert_array_equal(kept.personal, unit.personal)
     with pytest.raises(DeviceError, match="the training loss is nan"):
         train(learner, dataclasses.replace(unit, may_diverge=False))
 
@@ -259,6 +280,29 @@ def test_repeated_offences_in_a_row_lead_to_quarantine() -> None:
     for number, there in ((3, False), (5, False), (6, True)):
         until = {"quarantined_until": np.array([0, 0, 6, 0])}
         assert (2 in run.participants(setup, setup.scenario.at(0), number, until)) == there
+
+
+def test_caution_multiplies_a_devices_time_and_nothing_else() -> None:
+    setup = make_setup()
+    ids = np.array([1, 3])
+    problem = run.round_problems(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots).by_bits[32]
+    careful = cautious(problem, {"caution": np.array([9.0, 2.0, 9.0, 1.5])})
+    kept, bandwidth_hz = np.array([0.3, 0.8]), np.array([1e6, 2e6])
+    np.testing.assert_allclose(latency(careful, kept, bandwidth_hz), latency(problem, kept, bandwidth_hz) * [2, 1.5])
+    assert careful.deadline_s == problem.deadline_s
+    assert cautious(problem, {}) is problem
+
+
+def test_caution_follows_what_a_device_took_and_is_given_back_slowly() -> None:
+    rule = dataclasses.replace(PLAIN, safe_ratio=True)
+    slots, log = {"caution": np.array([1.0, 2.0, 2.0, 2.0, 1.0, 90.0])}, {kind: [] for kind in KINDS}
+    latency_s = np.array([3.0, 2.3, 1.0, 9.0, 1.0, 9.0])  # late, late, early, dead, early, far too late
+    new = rule.next_slots(slots, 0, np.arange(6), latency_s, 2.0, log | {"died": [3]})["caution"]
+    np.testing.assert_allclose(new, [1.5, 2.3, 2 * RECOVERY, 2.0, 1.0, MAX_CAUTION])
+    assert (
+        rule.next_slots(slots, 0, np.zeros(0, int), np.zeros(0), 2.0, log)["caution"].tolist()
+        == slots["caution"].tolist()
+    )
 
 
 # --- robust means ---------------------------------------------------------------------------------------------------
