@@ -449,7 +449,7 @@ def verify(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
     every: Annotated[int, typer.Option(help="Solve every Nth round again with cvxpy.")] = 10,
 ) -> None:
-    """Recompute a run's allocations and certificates, and solve some of its rounds again with cvxpy."""
+    """Audit a run: checksums, records against state and summary, the meter's figures, allocations and certificates, some by cvxpy."""
     from fedprune_cli.errors import CertificateError
     from fedprune_cli.run import reopen
     from fedprune_cli.verify import verify_run
