@@ -583,7 +583,7 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute a run's allocations and certificates, and solve some of its rounds again with cvxpy."""
+    """Audit a run: checksums, records against state and summary, the meter's figures, allocations and certificates, some by cvxpy."""
     from dataclasses import asdict
 
     from fedprune_cli.errors import CertificateError

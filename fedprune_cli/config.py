@@ -303,6 +303,8 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
         if "is not a ListConfig" in reason:
             reason = f"must be a list, such as {where}.{key}=[{values.get(key)}]"
         raise ConfigError(f"{where}.{key}: {reason}") from None
+    except OverflowError as error:
+        raise ConfigError(f"{where}: {error}".splitlines()[0]) from None
     return instance
 
 
@@ -329,9 +331,10 @@ def build_experiment(config: DictConfig) -> Experiment:
     parts = {}
     for group, table in GROUPS.items():
         chosen = values[group]
-        if not isinstance(chosen, dict) or chosen.get("name") not in table:
-            raise unknown(group, str(chosen.get("name") if isinstance(chosen, dict) else chosen), table)
-        parts[group] = _construct(table[chosen["name"]], chosen, group)
+        name = str(chosen.get("name") if isinstance(chosen, dict) else chosen)
+        if not isinstance(chosen, dict) or name not in table:
+            raise unknown(group, name, table)
+        parts[group] = _construct(table[name], chosen, group)
     for section, cls in SECTIONS.items():
         if not isinstance(values[section], dict):
             raise ConfigError(f"{section}={values[section]}: must be a group of values, such as {section}.KEY=VALUE")
@@ -339,7 +342,8 @@ def build_experiment(config: DictConfig) -> Experiment:
     scalars = {key: value for key, value in values.items() if key not in parts}
     checked = OmegaConf.structured(_Scalars)
     try:
-        scalars = OmegaConf.to_container(OmegaConf.merge(checked, scalars))  # type: ignore[assignment]
+        merged = OmegaConf.merge(checked, scalars)
+        scalars = OmegaConf.to_container(merged, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     try:

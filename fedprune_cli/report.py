@@ -348,7 +348,7 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference:
     Raises CheckpointError when the runs are not of the same data, devices, channel and seeds.
     """
     groups: dict[str, dict[int, Run]] = {}
-    for run, label in zip(runs, labels or [run.method for run in runs], strict=True):
+    for run, label in zip(runs, map(one_line, labels or [run.method for run in runs]), strict=True):
         if run.summary is None:
             raise CheckpointError(f"{run.path}: not finished; continue it with `fedprune resume {run.path}`")
         if run.seed in groups.setdefault(label, {}):

@@ -203,7 +203,7 @@ def reopen(run_dir: Path) -> Setup:
         raise CheckpointError(f"{run_dir / folder.CONFIG}: {reason}") from None
     setup = prepare(experiment)
     now, then = build_manifest(setup), manifest
-    for key in ("config", "config_hash", "seed", "dataset", "model", "histogram"):
+    for key in sorted(now.keys() - {"versions"}, key=lambda key: (key != "config", key)):
         if now[key] != then.get(key):
             where = (
                 next((k for k in now[key] if now[key][k] != then[key].get(k)), "")

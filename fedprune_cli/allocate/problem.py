@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedprune_cli.errors import ConfigError
+from fedprune_cli.errors import ConfigError, InfeasibleError
 from fedprune_cli.state import Array
 
 LN2 = float(np.log(2.0))
@@ -381,6 +381,8 @@ def least_deadline(problem: Problem, kept: Array) -> tuple[float, Array]:
     last_s = float(work_s.max()) - latest_s
     if last_s > beyond_s:  # a device that sends nothing is the slowest: the others may take their time
         b = used(last_s)[2]
+    if not np.isfinite(b.sum()):
+        raise InfeasibleError("the devices' figures are too far apart for any bandwidths to be computed")
     bandwidth_hz = np.where(sends, 0.0, share) if limited else np.zeros(len(kept))
     bandwidth_hz[sends] = np.minimum(b * (budget_hz / b.sum()), most_hz)
     return float(latency(problem, kept, bandwidth_hz).max()), bandwidth_hz

@@ -19,6 +19,7 @@ from fedprune_cli.state import Array
 MAX_DEVICES = 10**7
 MAX_TABLE_BYTES = 64 * 2**20
 MAX_LINE = 10_000
+TINY = 1e-30  # the inverse of what is smaller overflows
 # What a column may hold: generous, and narrow enough that no later exponent or square overflows.
 RANGES = {
     "cpu_ghz": (1e-6, 1e6),
@@ -352,10 +353,11 @@ def read_table(
                 value = math.nan
             least, most = RANGES[name]
             whole = name in WHOLE
-            if not least <= value <= most or (whole and value != math.floor(value)):
+            if not least <= value <= most or (whole and value != math.floor(value)) or 0 < abs(value) < TINY:
                 kind = "whole number" if whole else "number"
                 raise DataError(
                     f"{file}, line {number}: {name}={text!r} is not allowed: must be a {kind} in [{least:.12g}, {most:.12g}]"
+                    + (f", and 0 when it is below {TINY:g}" if 0 < abs(value) < TINY else "")
                 )
             column.append(value)
     if not values[columns[0]]:
