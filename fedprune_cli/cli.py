@@ -231,15 +231,25 @@ def _train(config: DictConfig, *, as_json: bool) -> None:
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")],
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of a branch: rounds, deadline.* and out, its own folder."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue an interrupted run; it ends with the bytes of one that was never interrupted."""
-    from fedprune_cli.run import reopen
+    """Continue an interrupted run; it ends with the bytes of one that was never interrupted.
+
+    With KEY=VALUE go on from where the run is as a branch, another run that says where it comes from; the first one stays as it is.
+    """
+    from fedprune_cli.run import branch, reopen
 
     with status("loading data and building the world"):
-        setup = reopen(run_dir)
+        setup = branch(run_dir, overrides) if overrides else reopen(run_dir)
+    if overrides:
+        run_dir = setup.experiment.run_dir
+        note(f"a branch: {run_dir}")
     _show(run_dir, _continue(setup, run_dir), as_json=as_json)
 
 

@@ -154,6 +154,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Where a run that began in the middle of another one left it: that run (configuration's hash and seed), and its last round."""
+
+    run: str
+    round: int
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch(r"[0-9a-f]{12}-s\d{1,19}", self.run)), "run", self.run, "<config hash>-s<seed>")
+        require(1 <= self.round < 10**6, "round", self.round, "in 1..999999")
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One run, complete and checked. What `execution`, `tracking`, `out` and `data.root` say does not change its numbers."""
 
@@ -161,6 +173,7 @@ class Experiment:
     seed: int
     rounds: int
     out: str | None
+    branch: Branch | None
     data: DatasetConfig
     partition: PartitionConfig
     devices: Devices
@@ -188,6 +201,8 @@ class Experiment:
         )
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
         require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
+        begun = self.branch.round if self.branch else 0
+        require(self.rounds > begun, "rounds", self.rounds, f"more than the {begun} that the run branches from")
 
     @property
     def faulty(self) -> bool:
@@ -201,6 +216,8 @@ class Experiment:
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if self.branch is None:
+            del fields["branch"]
         if not self.faulty:  # then they decide nothing
             del fields["faults"], fields["failsafe"]
         numerics = {
@@ -339,6 +356,10 @@ def build_experiment(config: DictConfig) -> Experiment:
         if not isinstance(values[section], dict):
             raise ConfigError(f"{section}={values[section]}: must be a group of values, such as {section}.KEY=VALUE")
         parts[section] = _construct(cls, values[section], section)
+    branch = values["branch"]
+    if branch is not None and not isinstance(branch, dict):
+        raise ConfigError(f"branch={branch}: must be null; `fedprune resume RUN_DIR KEY=VALUE` makes branches")
+    parts["branch"] = None if branch is None else _construct(Branch, branch, "branch")
     scalars = {key: value for key, value in values.items() if key not in parts}
     checked = OmegaConf.structured(_Scalars)
     try:
@@ -441,6 +462,31 @@ def explain(error: Exception) -> FedpruneError:
         hint = f" Did you mean {near[0]!r}?" if near else " `fedprune train --cfg job` shows all keys."
         return ConfigError(f"unknown configuration key {found['key']!r}.{hint}")
     return ConfigError(text.splitlines()[0])
+
+
+BRANCH_KEYS = ("rounds", "deadline", "out")
+
+
+def branch_config(config: DictConfig, overrides: Sequence[str], begun: Branch) -> DictConfig:
+    """Returns a run's configuration for a branch of it, with `overrides` of how long it goes on and under which deadline.
+
+    Raises ConfigError for a key that would change what the state means.
+    """
+    check_overrides(overrides)
+    branched = OmegaConf.merge(config, {"out": None, "branch": dataclasses.asdict(begun)})
+    known = [key for key in _leaves(OmegaConf.to_container(config)) if key.split(".")[0] in BRANCH_KEYS]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: must be KEY=VALUE")
+        if key not in known:
+            raise unknown("key of a branch", key, known)
+        try:
+            branched = OmegaConf.merge(branched, OmegaConf.from_dotlist([override]))
+        except Exception as error:  # whatever the YAML parser makes of a value
+            raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
+    assert isinstance(branched, DictConfig)
+    return branched
 
 
 def _leaves(values: Any, at: str = "") -> list[str]:

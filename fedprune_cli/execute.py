@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -150,6 +151,19 @@ def die_with_parent() -> None:
     if parent:
         parent.join()
     os._exit(1)
+
+
+@functools.cache
+def end_when_orphaned() -> None:
+    """Ends this process, one that a library started, once the one that started it is gone: joblib's workers would wait for ever."""
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)  # finished rounds are on disk
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _work(task: tuple[Callable[[Any, Any], Any], Any]) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -98,8 +99,13 @@ def _is_record(value: Any) -> bool:
     return aligned and fits(columns, needed) and min(ids, default=0) >= 0
 
 
-def create(run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: State) -> None:
-    """Makes the folder with its first checkpoint; raises CheckpointError when it exists."""
+def create(
+    run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: State, origin: Path | None = None
+) -> None:
+    """Makes the folder with its first checkpoint; raises CheckpointError when it exists.
+
+    origin: the folder of the run that this one goes on from at `state`, whose records, timings and personal rows it begins with.
+    """
     exists = f"{run_dir} exists: continue it with `fedprune resume {run_dir}`, or choose another with out=DIR"
     with writing(run_dir):
         if run_dir.exists():
@@ -110,10 +116,14 @@ def create(run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: 
             new.mkdir(parents=True)
             (new / CONFIG).write_text(config_yaml)
             (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            for log in (RECORDS, TIMINGS):
-                (new / log).touch()
+            logs = {log: _lines(origin / log, read_state(origin)) if origin else [] for log in (RECORDS, TIMINGS)}
+            for log, lines in logs.items():
+                (new / log).write_bytes(b"".join(lines))
+            if origin and state.personal.stored.size:
+                (new / state.personal.name).write_bytes(state.personal.stored.tobytes())
+            records = functools.reduce(link, logs[RECORDS], "")
             write_whole(new / SUMS, _sums({name: _sha256(new / name) for name in (CONFIG, MANIFEST)}))
-            write_whole(new / STATE, encode(Saved(state, manifest["config_hash"], "")))
+            write_whole(new / STATE, encode(Saved(state, manifest["config_hash"], records)))
             new.rename(run_dir)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)

@@ -172,6 +172,8 @@ def _facts(run: Run) -> list[list[str]]:
         ["sent by all devices", f"{sum(r['bytes_up'] for r in rounds) / 1e6:.4g} MB"],
         ["energy of all devices", f"{sum(r['joules'] for r in rounds):.4g} J"],
     ]
+    if begun := run.manifest["config"].get("branch"):
+        facts.insert(1, ["a branch", f"of {begun['run']}, from its round {begun['round']} on"])
     if run.summary and run.summary["time_to_target_s"] is not None:
         facts.append(["time to the target accuracy", seconds(run.summary["time_to_target_s"])])
     return facts

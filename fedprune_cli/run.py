@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import folder
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency, rate
-from fedprune_cli.config import Experiment, build_experiment
+from fedprune_cli.config import Branch, Experiment, branch_config, build_experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
 from fedprune_cli.failsafe import KINDS, Arrival, Log, cautious, deliver, diverged, quarantined, undone
@@ -154,7 +154,26 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
 def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     """Makes the folder of a new run, holding its configuration, manifest and first state."""
     check(setup.experiment.tracking)
+    if setup.experiment.branch:
+        raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
     folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
+
+
+def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
+    """Makes the folder of a run that goes on from where the one in `run_dir` is, for longer or under another deadline.
+
+    Returns its setup. The new run's identity says where it comes from; the old one stays as it is. Raises CheckpointError or ConfigError.
+    """
+    setup = reopen(run_dir)
+    state = folder.read_whole_state(run_dir)
+    if not state.round:
+        raise CheckpointError(f"{run_dir}: no round is finished, there is nothing to branch from")
+    old = setup.experiment
+    config = DictConfig(OmegaConf.create(read_yaml(run_dir / folder.CONFIG, CheckpointError)))
+    config = branch_config(config, overrides, Branch(f"{old.config_hash}-s{old.seed}", state.round))
+    new = prepare(build_experiment(config))
+    folder.create(new.experiment.run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(new), state, run_dir)
+    return new
 
 
 def begin_or_reopen(config: DictConfig) -> Setup:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from fedprune_cli import figures, folder
 from fedprune_cli.config import Experiment, build_experiment
 from fedprune_cli.errors import CheckpointError, FedpruneError, out_of_memory, unknown
-from fedprune_cli.execute import Execution
+from fedprune_cli.execute import Execution, end_when_orphaned
 from fedprune_cli.files import fits, read_json
 from fedprune_cli.page import csv_text, figure, html_table, latex_table, page, section, terminal_table, write
 from fedprune_cli.report import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
@@ -74,6 +74,8 @@ def run_member(config: DictConfig) -> float | list[float] | None:
     hydra = HydraConfig.get()
     overrides, place = tuple(hydra.overrides.task), Path(hydra.runtime.output_dir)
     alone = str(hydra.launcher._target_).endswith("BasicLauncher")
+    if not alone:
+        end_when_orphaned()
     run_dir = ""
     try:
         experiment = build_experiment(config)

@@ -17,7 +17,7 @@ import numpy as np
 from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.allocate.problem import rate
-from fedprune_cli.errors import CertificateError
+from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.learn.quantize import BITS_PER_PARAM, BLOCK
 from fedprune_cli.meter import build_load, downlink_s, encode_mask, measure
 from fedprune_cli.run import (
@@ -54,11 +54,13 @@ METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
 class Findings:
     """What was checked and what was found; `failures` is empty for a sound run.
 
-    rounds: finished ones, of `planned`; finished: whether the run is; metered: device-rounds whose figures were computed again, of
+    rounds: finished ones, of `planned`, the first `inherited` of them of the run that this one branches from;
+    finished: whether the run is; metered: device-rounds whose figures were computed again, of
     which `bounded` were held to bounds only; certified: rounds with a certificate.
     """
 
     rounds: int
+    inherited: int
     planned: int
     finished: bool
     metered: int
@@ -81,7 +83,10 @@ class Findings:
         files = "all" if self.finished else "config.yaml, manifest.json, records, state and personal parts"
         table.add_row("checksums", f"{files} as written")
         table.add_row("state and summary against the records", "the last round's clock, ratios and sums")
-        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", str(self.rounds))
+        followed = f"{self.rounds - self.inherited}" + (
+            f"; {self.inherited} more are of the run it branches from: verify that one" if self.inherited else ""
+        )
+        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", followed)
         table.add_row(
             "seconds, joules and bytes of a device's round, metered again",
             f"{self.metered}, {self.bounded} of them within bounds only",
@@ -128,6 +133,8 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
 
     experiment = setup.experiment
     folder.check(run_dir)
+    if folder.is_pruned(run_dir):
+        raise CheckpointError(f"{run_dir}: its checkpoint was pruned, there is no state to hold its records against")
     state, records, summary = (
         folder.read_whole_state(run_dir),
         folder.read_records(run_dir),
@@ -137,6 +144,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     residual = gap = difference = 0.0
     certified = solved = unsolved = metered = bounded = 0
     slots = dict(setup.initial.slots)
+    begun = experiment.branch.round if experiment.branch else 0
     for number, record in enumerate(records):
         conditions = setup.scenario.at(number)
         ids = participants(setup, conditions, number, slots)
@@ -152,6 +160,9 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
             failures += [
                 f"round {record['round']}: {what}" for what in meter_again(setup, record, number, 0, ids, frozen)
             ]
+            continue
+        if number < begun:  # allocated under another configuration: the run it branches from
+            slots = next_slots(setup, slots, record)
             continue
         believed, gain = estimate(setup, conditions.gain_linear, number)
         problems = round_problems(believed, ids, gain[ids], number, slots)
@@ -195,8 +206,8 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
     if summary is not None and summary != summarise(experiment, run_dir):
         failures.append("summary.json is not what the records and the state give")
     return Findings(
-        len(records), experiment.rounds, summary is not None, metered, bounded, certified, residual, gap, solved, unsolved, difference,
-        tuple(failures),
+        len(records), min(begun, len(records)), experiment.rounds, summary is not None, metered, bounded, certified,
+        residual, gap, solved, unsolved, difference, tuple(failures),
     )  # fmt: skip
 
 

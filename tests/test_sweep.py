@@ -197,13 +197,19 @@ def test_a_sweep_killed_three_times_ends_with_the_bytes_of_one_that_was_not(over
         if attempt < 2:
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            process.kill()  # its workers live on, and end what they have begun
+            process.kill()  # its workers find out by themselves
         process.wait()
         assert len(list(Path("killed/outputs/main").glob("*/summary.json"))) < 24
     continued = subprocess.run(command, cwd="killed", capture_output=True, text=True, timeout=500, check=False)
     assert continued.returncode == 0, continued.stderr
     assert len(list(Path("killed/outputs/main").glob("*/summary.json"))) == 24
     assert bytes_of("killed") == bytes_of("whole")
+    left = [
+        path
+        for path in Path("/proc").glob("[0-9]*/cwd")
+        if path.exists() and path.resolve() == Path("killed").resolve()
+    ]
+    assert left == []
 
 
 @pytest.mark.slow
