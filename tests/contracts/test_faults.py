@@ -94,32 +94,31 @@ def test_faults_find_nothing_to_spoil_in_a_method_that_sends_nothing(tmp_path: P
     assert all(record["bytes_up"] == 0 for record in records)
 
 
-@pytest.mark.parametrize("late", ["wait", "drop", "defer"])
 @pytest.mark.parametrize(
-    "fault",
+    ("late", "fault"),
     [
-        ("faults.die=1",),
-        ("faults.lose_enter=1", "faults.lose_leave=1e-9"),
-        ("faults.stale=1", "failsafe.max_staleness=0"),
-        ("faults.nan_share=1",),
-        ("channel.outage_enter=1", "channel.outage_leave=1e-9"),
+        ("wait", "faults.die=1"),
+        ("drop", "faults.die=1"),
+        ("defer", "faults.die=1"),
+        ("drop", "faults.lose_enter=1 faults.lose_leave=1e-9"),
+        ("defer", "faults.stale=1 failsafe.max_staleness=0"),
+        ("wait", "faults.nan_share=1"),
+        ("defer", "channel.outage_enter=1 channel.outage_leave=1e-9"),
     ],
 )
-def test_a_run_in_which_nothing_arrives_goes_on_and_changes_nothing(
-    tmp_path: Path, fault: tuple[str, ...], late: str
-) -> None:
-    overrides = (*fault, f"failsafe.late={late}", "allocator.on_infeasible=drop", "failsafe.aggregation=median")
+def test_a_run_in_which_nothing_arrives_goes_on_and_changes_nothing(tmp_path: Path, late: str, fault: str) -> None:
+    overrides = (*fault.split(), f"failsafe.late={late}", "allocator.on_infeasible=drop", "failsafe.aggregation=median")
     records = run_to_end(tmp_path / "run", *overrides)
     setup = make_setup(*overrides)
     state = run.folder.load(tmp_path / "run", setup.experiment.config_hash).state
     np.testing.assert_array_equal(state.shared, setup.initial.shared)
     for record in records:
-        if record["status"] != "idle" and "faults.nan_share=1" not in fault:  # garbage does arrive
+        if record["status"] != "idle" and fault != "faults.nan_share=1":  # garbage does arrive
             assert record["latency_s"] == record["deadline_s"]
-        if "faults.die=1" in fault:
+        if fault == "faults.die=1":
             assert record["train_loss"] is None
             assert record["faults"]["died"] == record["devices"]["id"]
-    if "faults.die=1" in fault:
+    if fault == "faults.die=1":
         np.testing.assert_array_equal(list(state.personal), list(setup.initial.personal))
 
 
@@ -415,18 +414,23 @@ def test_every_choice_of_faults_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("key", "value"),
     [
-        "faults.die=1.5", "faults.lose_leave=0", "faults.poison=arsenic", "faults.max_delay=0", "faults.clock_error=nan",
-        "failsafe.late=never", "failsafe.wait_factor=0.5", "failsafe.aggregation=mode", "failsafe.trim=0.5",
-        "failsafe.quarantine_after=0", "failsafe.outlier_norm=0", "failsafe.clip_norm=inf",
+        ("die", 1.5), ("lose_leave", 0.0), ("poison", "arsenic"), ("max_delay", 0), ("clock_error", float("nan")), ("poisoned_share", -0.1),
+        ("late", "never"), ("wait_factor", 0.5), ("aggregation", "mode"), ("trim", 0.5), ("quarantine_after", 0), ("outlier_norm", 0.0),
+        ("clip_norm", float("inf")), ("max_staleness", -1),
     ],
 )  # fmt: skip
-def test_bad_values_are_one_line(override: str) -> None:
-    with pytest.raises(ConfigError, match=override.split("=")[0]) as caught:
-        make_experiment(override)
-    assert "must be" in str(caught.value)
-    with pytest.raises(ConfigError, match="all shares"):
+def test_bad_values_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match="must be") as caught:
+        dataclasses.replace(NO_FAULTS if hasattr(NO_FAULTS, key) else PLAIN, **{key: value})
+    assert caught.value.key == key
+
+
+def test_bad_values_are_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^failsafe.late=never: must be 'wait', 'drop' or 'defer'$"):
+        make_experiment("failsafe.late=never")
+    with pytest.raises(ConfigError, match=r"^faults.poisoned_share=0.6: must be such that all shares are at most 1$"):
         make_experiment("faults.nan_share=0.6", "faults.poisoned_share=0.6")
 
 
