@@ -339,10 +339,11 @@ def compare(
     arms = _arms(overrides or [], methods)
     chosen = [(arm, int(seed)) for seed in seeds.split(",") for arm in arms]
     configs = [compose_config([*(overrides or []), *arms[arm], f"seed={seed}"]) for arm, seed in chosen]
+    run_dirs = [build_experiment(config).run_dir for config in configs]  # all are checked before the first one runs
     members = [
-        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), build_experiment(config).run_dir)
-        for (arm, seed), config in zip(chosen, configs, strict=True)
-    ]  # all are checked before the first one runs
+        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), run_dir)
+        for (arm, seed), config, run_dir in zip(chosen, configs, run_dirs, strict=True)
+    ]
     unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
     if len(unfinished) < len(members):
         note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
