@@ -176,7 +176,7 @@ def cautious(problem: Problem, slots: Mapping[str, Array]) -> Problem:
 
 def undone(update: Update, unit: Unit) -> Update:
     """Returns the update of a device that keeps nothing of what it trained: its personal part is the old one."""
-    return replace(update, personal=unit.personal, train_loss=None, rounding_error=None, residual=unit.residual)
+    return replace(update, personal=unit.personal, train_loss=None, rounding_error=None)
 
 
 def diverged(update: Update) -> bool:

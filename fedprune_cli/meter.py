@@ -41,23 +41,14 @@ class Meter:
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels: candidate `bits` of an uplink value, whether rounding errors are fed back, whether the broadcast is pruned."""
+    """What travels: the candidate `bits` of an uplink value."""
 
     bits: list[int]
-    error_feedback: bool
-    pruned_downlink: bool
 
     def __post_init__(self) -> None:
         allowed = (*QUANTIZED_BITS, BITS_PER_PARAM)
         valid = bool(self.bits) and len(set(self.bits)) == len(self.bits) and set(self.bits) <= set(allowed)
         require(valid, "bits", self.bits, f"a list of different values out of {allowed}")
-        fed_back = not self.error_feedback or BITS_PER_PARAM not in self.bits
-        require(
-            fed_back,
-            "error_feedback",
-            self.error_feedback,
-            "false with 32 bits among payload.bits, which round nothing",
-        )
 
 
 @dataclass(frozen=True)
@@ -131,17 +122,9 @@ def build_problem(
     )
 
 
-def compress(problem: Problem, bits: float, broadcast_s: float) -> Problem:
-    """Returns the problem when a value takes `bits` on the uplink and each device waits for its own share of the broadcast of u only.
-
-    broadcast_s: how long u takes to broadcast; it moves from the fixed part d_k to the part a_k that pruning shortens (0: it stays).
-    """
-    return replace(
-        problem,
-        payload_bits=problem.payload_bits * (bits / BITS_PER_PARAM),
-        shared_compute_s=problem.shared_compute_s + broadcast_s,
-        fixed_s=problem.fixed_s - broadcast_s,
-    )
+def compress(problem: Problem, bits: float) -> Problem:
+    """Returns the problem when a value takes `bits` on the uplink."""
+    return replace(problem, payload_bits=problem.payload_bits * (bits / BITS_PER_PARAM))
 
 
 def encode_mask(mask: Array) -> bytes:

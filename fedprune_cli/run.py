@@ -308,20 +308,14 @@ def round_problems(setup: Setup, ids: Array, gain: Array, number: int, slots: Ma
     load = build_load(scenario.fleet, ids, plans, [setup.cost] * len(ids), experiment.training.batch_size)
     bits = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
     bound = 0 if not sends_masks(setup) else len(ids) * len(encode_mask(np.arange(bits) % 2 == 0))
-    broadcast_s, t_down_s = (
-        downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * extra)
-        for extra in (0, bound)
-    )
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + 8 * bound)
     samples = scenario.partition.train.sizes[ids].astype(float)
     weight = experiment.weights.weight(samples, ids, slots)
     problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, setup.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     problem = replace(problem, deadline_s=deadline_s, ids=ids)
-    saved_s = broadcast_s if prunes_downlink(setup) else 0.0
-    by_bits = {
-        width: cautious(compress(problem, bits_per_value(width), saved_s), slots) for width in experiment.payload.bits
-    }
+    by_bits = {width: cautious(compress(problem, bits_per_value(width)), slots) for width in experiment.payload.bits}
     return RoundProblems(load, problem, by_bits)
 
 
@@ -348,15 +342,11 @@ def allocate(
 
 
 def rounding_slots(slots: Mapping[str, Array], bits: int, updates: Sequence[Update]) -> dict[str, Array]:
-    """Returns what rounding leaves behind for the next round: what it took from each device, and how coarse it was."""
-    new = {name: slots[name].copy() for name in ("residual", "rounding") if name in slots}
-    if "residual" in new:
-        for update in updates:
-            new["residual"][update.device] = update.residual
+    """Returns how coarse rounding was when there last was any, where the choice of bits depends on it."""
+    if "rounding" not in slots:
+        return {}
     errors = [update.rounding_error for update in updates if update.rounding_error is not None]
-    if "rounding" in new and errors:
-        new["rounding"] = rounding_scale(bits, float(np.mean(errors)))
-    return new
+    return {"rounding": rounding_scale(bits, float(np.mean(errors))) if errors else slots["rounding"]}
 
 
 def rounding_scale(bits: int, error: float) -> Array:
@@ -366,16 +356,8 @@ def rounding_scale(bits: int, error: float) -> Array:
 
 def sends_masks(setup: Setup) -> bool:
     """Whether the server has to send masks, and the meter counts them."""
-    return (
-        setup.experiment.meter.mask_overhead
-        and setup.experiment.allocator.prunes
-        and not (setup.experiment.pruner.derivable and not prunes_downlink(setup))
-    )
-
-
-def prunes_downlink(setup: Setup) -> bool:
-    """Whether only what some device keeps is broadcast; devices that do not have u cannot derive their masks."""
-    return setup.experiment.payload.pruned_downlink and setup.experiment.allocator.prunes
+    experiment = setup.experiment
+    return experiment.meter.mask_overhead and experiment.allocator.prunes and not experiment.pruner.derivable
 
 
 def pruning_errors(state: State, masks: Masks, devices: Array) -> Array:
@@ -395,7 +377,6 @@ def train_unit(setup: Setup, state: State, masks: Masks, device: int, bits: int)
         kept_of(masks, device),
         plan(setup, device),
         bits,
-        state.slots["residual"][device] if "residual" in state.slots else None,
         setup.experiment.faulty,
     )
 
@@ -443,8 +424,8 @@ def measure_round(
     size, taking = setup.cost.shared_params, np.flatnonzero(allocation.admitted)
     codes = [encode_mask(masks.sent(update.device)) for update in updates] if sends_masks(setup) else []
     kept = np.array([len(update.shared) for update in updates]) / max(size, 1)
-    listened = kept if prunes_downlink(setup) else np.ones(len(updates))
-    bits_down = BITS_PER_PARAM * size * listened + 8 * sum(map(len, codes))
+    bits_down = float(BITS_PER_PARAM * size + 8 * sum(map(len, codes))) if updates else 0.0
+    t_down_s = downlink_s(setup.experiment.meter, setup.experiment.channel, gain, bits_down)
     load = load.take(taking)
     if masks.units:  # the model is smaller: its own FLOPs, not a share of the whole one's
         plans = [plan(setup, update.device) for update in updates]
@@ -454,8 +435,8 @@ def measure_round(
         rate_bps=allocation.rate_bps[taking],
         kept=kept,
         payload_bytes=np.array([update.sent_bytes for update in updates], dtype=float),
-        bits_down=bits_down.max(initial=0.0),
-        t_down_s=np.array([downlink_s(setup.experiment.meter, setup.experiment.channel, gain, b) for b in bits_down]),
+        bits_down=bits_down,
+        t_down_s=np.full(len(updates), t_down_s),
     )
 
 
@@ -467,8 +448,7 @@ def measure_frozen(setup: Setup, masks: Masks, devices: Array, gain: Array, byte
     size, ids = setup.cost.shared_params, devices.tolist()
     codes = [encode_mask(masks.sent(device)) for device in ids] if sends_masks(setup) else []
     plans, kept = [plan(setup, device, frozen=True) for device in ids], masks.kept[devices] / max(size, 1)
-    share = float(kept.max()) if prunes_downlink(setup) else 1.0
-    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size * share) + 8 * sum(map(len, codes))
+    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size) + 8 * sum(map(len, codes))
     load = build_load(
         setup.scenario.fleet, devices, plans, [setup.cost] * len(ids), setup.experiment.training.batch_size
     )
@@ -695,8 +675,6 @@ def prepare(experiment: Experiment) -> Setup:
     slots |= experiment.pruner.slots(cost.shared_params) | experiment.weights.slots(scenario.num_devices)
     slots |= experiment.participation.slots(scenario.num_devices)
     slots |= experiment.failsafe.slots(experiment.faults, scenario.num_devices, cost.shared_params)
-    if experiment.payload.error_feedback:
-        slots["residual"] = np.zeros((scenario.num_devices, cost.shared_params), dtype=np.float32)
     if len(experiment.payload.bits) > 1:
         slots["rounding"] = np.array(FIRST_ROUNDING)
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)

@@ -28,7 +28,6 @@ from fedprune_cli.run import (
     frozen_devices,
     participants,
     plan,
-    prunes_downlink,
     round_problems,
     rounding_scale,
     sends_masks,
@@ -257,9 +256,7 @@ def meter_again(setup: Setup, record: Record, number: int, training: int, ids: A
     if setup.layout is not None and record["bits"] == BITS_PER_PARAM:
         kept = np.where(stopped, kept, sent / 4)
     share = kept / max(size, 1)
-    # what was broadcast: u, or the most that any device keeps of it, and masks
-    heard = share if prunes_downlink(setup) else np.ones(len(devices))
-    masks = 8 * record["bytes_down"] - BITS_PER_PARAM * size * heard.max()
+    masks = 8 * record["bytes_down"] - BITS_PER_PARAM * size  # what was broadcast beside u
     units = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
     most = 8 * len(devices) * len(encode_mask(np.arange(units) % 2 == 0)) if sends_masks(setup) else 0
     exact = setup.layout is None
@@ -267,7 +264,7 @@ def meter_again(setup: Setup, record: Record, number: int, training: int, ids: A
         yield f"{record['bytes_down']} bytes were broadcast, of which {masks / 8:.0f} would be masks: must be in 0..{most // 8}"
     if not exact or (stopped.any() and sends_masks(setup)):
         return
-    bits_down = np.where(stopped, 8.0 * record["bytes_down"], BITS_PER_PARAM * size * heard + max(masks, 0))
+    bits_down = np.where(stopped, 8.0 * record["bytes_down"], BITS_PER_PARAM * size + max(masks, 0.0))
     hears = {False: gain[ids], True: gain[np.concatenate([ids, frozen])]}
     plans = [plan(setup, device, frozen=bool(still)) for device, still in zip(devices, stopped, strict=True)]
     load = build_load(setup.scenario.fleet, devices, plans, [setup.cost] * len(devices), experiment.training.batch_size)

@@ -37,7 +37,7 @@ def test_every_key_of_the_configuration_is_offered_and_hydra_takes_every_group()
         ("data=f", ["data=fmnist"]),
         ("method=proposed,ped", []),
         ("method=proposed,pr", ["method=proposed,pruned"]),  # not the one that is there already
-        ("payload.pruned_downlink=", ["payload.pruned_downlink=false", "payload.pruned_downlink=true"]),
+        ("failsafe.safe_ratio=", ["failsafe.safe_ratio=false", "failsafe.safe_ratio=true"]),
         ("hydra/launcher=", ["hydra/launcher=cluster", "hydra/launcher=cores", "hydra/launcher=slurm"]),
         ("nothing.like=", []),
     ],

@@ -10,8 +10,6 @@ from conftest import make_setup, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli import run
-from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.quantize import BLOCK, QUANTIZED_BITS, bits_per_value, dequantize, levels, quantize
 from fedprune_cli.verify import verify_run
 
@@ -72,45 +70,3 @@ def test_the_choice_of_bits_is_the_best_of_its_candidates_and_a_tight_deadline_t
 def test_a_spent_budget_of_time_leaves_the_choice_to_the_policy(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run", "payload.bits=[4,32]", "deadline.total_seconds=1e-3")
     assert records[-1]["status"] == "stretched"
-
-
-def test_what_rounding_took_comes_back(tmp_path: Path) -> None:
-    """With the feedback, what was sent and what is still owed add up to the change that the device made."""
-    options = ("payload.bits=[2]", "payload.error_feedback=true", "method=personalized", "rounds=1")
-    run_to_end(tmp_path / "run", *options)
-    setup = make_setup(*options)
-    with run.executor(
-        setup.experiment.execution, lambda: run.build_learner(setup.experiment, setup.scenario)
-    ) as workers:
-        ids = np.arange(setup.scenario.num_devices)
-        masks = run.build_masks(setup.experiment.pruner, setup.initial, np.zeros(len(ids)), 0)
-        rough = run.train_devices(setup, workers, [run.train_unit(setup, setup.initial, masks, k, 2) for k in ids])
-        exact = run.train_devices(setup, workers, [run.train_unit(setup, setup.initial, masks, k, 32) for k in ids])
-    for left, right in zip(rough, exact, strict=True):
-        assert left.residual is not None
-        assert left.residual.any()
-        np.testing.assert_allclose(left.shared + left.residual, right.shared, atol=1e-6)
-
-
-def test_feedback_without_rounding_is_refused() -> None:
-    with pytest.raises(ConfigError, match="error_feedback"):
-        make_setup("payload.error_feedback=true")
-
-
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
-def test_a_pruned_broadcast_makes_each_device_wait_for_what_it_keeps_and_for_the_masks(
-    tmp_path: Path, granularity: str
-) -> None:
-    options = ("payload.pruned_downlink=true", "deadline.fraction=0.3", f"pruner.granularity={granularity}")
-    records = run_to_end(tmp_path / "run", *options)
-    assert verify_run(make_setup(*options), tmp_path / "run", every=0).failures == ()
-    for record in records:
-        ratio, wait_s = (np.array(record["devices"][key]) for key in ("prune_ratio", "downlink_s"))
-        assert (wait_s > 0).all()
-        assert wait_s[ratio.argmax()] < wait_s[ratio.argmin()]
-
-
-def test_a_pruned_broadcast_changes_no_dense_round(tmp_path: Path) -> None:
-    plain = run_to_end(tmp_path / "plain", "method=personalized")
-    pruned = run_to_end(tmp_path / "pruned", "method=personalized", "payload.pruned_downlink=true")
-    assert plain == pruned

@@ -161,7 +161,7 @@ def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
     list(run.run(run.reopen(run_dir), run_dir))
 
 
-PAYLOAD = ("payload.bits=[4,8]", "payload.error_feedback=true", "payload.pruned_downlink=true")
+PAYLOAD = ("payload.bits=[4,8]",)
 FREEZE = ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02")
 
 

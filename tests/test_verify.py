@@ -23,7 +23,7 @@ from fedprune_cli.verify import Findings, code_bytes, verify_run
 OPTIONS = {
     "plain": (),
     "masks sent": ("pruner=taylor", "rounds=4"),
-    "few bits": ("payload.bits=[4,8]", "payload.error_feedback=true", "payload.pruned_downlink=true"),
+    "few bits": ("payload.bits=[4,8]",),
     "channels": ("pruner.granularity=channel",),
     "outages": ("channel.outage_enter=0.4", "channel.outage_leave=0.5", "rounds=8", "devices.count=2"),
     "frozen": ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02"),

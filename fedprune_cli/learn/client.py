@@ -93,8 +93,8 @@ class Unit:
     """One device's task: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, its phases.
 
     kept: None for everything, a mask of u packed into bits, or the units of whole channels, a bool array a channel group.
-    stage names the work in error messages. bits: of a value that is sent; residual: what rounding took from earlier updates [U], None when
-    it is not fed back. may_diverge: a loss that is not finite is no error, as faults may have led to it.
+    stage names the work in error messages. bits: of a value that is sent.
+    may_diverge: a loss that is not finite is no error, as faults may have led to it.
     """
 
     stage: str
@@ -105,7 +105,6 @@ class Unit:
     kept: Array | tuple[Array, ...] | None
     phases: tuple[Phase, ...]
     bits: int = BITS_PER_PARAM
-    residual: Array | None = None
     may_diverge: bool = False
 
     @property
@@ -119,8 +118,8 @@ class Update:
     """What device k sends, and what it keeps.
 
     shared: the kept entries of u as the server reads them [n_k]; personal: v_k [V]; train_loss: the mean of the last phase, if any;
-    sent_bytes: the length of what was really encoded. When rounded: rounding_error, the square of what rounding changed over the square
-    of the change of u, and the `residual` [U] to feed back.
+    sent_bytes: the length of what was really encoded. rounding_error: the square of what rounding changed over the square of the
+    change of u, when rounded.
     """
 
     device: int
@@ -129,7 +128,6 @@ class Update:
     train_loss: float | None
     sent_bytes: int
     rounding_error: float | None = None
-    residual: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -165,17 +163,11 @@ def send(seed: int, unit: Unit, mask: Array | None, shared: Array, personal: Arr
     if unit.bits == BITS_PER_PARAM or (unit.may_diverge and not np.isfinite(values).all()):
         return Update(unit.device, values, personal, loss, values.nbytes)
     change = values - unit.shared[where]
-    if unit.residual is not None:
-        change += unit.residual[where]
     code = quantize(change, unit.bits, stream(seed, "rounding", unit.round, unit.device))
     read = dequantize(code, len(change), unit.bits)
-    missed = change - read
-    residual = None
-    if unit.residual is not None:
-        residual = unit.residual.copy()  # of a dropped entry it waits until the entry is kept again
-        residual[where] = missed
-    error = float(np.square(missed, dtype=np.float64).sum() / max(np.square(change, dtype=np.float64).sum(), 1e-300))
-    return Update(unit.device, unit.shared[where] + read, personal, loss, len(code), error, residual)
+    missed = np.square(change - read, dtype=np.float64).sum()
+    error = float(missed / max(np.square(change, dtype=np.float64).sum(), 1e-300))
+    return Update(unit.device, unit.shared[where] + read, personal, loss, len(code), error)
 
 
 def evaluate(learner: Learner, unit: Unit) -> Score:

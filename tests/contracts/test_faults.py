@@ -33,7 +33,7 @@ ALL = (
     "faults=flaky", "faults.die=0.2", "faults.lose_enter=0.2", "faults.stale=0.3", "faults.nan_share=0.25",
     "faults.poisoned_share=0.25", "faults.clock_error=0.3", "faults.channel_error=0.3", "failsafe.late=defer",
     "failsafe.clip_norm=1", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "failsafe.quarantine_rounds=2",
-    "channel.outage_enter=0.1", "rounds=8", "pruner=taylor", "payload.bits=[4,8]", "payload.error_feedback=true",
+    "channel.outage_enter=0.1", "rounds=8", "pruner=taylor", "payload.bits=[4,8]",
 )  # fmt: skip
 RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 
@@ -85,7 +85,6 @@ def test_runs_with_every_fault_are_the_same_bytes_and_sound(tmp_path: Path) -> N
 def test_faults_find_nothing_to_spoil_in_a_method_that_sends_nothing(tmp_path: Path) -> None:
     everything = (
         *ALL,
-        "payload.error_feedback=false",
         "payload.bits=[32]",
         "pruner=magnitude",
         "failsafe.aggregation=median",
@@ -138,20 +137,19 @@ def test_poison_that_makes_training_diverge_ends_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_who_diverged_keeps_its_personal_part_and_its_residual(bits: int) -> None:
+def test_who_diverged_keeps_its_personal_part(bits: int) -> None:
     setup = make_setup("faults=poisoned")
     learner = run.build_learner(setup.experiment, setup.scenario)
     unit = run.train_unit(
         setup, setup.initial, Masks(np.arange(setup.cost.shared_params), np.full(4, setup.cost.shared_params)), 1, bits
     )
-    unit = dataclasses.replace(unit, shared=np.full_like(unit.shared, 1e30), residual=np.ones_like(unit.shared))
+    unit = dataclasses.replace(unit, shared=np.full_like(unit.shared, 1e30))
     for update in (train(learner, unit), train_block(learner, [unit])[0]):
         assert not np.isfinite(update.shared).all()
         assert update.train_loss is None
         assert diverged(update)
         kept = undone(update, unit)
         np.testing.assert_array_equal(kept.personal, unit.personal)
-        np.testing.assert_array_equal(kept.residual, unit.residual)
         assert kept.rounding_error is None
 
     class Once:
