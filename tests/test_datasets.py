@@ -254,3 +254,16 @@ def test_patches_without_a_photograph_say_what_to_install(monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="8, 16 or 32"):
         Patches("patches", 20, None)
+
+
+def test_a_changed_pixel_in_a_file_that_was_brought_here_is_found(tmp_path: Path) -> None:
+    """The file's form is right and its checksum is not: a file of the user's own, which has none, is taken as it is."""
+    header = bytes((0, 0, 8, 1)) + (3).to_bytes(4, "big")
+    with datasets._staged(tmp_path) as stage:
+        (stage / "labels").write_bytes(header + bytes((1, 2, 3)))
+    assert datasets._read_idx(tmp_path / "labels", 1).tolist() == [1, 2, 3]
+    (tmp_path / "labels").write_bytes(header + bytes((1, 2, 2)))
+    with pytest.raises(DataError, match=r"labels: damaged: not what labels\.sha256 was written for"):
+        datasets._read_idx(tmp_path / "labels", 1)
+    (tmp_path / "mine").write_bytes(header + bytes((1, 2, 2)))
+    assert datasets._read_idx(tmp_path / "mine", 1).tolist() == [1, 2, 2]
