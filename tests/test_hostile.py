@@ -17,8 +17,8 @@ import pytest
 from conftest import TINY, forge, make_experiment, make_setup, resign, run_to_end
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli import cli, files, folder, page, report, run
-from fedprune_cli.config import CONF, GROUPS, build_experiment, check_config_dir, compose_config
+from fedprune_cli import CONF, cli, files, folder, page, report, run, terminal
+from fedprune_cli.config import GROUPS, build_experiment, check_config_dir, compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError, FedpruneError, one_line
 from fedprune_cli.planning import problem_from_csv
 from fedprune_cli.verify import verify_run
@@ -373,8 +373,10 @@ def test_a_config_dir_chooses_values_and_runs_nothing(name: str, text: str, mess
     assert not Path("hacked").exists()
 
 
-def test_our_own_configuration_would_be_accepted_as_a_config_dir() -> None:
-    check_config_dir(CONF)
+def test_our_own_configuration_would_be_accepted_as_a_config_dir(tmp_path: Path) -> None:
+    """All but conf/hydra, which names launchers."""
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("hydra"))
+    check_config_dir(tmp_path / "conf")
 
 
 @pytest.mark.parametrize(
@@ -498,6 +500,6 @@ def test_what_users_named_is_escaped_in_every_output(tmp_path: Path, capsys: pyt
     )
     assert "<script" not in (out / "table.md").read_text()
     assert len({line.replace("\\|", "").count("|") for line in (out / "table.md").read_text().splitlines()}) == 1
-    cli._print(report.comparison_table(comparison))
+    terminal.show(report.comparison_table(comparison))
     assert "\x1b[2J" not in capsys.readouterr().out
     assert page.csv_text(["a"], [["\t=1"], ["\r=1"]]).count("'") == 2

@@ -356,11 +356,6 @@ def kill_and_resume(tmp_path: Path, kind: str, kills: int) -> None:
     assert results(killed) == results(whole)
 
 
-@pytest.mark.parametrize("kind", ["serial", "processes"])
-def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    kill_and_resume(tmp_path, kind, kills=2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["serial", "processes"])
 def test_runs_killed_ten_times_resume_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
