@@ -123,7 +123,8 @@ figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; display: bl
 figcaption, .note { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
+td:nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
 pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem; }
 code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
 """
