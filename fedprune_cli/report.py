@@ -558,9 +558,13 @@ def write_comparison(
     }
     drawn = {"progress": figures.progress_figure(curves, target, _band), "finals": figures.finals_figure(finals)}
     if comparison.reference is not None:
-        times = {method: cells["time_to_target_s"] for method, cells in comparison.figures.items()}
         drawn["target"] = figures.target_figure(
-            {method: (cell.mean, cell.half_width) if cell else None for method, cell in times.items()}
+            {
+                method: (cell.mean, cell.half_width)
+                if (cell := cells["time_to_target_s"])
+                else _missed(comparison, method)
+                for method, cells in comparison.figures.items()
+            }
         )
         drawn["split"] = figures.split_figure(_split(comparison))
     proposed = "proposed" if "proposed" in comparison.runs else next(iter(comparison.runs))
@@ -607,6 +611,13 @@ def write_comparison(
     for name, drawing in drawn.items():
         files |= {f"{name}.svg": drawing.svg(), f"{name}.pdf": drawing.pdf()}
     return write(out, files)
+
+
+def _missed(comparison: Comparison, method: str) -> str:
+    """Returns on how many seeds a method does not reach the target."""
+    runs = comparison.runs[method]
+    missed = sum(crossing(run, comparison.targets[run.seed]) is None for run in runs)
+    return f"missed on {missed} of {len(runs)} seeds"
 
 
 MARKDOWN_KEYS = ("time_to_target_s", "time_reduction_equal", "time_reduction", "latency_s", "accuracy", "accuracy_gain", "p10_gain",

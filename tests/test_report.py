@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,12 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
         run = loaded["personalized", seed]
         assert comparison.targets[seed] == min(r["accuracy"] for r in run.rounds) - 0.005
         assert report.crossing(run, comparison.targets[seed]) is not None
+    out_of_reach = replace(comparison, targets=dict.fromkeys(comparison.targets, 1.1))
+    assert (
+        report._missed(out_of_reach, "proposed")
+        == f"missed on {len(comparison.targets)} of {len(comparison.targets)} seeds"
+    )
+    assert report._missed(comparison, "personalized").startswith("missed on 0 of")
     left, pruning, bandwidth, _ = report._split(comparison)["proposed"]
     equal = comparison.figures["personalized (equal bandwidth)"]["latency_s"]
     assert equal
