@@ -53,7 +53,7 @@ def main() -> NoReturn:
     """Runs the command line; a user's mistake is one line on stderr and an exit code of its own."""
     try:
         signal.signal(signal.SIGTERM, _interrupt)
-        raise SystemExit(app(standalone_mode=False))
+        raise SystemExit(app(standalone_mode=False) or 0)
     except FedpruneError as error:
         _fail(error)
     except (MemoryError, RuntimeError) as error:

@@ -257,5 +257,5 @@ def test_each_tracker_holds_each_round_once(
     method, seed, lr, rows = json.loads(succeed("-c", READERS[name]).stdout)
     assert [(key, step) for key, step, _ in sorted(rows)] == [(key, step) for key, step, _ in expected]
     np.testing.assert_allclose([row[2] for row in sorted(rows)], [row[2] for row in expected], rtol=1e-6)
-    manifest = folder.read_json(Path("run") / folder.MANIFEST)
+    manifest = json.loads((Path("run") / folder.MANIFEST).read_text())
     assert (method, seed, lr) == ("proposed", "1", str(parameters(manifest)["training.lr"]))
