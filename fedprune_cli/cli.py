@@ -179,7 +179,7 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
     from fedprune_cli import sweep
 
-    place = sweep.sweep_dir(overrides)
+    place = sweep.sweep_dir([*flags, *overrides])
     if not any(override.lstrip("+").startswith("hydra.sweep.dir=") for override in overrides):
         overrides = [*overrides, f"hydra.sweep.dir={place}"]
     else:

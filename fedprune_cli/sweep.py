@@ -190,7 +190,7 @@ def group(members: Sequence[Member]) -> list[Group]:
         at = tuple(member.values.get(key, "") for key in keys)
         run_of = read_run(Path(member.run_dir))
         runs.setdefault(at, {})[run_of.seed] = run_of
-        own = [override for override in member.overrides if override.lstrip("+~").partition("=")[0] != "seed"]
+        own = [text for text in member.overrides if text.lstrip("+~").partition("=")[0] not in ("seed", "out")]
         commands.setdefault(at, shlex.join(["fedprune", "train", *own]))
     groups = [
         _group(dict(zip(keys, at, strict=True)), commands[at], dict(sorted(of.items()))) for at, of in runs.items()
