@@ -50,14 +50,19 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[run.Record]:
     return list(run.run(setup, run_dir))
 
 
+PRELOADED = [
+    "cvxpy", "fedprune_cli.report", "fedprune_cli.run", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
+    "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "torch._dynamo",
+    "torch.fx", "torch.onnx",
+]  # fmt: skip
+
+
 def fedprune(
     *arguments: str, cwd: str = ".", before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fedprune_cli.run", "fedprune_cli.report", "hydra", "matplotlib.figure", "rich.progress"]
-    )
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as place:
         streams = [os.path.join(place, name) for name in ("stdout", "stderr")]
         process = context.Process(target=_command, args=(arguments, os.path.abspath(cwd), streams, before))
