@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -62,7 +63,6 @@ def fedprune(
 ) -> subprocess.CompletedProcess[str]:
     """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as place:
         streams = [os.path.join(place, name) for name in ("stdout", "stderr")]
         process = context.Process(target=_command, args=(arguments, os.path.abspath(cwd), streams, before))
@@ -135,6 +135,13 @@ def forge(
     summary = json.loads((run_dir / folder.SUMMARY).read_text()) | {"state_sha256": sha256} | (summary or {})
     (run_dir / folder.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     resign(run_dir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _everything_imported_once() -> None:
+    """Starts the server that commands, workers and members are forked from before the program itself would, with less in it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)
