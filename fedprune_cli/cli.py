@@ -65,9 +65,8 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        message = getattr(
-            error, "format_message", None
-        )  # of Typer's own errors, whose home differs between its versions
+        # Typer's own errors have it; where their class is at home differs between its versions
+        message = getattr(error, "format_message", None)
         if message is None:
             raise
         text = " ".join(message().split())
@@ -179,11 +178,10 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
     from fedprune_cli import sweep
 
-    place = sweep.sweep_dir([*flags, *overrides])
-    if not any(override.lstrip("+").startswith("hydra.sweep.dir=") for override in overrides):
-        overrides = [*overrides, f"hydra.sweep.dir={place}"]
-    else:
-        place = Path(next(o for o in overrides if o.lstrip("+").startswith("hydra.sweep.dir=")).partition("=")[2])
+    asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
+    given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
+    place = Path([asked, *given][-1].partition("=")[2])
+    overrides = overrides if given else [*overrides, asked]
     for old in sweep.ended(place):
         old.unlink()
     try:
@@ -208,7 +206,7 @@ def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
     members = sweep.read_members(folders)
     groups = sweep.group(members)
     with status("drawing the report"):
-        page = sweep.write_sweep(members, groups, out, "sweep")
+        page = sweep.write_sweep(members, groups, out)
     if as_json:
         print(json.dumps(sweep.to_json(members, groups, page)))
         return

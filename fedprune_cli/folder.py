@@ -138,9 +138,14 @@ def create(
 def _clear(run_dir: Path) -> None:
     """Removes what processes that were killed while they made this folder left beside it."""
     for left in run_dir.parent.glob(f".{glob.escape(run_dir.name)}.*.new"):
-        pid = left.name.split(".")[-2]
-        if pid.isdigit() and not alive(int(pid)):
+        if (pid := made_by(left.name)) and not alive(pid):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def made_by(name: str) -> int | None:
+    """Returns the process that makes, or made, a half-made folder of this name; None for any other name."""
+    found = re.fullmatch(r"\..+\.(\d+)\.new", name)
+    return int(found[1]) if found else None
 
 
 def alive(pid: int) -> bool:

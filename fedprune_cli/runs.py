@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def _run_dirs(root: Path) -> Iterator[Path]:
         if folder.MANIFEST in files:
             folders.clear()
             yield Path(at)
-        folders[:] = [name for name in folders if not _unfinished_by(name)]
+        folders[:] = [name for name in folders if not folder.made_by(name)]
 
 
 def _look(path: Path) -> Listed:
@@ -103,9 +102,9 @@ def prunable(root: Path) -> dict[Path, int]:
                 found[file] = file.lstat().st_size
     for at, folders, _ in os.walk(root):
         for name in folders:
-            if (pid := _unfinished_by(name)) and not folder.alive(pid):
+            if (pid := folder.made_by(name)) and not folder.alive(pid):
                 found[Path(at) / name] = sum(file.lstat().st_size for file in (Path(at) / name).rglob("*"))
-        folders[:] = [name for name in folders if not _unfinished_by(name)]
+        folders[:] = [name for name in folders if not folder.made_by(name)]
     return found
 
 
@@ -118,9 +117,3 @@ def prune(paths: Sequence[Path]) -> None:
     for run_dir in dict.fromkeys(path.parent for path in paths if path.name == folder.STATE):
         with folder.locked(run_dir):
             folder.drop_checkpoint(run_dir)
-
-
-def _unfinished_by(name: str) -> int | None:
-    """Returns the process that was making a folder of this name, None when it is no such folder."""
-    found = re.fullmatch(r"\..+\.(\d+)\.new", name)
-    return int(found[1]) if found else None

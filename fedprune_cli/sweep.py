@@ -83,7 +83,8 @@ def run_member(config: DictConfig) -> float | list[float] | None:
         names = config.get("objectives") or OBJECTIVES
         if not (experiment.run_dir / folder.SUMMARY).exists():
             _run_to_end(config, shown=alone, serial=not alone and not any(o.startswith("execution") for o in overrides))
-        check_holds(experiment)
+        else:
+            check_holds(experiment)
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         member, values = Member(overrides, run_dir), objectives(experiment, names)
@@ -197,7 +198,7 @@ def group(members: Sequence[Member]) -> list[Group]:
     ]
     if not groups:
         raise CheckpointError("no member of the sweep is finished, there is nothing to report")
-    best = max(groups, key=lambda of: of.mean("accuracy"))
+    best = best_of(groups)
     return [replace(of, below_best=_below(of, best)) for of in groups]
 
 
@@ -245,13 +246,13 @@ def answer(members: Sequence[Member], groups: Sequence[Group]) -> str:
     return text + (f" {failed} of {len(members)} runs failed and are left out." if failed else "")
 
 
-def _rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
+def _rows(groups: Sequence[Group]) -> list[list[str]]:
     best_ones = front(groups)
     return [
         [
             str(of),
             str(len(of.runs)),
-            *("-" if (cell := of.figures[key]) is None else cell.text(TITLES[key][1]) for key in keys),
+            *("-" if (cell := of.figures[key]) is None else cell.text(TITLES[key][1]) for key in GROUP_COLUMNS),
             "-" if of.below_best is None else of.below_best.text(lambda v: f"{100 * v:.2f}"),
             "yes" if of in best_ones else "",
         ]
@@ -259,13 +260,9 @@ def _rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _headers(keys: Sequence[str]) -> list[str]:
-    return ["configuration", "seeds", *(TITLES[key][0] for key in keys), "points below the best", "Pareto"]
-
-
 def sweep_table(groups: Sequence[Group]) -> Any:
     """Returns the groups for the terminal: their main figures; the page has all of them."""
-    rows = [[row[0], *row[1:3], row[5], *row[-2:]] for row in _rows(groups, GROUP_COLUMNS)]
+    rows = [[row[0], *row[1:3], row[5], *row[-2:]] for row in _rows(groups)]
     return terminal_table(
         "sweep", ["", "seeds", "acc. %", "simulated s", "below best", "Pareto"], rows, folds_first=True
     )
@@ -293,11 +290,12 @@ def to_json(members: Sequence[Member], groups: Sequence[Group], report: Path) ->
     }
 
 
-def write_sweep(members: Sequence[Member], groups: Sequence[Group], out: Path, title: str) -> Path:
+def write_sweep(members: Sequence[Member], groups: Sequence[Group], out: Path) -> Path:
     """Writes index.html, table.csv and .tex, and the figures as SVG and PDF; returns the page."""
     drawn = dict(_drawings(groups))
     best, failed = best_of(groups), [member for member in members if member.error is not None]
-    headers, rows = _headers(GROUP_COLUMNS), _rows(groups, GROUP_COLUMNS)
+    rows = _rows(groups)
+    headers = ["configuration", "seeds", *(TITLES[key][0] for key in GROUP_COLUMNS), "points below the best", "Pareto"]
     captions = {
         "pareto": "Final accuracy against simulated seconds of the run, means and 95 % intervals; the line is the Pareto front.",
         "heatmap": "Mean final accuracy in %.",
@@ -323,7 +321,7 @@ def write_sweep(members: Sequence[Member], groups: Sequence[Group], out: Path, t
         for of in groups
     ]
     files: dict[str, str | bytes] = {
-        "index.html": page(title, body),
+        "index.html": page("sweep", body),
         "table.csv": csv_text(raw_headers, raw_rows),
         "table.tex": latex_table(headers, rows),
     }

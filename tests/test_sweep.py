@@ -144,7 +144,7 @@ def test_groups_pair_their_seeds(tmp_path: Path) -> None:
         assert of.below_best
         expected = np.mean(np.subtract(finals[best], finals[of.values["method"]]))
         np.testing.assert_allclose(of.below_best.mean, expected, atol=1e-12)
-    page = sweep.write_sweep([*members, failed], groups, tmp_path / "out", "sweep")
+    page = sweep.write_sweep([*members, failed], groups, tmp_path / "out")
     assert "it failed" in page.read_text()
     rows = list(csv.DictReader((page.parent / "table.csv").open()))
     assert [row["method"] for row in rows] == ["proposed", "personalized"]
@@ -156,7 +156,7 @@ def test_groups_pair_their_seeds(tmp_path: Path) -> None:
 def test_two_parameters_give_a_heat_map_and_odd_names_are_text(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run")
     members = [Member((f"a=${x}", f"<b>={y}", f"seed={x}{y}"), str(tmp_path / "run")) for x in "12" for y in "34"]
-    page = sweep.write_sweep(members, sweep.group(members), tmp_path / "out", "sweep")
+    page = sweep.write_sweep(members, sweep.group(members), tmp_path / "out")
     assert (page.parent / "heatmap.svg").exists()
     assert "<b>" not in page.read_text()
     assert "$1" in (page.parent / "heatmap.svg").read_text()
