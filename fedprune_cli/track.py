@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedprune_cli import folder
 from fedprune_cli.errors import CheckpointError, ConfigError, require
-from fedprune_cli.files import read_json
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import read_json
 
 Record = Mapping[str, Any]
 Log = Callable[[Record], None]

@@ -20,9 +20,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from fedprune_cli import cli, folder, run
-from fedprune_cli.config import Experiment, build_experiment, compose_config
-from fedprune_cli.state import State, encode
+from fedprune_cli.commands import app as cli
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
+from fedprune_cli.store.state import State, encode
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -52,7 +56,7 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[run.Record]:
 
 
 PRELOADED = [
-    "cvxpy", "fedprune_cli.report", "fedprune_cli.run", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
+    "cvxpy", "fedprune_cli.report.all", "fedprune_cli.round.all", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
     "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "torch._dynamo",
     "torch.fx", "torch.onnx",
 ]  # fmt: skip
@@ -100,7 +104,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         home = tmp_path_factory.mktemp("overlay")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
         own = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
-        source = Path(run.__file__).parent.parent  # an editable installation is not seen through a .pth file
+        source = Path(run.__file__).parent.parent.parent  # an editable installation is not seen through a .pth file
         (Path(own) / "base.pth").write_text(f"{sysconfig.get_path('purelib')}\n{source}\n")
         python = home / "bin" / "python"
         install = [str(python), "-m", "pip", "install", "--quiet", *packages]

@@ -10,36 +10,20 @@ from pathlib import Path
 import fedprune_cli
 
 ROOT = Path(fedprune_cli.__file__).parent
-BASE = {"errors", "files", "rng", "state"}
-ALLOWED = {
-    "errors": set(),
-    "completion": set(),
-    "files": {"errors"},
-    "rng": set(),
-    "state": {"errors"},
-    "world": BASE,
-    "allocate": BASE,
-    "learn": BASE,
-    "execute": {"errors"},
-    "folder": {"errors", "files", "state"},
-    "track": {"errors", "files", "folder"},
-    "meter": BASE | {"world", "allocate", "learn"},
-    "failsafe": BASE | {"world", "allocate", "learn"},
-    "config": BASE | {"world", "allocate", "learn", "meter", "execute", "track", "failsafe"},
-    "run": BASE | {"world", "allocate", "learn", "meter", "execute", "failsafe", "config", "folder", "track"},
-    "page": {"folder", "figures"},
-    "report": {"errors", "files", "folder", "figures", "page"},
-    "figures": set(),
-    "planning": BASE | {"world", "allocate", "learn", "meter", "config", "run"},
-    "bench": BASE | {"world", "allocate", "learn", "config", "execute", "folder", "run"},
-    "calibrate": BASE | {"learn", "config", "folder", "figures", "run"},
-    "members": {"errors", "config", "execute", "report", "run"},
-    "terminal": {"config", "run"},  # for type checkers only
-    "runs": {"errors", "files", "folder", "page"},
-    "watch": {"errors", "files", "folder", "page"},
-    "sweep": {"errors", "config", "execute", "figures", "files", "folder", "page", "report", "run", "terminal"},
-    "verify": BASE | {"failsafe", "allocate", "learn", "meter", "folder", "run"},
-}
+LAYERS = (  # from the ground up: a part imports from lower rows only, never from its own row
+    ("errors", "rng"),
+    ("store",),
+    ("wire",),
+    ("world", "allocate", "learn"),
+    ("execute", "meter", "serve", "track", "terminal"),
+    ("config",),
+    ("round",),
+    ("runs",),
+    ("report",),
+    ("many", "audit", "bench"),
+    ("commands",),
+)
+HEIGHT = {part: at for at, row in enumerate(LAYERS) for part in row}
 
 
 def imported(path: Path) -> set[str]:
@@ -47,7 +31,7 @@ def imported(path: Path) -> set[str]:
     parts = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "fedprune_cli":
-            parts |= {alias.name for alias in node.names if alias.name.islower()}
+            parts |= {alias.name for alias in node.names if alias.name in HEIGHT}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedprune_cli."):
             parts.add(str(node.module).split(".")[1])
     return parts
@@ -56,14 +40,15 @@ def imported(path: Path) -> set[str]:
 def test_imports_point_down() -> None:
     for path in ROOT.rglob("*.py"):
         part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if part not in ("cli", "__main__", "__init__"):
-            assert imported(path) <= ALLOWED[part] | {part}, path
+        if part not in ("__main__", "__init__"):
+            upward = {other for other in imported(path) - {part} if HEIGHT[other] >= HEIGHT[part]}
+            assert not upward, f"{path} imports from {upward}"
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'hydra', 'cvxpy', 'matplotlib', 'scipy', 'sklearn', 'omegaconf'}"
     code = (
-        "import sys, fedprune_cli.cli; from typer.main import get_command; get_command(fedprune_cli.cli.app); "
+        "import sys, fedprune_cli.commands.app; from typer.main import get_command; get_command(fedprune_cli.commands.app.app); "
         f"print(sorted({heavy} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,11 +15,13 @@ import torch
 from conftest import fedprune
 from problems import literature
 
-from fedprune_cli import bench, cli, run
 from fedprune_cli.allocate.kkt import solve_p1
-from fedprune_cli.bench import Measure
+from fedprune_cli.bench import all as bench
+from fedprune_cli.bench.all import Measure
+from fedprune_cli.commands import app as cli
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.execute import executor
+from fedprune_cli.round import all as run
 
 BITS = Measure("t1/bits_up", "bit", 1000.0, 0.0, "smaller", "exact", None)
 SOLVER = Measure("allocator/p1_vs_clarabel", "x Clarabel", 0.02, 0.003, "smaller", "wall", 0.15)

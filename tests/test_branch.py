@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import fedprune, run_to_end
 
-from fedprune_cli import folder, run
+from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.errors import CheckpointError, ConfigError
-from fedprune_cli.report import read_run, run_table
-from fedprune_cli.verify import verify_run
+from fedprune_cli.report.all import read_run, run_table
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
 
 RICH = (
     "payload.bits=[4,8]",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fedprune_cli.calibrate import _line, parse_ratios
-from fedprune_cli.cli import app
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.bench.calibrate import _line, parse_ratios
+from fedprune_cli.commands.app import app
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, FedpruneError
 
 SMALL = ("data=digits", "model=mlp", "model.hidden=[256]", "--turns", "2", "--cpu-ghz", "2.5")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fedprune_cli import completion
-from fedprune_cli.config import compose_config
+from fedprune_cli.commands import completion
+from fedprune_cli.config.compose import compose_config
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli import CONF
-from fedprune_cli.config import GROUPS, build_experiment, compose_config
+from fedprune_cli.config.build import GROUPS, build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 
 BAD = [

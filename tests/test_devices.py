@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.world.devices import FLEETS, Classes, DeviceClass, Devices
 

@@ -17,11 +17,17 @@ import pytest
 from conftest import TINY, forge, make_experiment, make_setup, resign, run_to_end
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli import CONF, cli, files, folder, page, report, run, terminal
-from fedprune_cli.config import GROUPS, build_experiment, check_config_dir, compose_config
+from fedprune_cli import CONF, terminal
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.commands import app as cli
+from fedprune_cli.config.build import GROUPS, build_experiment
+from fedprune_cli.config.compose import check_config_dir, compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError, FedpruneError, one_line
-from fedprune_cli.planning import problem_from_csv
-from fedprune_cli.verify import verify_run
+from fedprune_cli.report import all as report
+from fedprune_cli.report import page
+from fedprune_cli.round import all as run
+from fedprune_cli.round.table import problem_from_csv
+from fedprune_cli.store import files, folder
 from fedprune_cli.world.channel import Trace
 
 CPU_LIMIT_S = 5
@@ -446,7 +452,7 @@ def test_a_forged_checkpoint_with_a_right_checksum_is_refused(tmp_path: Path, fo
 
 
 def test_a_header_of_ten_gigabytes_is_refused() -> None:
-    from fedprune_cli.state import decode
+    from fedprune_cli.store.state import decode
 
     with pytest.raises(CheckpointError, match="damaged checkpoint"):
         decode((10 * 2**30).to_bytes(8, "little") + b"{}", "x")

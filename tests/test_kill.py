@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from conftest import TINY, make_setup
 
-from fedprune_cli import execute, folder, run
-from fedprune_cli.config import compose_config
+from fedprune_cli import execute
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, OutputError
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
 
 RUN = ("rounds=12", "devices.count=6", "devices.per_round=2", "evaluation.every=4", "execution.workers=2")
 

@@ -11,8 +11,9 @@ import pytest
 from conftest import TINY, fedprune
 from omegaconf import OmegaConf
 
-from fedprune_cli.config import build_experiment, compose_config
-from fedprune_cli.members import Member, run_members
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.many.side_by_side import Member, run_members
 
 
 def make_member(tmp_path: Path, arm: str, seed: int, *overrides: str) -> Member:

@@ -12,12 +12,12 @@ from conftest import forge, make_experiment, make_setup, run_to_end
 from problems import literature
 from typer.testing import CliRunner
 
-from fedprune_cli.cli import app
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.commands.app import app
 from fedprune_cli.errors import DataError, FedpruneError
-from fedprune_cli.folder import read_records
-from fedprune_cli.planning import answer, problem_from_config, problem_from_csv
-from fedprune_cli.run import reopen
-from fedprune_cli.verify import verify_run
+from fedprune_cli.round.all import reopen
+from fedprune_cli.round.table import answer, problem_from_config, problem_from_csv
+from fedprune_cli.store.folder import read_records
 
 
 def call(*arguments: str) -> str:

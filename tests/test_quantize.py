@@ -10,8 +10,8 @@ from conftest import make_setup, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli.learn.quantize import BLOCK, QUANTIZED_BITS, bits_per_value, dequantize, levels, quantize
-from fedprune_cli.verify import verify_run
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.wire.quantize import BLOCK, QUANTIZED_BITS, bits_per_value, dequantize, levels, quantize
 
 BOTH_CANDIDATES = ("payload.bits=[4,32]", "deadline.fraction=0.3")
 

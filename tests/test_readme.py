@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_cli import CONF, report
+from fedprune_cli import CONF
+from fedprune_cli.report import all as report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.csv"))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import resign, run_to_end
 
-from fedprune_cli import page, report
 from fedprune_cli.errors import CheckpointError
+from fedprune_cli.report import all as report
+from fedprune_cli.report import page
 
 
 @pytest.fixture

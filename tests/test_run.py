@@ -20,13 +20,15 @@ import pytest
 from conftest import TINY, make_setup, resign, run_to_end
 from omegaconf import OmegaConf
 
-from fedprune_cli import folder, run
 from fedprune_cli.allocate.problem import dense_deadline
-from fedprune_cli.config import Participation, compose_config
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.config.experiment import Participation
 from fedprune_cli.errors import CheckpointError, InfeasibleError
 from fedprune_cli.execute import executor
-from fedprune_cli.state import State
-from fedprune_cli.verify import verify_run
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
+from fedprune_cli.store.state import State
 
 RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.state import Saved, State, decode, encode, untrained
+from fedprune_cli.store.state import Saved, State, decode, encode, untrained
 
 STATE = State(
     3,

@@ -19,10 +19,10 @@ from conftest import TINY, extra, fedprune, make_experiment, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli import sweep
 from fedprune_cli.errors import CheckpointError, ConfigError
-from fedprune_cli.report import Estimate
-from fedprune_cli.sweep import Group, Member
+from fedprune_cli.many import sweep
+from fedprune_cli.many.sweep import Group, Member
+from fedprune_cli.report.all import Estimate
 
 
 def bytes_of(folder: str | Path) -> dict[str, bytes]:

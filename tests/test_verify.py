@@ -14,11 +14,12 @@ import pytest
 from conftest import TINY, forge, make_setup, run_to_end
 from typer.testing import CliRunner
 
-from fedprune_cli import folder, run
-from fedprune_cli.cli import app
-from fedprune_cli.config import compose_config
+from fedprune_cli.audit.verify import Findings, code_bytes, verify_run
+from fedprune_cli.commands.app import app
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, CheckpointError
-from fedprune_cli.verify import Findings, code_bytes, verify_run
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
 
 OPTIONS = {
     "plain": (),
@@ -130,7 +131,7 @@ def test_the_command_says_what_it_checked_and_an_unfinished_run_is_named(tmp_pat
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 @pytest.mark.parametrize("size", [1, 5, 1023, 1024, 1025, 5000])
 def test_the_length_of_a_code_is_known_beforehand(bits: int, size: int) -> None:
-    from fedprune_cli.learn.quantize import quantize
+    from fedprune_cli.wire.quantize import quantize
 
     code = quantize(np.ones(size, np.float32), bits, np.random.default_rng(0))
     assert len(code) == code_bytes(np.array([size]), bits)[0]

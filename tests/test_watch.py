@@ -12,10 +12,12 @@ from conftest import TINY, fedprune, make_setup, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli import folder, run, watch
-from fedprune_cli.config import compose_config
+from fedprune_cli.audit import watch
+from fedprune_cli.audit.watch import Limit, Prices, parse_limit
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError
-from fedprune_cli.watch import Limit, Prices, parse_limit
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
 
 FREE = Prices(0.0, 0.0)
 

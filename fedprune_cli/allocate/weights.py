@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 
 class Weights(Protocol):

@@ -25,8 +25,8 @@ from fedprune_cli.learn.client import (
     require_finite,
     samples,
     send,
-)  # fmt: skip
-from fedprune_cli.learn.models import Parts
+)
+from fedprune_cli.learn.parts import Parts
 from fedprune_cli.learn.personalize import Phase
 
 MAX_PARAMS = 200_000  # of larger models the arithmetic outweighs what batching saves

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedprune_cli.errors import DeviceError, require
-from fedprune_cli.learn.models import Parts, set_trained
+from fedprune_cli.learn.parts import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.learn.quantize import BITS_PER_PARAM, dequantize, quantize
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, Ragged
+from fedprune_cli.store.state import Array, Ragged
+from fedprune_cli.wire.quantize import BITS_PER_PARAM, dequantize, quantize
 
 Tensors = tuple[Tensor, ...] | list[Tensor]  # what the foreach kernels take
 EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's identity because it fixes shapes

@@ -11,7 +11,7 @@ import numpy as np
 from fedprune_cli.errors import require
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, State
+from fedprune_cli.store.state import Array, State
 
 
 class Pruner(Protocol):

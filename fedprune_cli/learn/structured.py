@@ -18,8 +18,9 @@ import torch
 from torch import fx, nn
 
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.learn.models import ModelCost, Parts, flat_shape
-from fedprune_cli.state import Array
+from fedprune_cli.learn.cost import ModelCost
+from fedprune_cli.learn.parts import Parts, flat_shape
+from fedprune_cli.store.state import Array
 
 SAME_CHANNELS = (
     nn.ReLU,

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedprune_cli.errors import require
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 from fedprune_cli.world.channel import gilbert_elliott
 
 HONEST = "honest"

@@ -13,7 +13,8 @@ from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.baselines import Kkt
 from fedprune_cli.allocate.kkt import certify, least_feasible, solve_p1
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, energy, kept_fraction, latency, rate
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import InfeasibleError
 
 each_allocator = pytest.mark.parametrize("name", ALLOCATORS)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import make_setup, run_to_end
 
-from fedprune_cli import run
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import blocks, train_block
 from fedprune_cli.learn.client import Learner, Unit, train
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.round import all as run
 
 PHASES = (Phase("personal", 2), Phase("shared", 5), Phase("both", 3))
 SCENE = ("devices.count=12", "model.hidden=[32,16]", "training.block=10")

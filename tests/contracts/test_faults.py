@@ -14,17 +14,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedprune_cli import report, run
 from fedprune_cli.allocate.problem import latency
-from fedprune_cli.config import CONF, compose_config
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.config.experiment import CONF
 from fedprune_cli.errors import ConfigError, DeviceError
-from fedprune_cli.failsafe import KINDS, MAX_CAUTION, RECOVERY, Arrival, Failsafe, cautious, deliver, diverged, undone
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train
 from fedprune_cli.learn.prune import Masks
-from fedprune_cli.learn.server import aggregate, change_norms, clip, trimmed_mean
-from fedprune_cli.state import Array, State, untrained
-from fedprune_cli.verify import verify_run
+from fedprune_cli.report import all as report
+from fedprune_cli.round import all as run
+from fedprune_cli.serve.aggregate import aggregate, change_norms, clip, trimmed_mean
+from fedprune_cli.serve.failsafe import (
+    KINDS,
+    MAX_CAUTION,
+    RECOVERY,
+    Arrival,
+    Failsafe,
+    cautious,
+    deliver,
+    diverged,
+    undone,
+)
+from fedprune_cli.store.state import Array, State, untrained
 from fedprune_cli.world.faults import Fates, Faults
 
 NO_FAULTS = make_experiment().faults

@@ -9,13 +9,13 @@ from conftest import make_setup
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedprune_cli import run
 from fedprune_cli.execute import Execution, executor
 from fedprune_cli.learn.client import Unit, train
 from fedprune_cli.learn.personalize import METHODS
-from fedprune_cli.learn.server import aggregate
 from fedprune_cli.rng import stream
-from fedprune_cli.state import State
+from fedprune_cli.round import all as run
+from fedprune_cli.serve.aggregate import aggregate
+from fedprune_cli.store.state import State
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

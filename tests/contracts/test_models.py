@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.learn.models import MODELS, ModelConfig, Parts, build_model, count_cost, personal_blocks, split_model
+from fedprune_cli.learn.cost import count_cost
+from fedprune_cli.learn.models import MODELS, ModelConfig, build_model
+from fedprune_cli.learn.parts import Parts, personal_blocks, split_model
 
 SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.rng import stream
 from fedprune_cli.world.partition import PARTITIONS, Partition, PartitionConfig, build_partition

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.learn.prune import PRUNERS, Pruner, build_masks
-from fedprune_cli.state import State, untrained
+from fedprune_cli.store.state import State, untrained
 
 NOBODY = untrained(np.zeros(0, np.float32), 0)
 each_pruner = pytest.mark.parametrize("name", PRUNERS)

@@ -13,15 +13,18 @@ import torch
 from conftest import make_experiment, make_setup, run_to_end
 from torch import nn
 
-from fedprune_cli import run
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Unit, train
-from fedprune_cli.learn.models import MODELS, ModelCost, Parts, build_model, count_cost, split_model
+from fedprune_cli.learn.cost import ModelCost, count_cost
+from fedprune_cli.learn.models import MODELS, build_model
+from fedprune_cli.learn.parts import Parts, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import PRUNERS, Masks, build_masks, least_kept, shares_by_level
 from fedprune_cli.learn.structured import Layout, find_channels
-from fedprune_cli.state import State, untrained
+from fedprune_cli.round import all as run
+from fedprune_cli.store.state import State, untrained
 
 SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -9,10 +9,11 @@ import pytest
 from conftest import make_setup, run_to_end
 
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
-from fedprune_cli.config import build_experiment, compose_config
-from fedprune_cli.run import reopen
-from fedprune_cli.state import Array
-from fedprune_cli.verify import verify_run
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.round.all import reopen
+from fedprune_cli.store.state import Array
 
 each_weighting = pytest.mark.parametrize("name", WEIGHTS)
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fedprune_cli import CONF, __version__
-from fedprune_cli.completion import BASH, complete_override
+from fedprune_cli.commands.completion import BASH, complete_override
 from fedprune_cli.errors import ConfigError, FedpruneError, out_of_memory
 from fedprune_cli.terminal import be_quiet, counting, live, note, progress, say, show, status
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from fedprune_cli.members import Failure, Member
-    from fedprune_cli.run import Setup
+    from fedprune_cli.many.side_by_side import Failure, Member
+    from fedprune_cli.round.all import Setup
 
 INTERRUPTED = 130
 
@@ -137,7 +137,7 @@ def train(
         ("--config-name", config_name),
     ):
         flags += [flag, value] if value is not None else []
-    from fedprune_cli.config import check_config_dir, check_overrides
+    from fedprune_cli.config.compose import check_config_dir, check_overrides
 
     check_overrides(overrides or [])
     if config_dir is not None:
@@ -155,7 +155,7 @@ def _hydra(task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
     """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work; `task` gets the configurations."""
     import hydra
 
-    from fedprune_cli.config import explain
+    from fedprune_cli.config.compose import explain
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["fedprune train", *arguments]
@@ -176,7 +176,7 @@ def _hydra(task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
 
 def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
-    from fedprune_cli import sweep
+    from fedprune_cli.many import sweep
 
     asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
     given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
@@ -201,7 +201,7 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
 
 
 def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
-    from fedprune_cli import sweep
+    from fedprune_cli.many import sweep
 
     members = sweep.read_members(folders)
     groups = sweep.group(members)
@@ -217,8 +217,8 @@ def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
 
 
 def _train(config: DictConfig, *, as_json: bool) -> None:
-    from fedprune_cli.config import build_experiment
-    from fedprune_cli.run import create, prepare
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.round.all import create, prepare
 
     experiment = build_experiment(config)
     with status("loading data and building the world"):
@@ -241,7 +241,7 @@ def resume(
 
     With KEY=VALUE go on from where the run is as a branch, another run that says where it comes from; the first one stays as it is.
     """
-    from fedprune_cli.run import branch, reopen
+    from fedprune_cli.round.all import branch, reopen
 
     with status("loading data and building the world"):
         setup = branch(run_dir, overrides) if overrides else reopen(run_dir)
@@ -253,11 +253,11 @@ def resume(
 
 def _continue(setup: Setup, run_dir: Path) -> Path:
     """Runs the remaining rounds under a progress display, then writes the report; returns its page."""
-    from fedprune_cli.report import write_report
-    from fedprune_cli.run import run
+    from fedprune_cli.report.all import write_report
+    from fedprune_cli.round.all import run
 
     try:
-        with progress(setup.experiment) as seen:
+        with progress(setup.experiment.method.name, setup.experiment.rounds) as seen:
             for record in run(setup, run_dir):
                 seen(record)
     except KeyboardInterrupt:
@@ -269,7 +269,7 @@ def _continue(setup: Setup, run_dir: Path) -> Path:
 
 def _show(run_dir: Path, page: Path, *, as_json: bool) -> None:
     """Prints a run's figures and where its report is."""
-    from fedprune_cli.report import read_run, run_json, run_table
+    from fedprune_cli.report.all import read_run, run_json, run_table
 
     run = read_run(run_dir)
     if as_json:
@@ -292,8 +292,8 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Draw the report of a run or of a sweep, or compare several runs."""
-    from fedprune_cli.report import write_report
-    from fedprune_cli.sweep import ended
+    from fedprune_cli.many.sweep import ended
+    from fedprune_cli.report.all import write_report
 
     if any(ended(path) for path in run_dirs):
         _report_sweep(run_dirs, out or run_dirs[0] / "report", as_json=as_json)
@@ -327,8 +327,9 @@ def compare(
     """
     from omegaconf import OmegaConf
 
-    from fedprune_cli.config import build_experiment, compose_config
-    from fedprune_cli.members import Member
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.many.side_by_side import Member
 
     if not seeds.replace(",", "").isdigit():
         raise ConfigError(f"--seeds {seeds}: must be whole numbers joined by commas")
@@ -373,9 +374,9 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
     from omegaconf import DictConfig, OmegaConf
 
-    from fedprune_cli.folder import read_summary
-    from fedprune_cli.members import Failure, run_members
-    from fedprune_cli.run import begin_or_reopen
+    from fedprune_cli.many.side_by_side import Failure, run_members
+    from fedprune_cli.round.all import begin_or_reopen
+    from fedprune_cli.store.folder import read_summary
 
     def one_by_one() -> Iterator[tuple[Member, Failure | None]]:
         for member in members:
@@ -411,7 +412,7 @@ def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
     """Returns what to compare, name -> overrides: the methods named, else the experiment's arms, else the two of the headline."""
     from omegaconf import OmegaConf
 
-    from fedprune_cli.config import compose_config
+    from fedprune_cli.config.compose import compose_config
 
     arms = OmegaConf.to_container(compose_config(overrides).arms or OmegaConf.create({}))
     if methods is not None or not arms:
@@ -438,7 +439,7 @@ def runs(
     """
     from dataclasses import asdict
 
-    from fedprune_cli import runs as listing
+    from fedprune_cli.audit import listing
 
     if not prune:
         found = listing.find_runs(root)
@@ -475,7 +476,7 @@ def watch(
     quiet: Quiet = False,
 ) -> None:
     """Show a run's key figures live; exit code 9 as soon as one breaks its limit, 5 when nobody runs it any more."""
-    from fedprune_cli import watch as watching
+    from fedprune_cli.audit import watch as watching
 
     limits, prices = [watching.parse_limit(text) for text in limit or ()], watching.Prices(price_per_gb, price_per_kwh)
     with live() as update:
@@ -519,9 +520,10 @@ def allocate(
     quiet: Quiet = False,
 ) -> None:
     """Choose every device's pruning ratio and bandwidth for one round, without training."""
-    from fedprune_cli.config import build_experiment, compose_config
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.config.compose import compose_config
     from fedprune_cli.errors import unknown
-    from fedprune_cli.planning import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
+    from fedprune_cli.round.table import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
 
     allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
     if objective not in allocators:
@@ -536,13 +538,13 @@ def allocate(
     problem = problem_from_csv(devices, experiment) if devices else problem_from_config(experiment)
     result = answer(problem, experiment.allocator.solve(problem, experiment.seed, 0))
     if out:
-        from fedprune_cli.report import write_allocation
+        from fedprune_cli.report.all import write_allocation
 
         write_allocation(out, result, frontier_rows(problem))
     if as_json:
         print(json.dumps(result))
         return
-    from fedprune_cli.report import allocation_table
+    from fedprune_cli.report.all import allocation_table
 
     show(allocation_table(result))
     show(price_sentence(problem, result))
@@ -563,9 +565,10 @@ def ladder(
     quiet: Quiet = False,
 ) -> None:
     """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
-    from fedprune_cli.config import build_experiment, compose_config
-    from fedprune_cli.planning import ladder as build_ladder
-    from fedprune_cli.planning import problem_from_config
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.round.table import ladder as build_ladder
+    from fedprune_cli.round.table import problem_from_config
 
     try:
         wanted = [float(text) for text in fractions.split(",")]
@@ -580,7 +583,7 @@ def ladder(
     if as_json:
         print(json.dumps(rows))
         return
-    from fedprune_cli.report import ladder_table
+    from fedprune_cli.report.all import ladder_table
 
     show(ladder_table(rows))
 
@@ -595,9 +598,9 @@ def verify(
     """Audit a run: checksums, records against state and summary, the meter's figures, allocations and certificates, some by cvxpy."""
     from dataclasses import asdict
 
+    from fedprune_cli.audit.verify import verify_run
     from fedprune_cli.errors import CertificateError
-    from fedprune_cli.run import reopen
-    from fedprune_cli.verify import verify_run
+    from fedprune_cli.round.all import reopen
 
     with status("loading data and building the world"):
         setup = reopen(run_dir)
@@ -628,7 +631,7 @@ def bench(
     max_wall_regression: Annotated[str, typer.Option(help="How much worse a measured ratio may be.")] = "100%",
 ) -> None:
     """Measure fedprune against bare references in the same run, and compare with an earlier measurement."""
-    from fedprune_cli import bench as benches
+    from fedprune_cli.bench import all as benches
 
     chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
     limits = benches.parse_limits(max_regression, max_wall_regression)
@@ -668,8 +671,9 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine's step time at several ratios against the latency model, and fit the model's constant."""
-    from fedprune_cli import calibrate as calibration
-    from fedprune_cli.config import build_experiment, compose_config
+    from fedprune_cli.bench import calibrate as calibration
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.config.compose import compose_config
 
     chosen = calibration.parse_ratios(ratios)
     if cpu_ghz is not None and not 1e-6 <= cpu_ghz <= 1e6:
@@ -706,7 +710,7 @@ def _compare(
     as_json: bool,
 ) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
-    from fedprune_cli import report as reports
+    from fedprune_cli.report import all as reports
 
     comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
     with status("drawing the comparison"):

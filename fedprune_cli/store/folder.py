@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from fedprune_cli.errors import CheckpointError, OutputError
-from fedprune_cli.files import fits, parse_json, read_bytes, read_json
-from fedprune_cli.state import Array, Personal, Saved, State, chain, decode, encode
+from fedprune_cli.store.files import fits, parse_json, read_bytes, read_json
+from fedprune_cli.store.state import Array, Personal, Saved, State, chain, decode, encode
 
 STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
     "state.safetensors",

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune_cli import figures, folder
+from fedprune_cli.report import figures
+from fedprune_cli.store import folder
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -35,14 +35,15 @@ from torch.nn.functional import cross_entropy
 
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.problem import Problem, dense_deadline, kept_fraction, rate
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, ConfigError, DeviceError, RegressionError, unknown
 from fedprune_cli.execute import Execution, Executor, executor
-from fedprune_cli.files import MAX_JSON_BYTES, parse_json, read_bytes
-from fedprune_cli.folder import writing
 from fedprune_cli.rng import stream
-from fedprune_cli.run import Record, Setup, build_learner, build_parts, participants, plan, prepare, round_step
-from fedprune_cli.state import Array, State
+from fedprune_cli.round.all import Record, Setup, build_learner, build_parts, participants, plan, prepare, round_step
+from fedprune_cli.store.files import MAX_JSON_BYTES, parse_json, read_bytes
+from fedprune_cli.store.folder import writing
+from fedprune_cli.store.state import Array, State
 from fedprune_cli.world.datasets import Dataset
 
 SCHEMA = 1

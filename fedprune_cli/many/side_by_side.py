@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.errors import DeviceError, FedpruneError
 from fedprune_cli.execute import Execution, die_with_parent, forkserver
-from fedprune_cli.report import write_report
-from fedprune_cli.run import begin_or_reopen, run
+from fedprune_cli.report.all import write_report
+from fedprune_cli.round.all import begin_or_reopen, run
 
 
 @dataclass(frozen=True)

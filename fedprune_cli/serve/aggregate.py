@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 COLUMNS = 65_536  # entries sorted at a time, to bound memory
 

@@ -15,34 +15,29 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli import folder
 from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency, rate
-from fedprune_cli.config import Branch, Experiment, branch_config, build_experiment
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import branch_config
+from fedprune_cli.config.experiment import Branch, Experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import Executor, executor
-from fedprune_cli.failsafe import KINDS, Arrival, Log, cautious, deliver, diverged, quarantined, undone
-from fedprune_cli.files import read_json, read_yaml
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
-from fedprune_cli.learn.models import ModelCost, Parts, build_model, count_cost, split_model, to_device
+from fedprune_cli.learn.cost import ModelCost, count_cost
+from fedprune_cli.learn.models import build_model
+from fedprune_cli.learn.parts import Parts, split_model, to_device
 from fedprune_cli.learn.personalize import Phase, personal_only
 from fedprune_cli.learn.prune import Masks, build_masks, least_kept
-from fedprune_cli.learn.quantize import BITS_PER_PARAM, bits_per_value, levels
 from fedprune_cli.learn.structured import Layout, find_channels
-from fedprune_cli.meter import (
-    Load,
-    Measurement,
-    accuracies,
-    build_load,
-    build_problem,
-    compress,
-    downlink_s,
-    encode_mask,
-    measure,
-)
+from fedprune_cli.meter import Load, Measurement, accuracies, build_load, build_problem, compress, downlink_s, measure
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, State, same_form, untrained
+from fedprune_cli.serve.failsafe import KINDS, Arrival, Log, cautious, deliver, diverged, quarantined, undone
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import read_json, read_yaml
+from fedprune_cli.store.state import Array, State, same_form, untrained
 from fedprune_cli.track import check, following
+from fedprune_cli.wire.masks import encode_mask
+from fedprune_cli.wire.quantize import BITS_PER_PARAM, bits_per_value, levels
 from fedprune_cli.world.scenario import Conditions, Scenario, build_scenario
 
 Record = dict[str, Any]

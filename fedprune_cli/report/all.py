@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedprune_cli import figures, folder
 from fedprune_cli.errors import CheckpointError, one_line
-from fedprune_cli.figures import Record, tested
-from fedprune_cli.files import fits, read_json
-from fedprune_cli.page import (
+from fedprune_cli.report import figures
+from fedprune_cli.report.figures import Record, tested
+from fedprune_cli.report.page import (
     csv_text,
     details,
     figure,
@@ -30,6 +29,8 @@ from fedprune_cli.page import (
     terminal_table,
     write,
 )
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import fits, read_json
 
 if TYPE_CHECKING:
     from rich.table import Table

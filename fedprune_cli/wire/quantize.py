@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 BITS_PER_PARAM = 32  # of a value that is not quantized
 QUANTIZED_BITS = (2, 4, 8, 16)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune_cli import folder
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
-from fedprune_cli.files import parse_json, read_bytes, read_json
-from fedprune_cli.page import terminal_table
+from fedprune_cli.report.page import terminal_table
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import parse_json, read_bytes, read_json
 
 if TYPE_CHECKING:
     from rich.table import Table

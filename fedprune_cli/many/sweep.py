@@ -19,14 +19,16 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedprune_cli import figures, folder
-from fedprune_cli.config import Experiment, build_experiment
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import CheckpointError, FedpruneError, out_of_memory, unknown
 from fedprune_cli.execute import Execution, end_when_orphaned
-from fedprune_cli.files import fits, read_json
-from fedprune_cli.page import csv_text, figure, html_table, latex_table, page, section, terminal_table, write
-from fedprune_cli.report import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
-from fedprune_cli.run import begin_or_reopen, check_holds, run
+from fedprune_cli.report import figures
+from fedprune_cli.report.all import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
+from fedprune_cli.report.page import csv_text, figure, html_table, latex_table, page, section, terminal_table, write
+from fedprune_cli.round.all import begin_or_reopen, check_holds, run
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import fits, read_json
 from fedprune_cli.terminal import progress
 
 MEMBER = "member.json"
@@ -109,7 +111,7 @@ def _run_to_end(config: DictConfig, *, shown: bool, serial: bool) -> None:
         for _ in records:
             pass
         return
-    with progress(setup.experiment) as show:
+    with progress(setup.experiment.method.name, setup.experiment.rounds) as show:
         for record in records:
             show(record)
 

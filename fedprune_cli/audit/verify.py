@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedprune_cli import folder
 from fedprune_cli.allocate.kkt import TOLERANCE, certify
 from fedprune_cli.allocate.problem import rate
 from fedprune_cli.errors import CertificateError, CheckpointError
-from fedprune_cli.learn.quantize import BITS_PER_PARAM, BLOCK
-from fedprune_cli.meter import build_load, downlink_s, encode_mask, measure
-from fedprune_cli.run import (
+from fedprune_cli.meter import build_load, downlink_s, measure
+from fedprune_cli.round.all import (
     Record,
     Setup,
     allocate,
@@ -33,7 +31,10 @@ from fedprune_cli.run import (
     sends_masks,
     summarise,
 )
-from fedprune_cli.state import Array, State
+from fedprune_cli.store import folder
+from fedprune_cli.store.state import Array, State
+from fedprune_cli.wire.masks import encode_mask
+from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
 
 if TYPE_CHECKING:
     from rich.table import Table

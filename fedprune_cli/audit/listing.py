@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fedprune_cli import folder
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.files import read_json
-from fedprune_cli.page import percent, seconds, terminal_table
+from fedprune_cli.report.page import percent, seconds, terminal_table
+from fedprune_cli.store import folder
+from fedprune_cli.store.files import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fedprune_cli import figures, folder, run
-from fedprune_cli.config import Experiment
+from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Unit, train
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
-from fedprune_cli.state import Array
+from fedprune_cli.report import figures
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
+from fedprune_cli.store.state import Array
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,8 +24,8 @@ from fedprune_cli.allocate.problem import Problem
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Unit, Update
 from fedprune_cli.learn.prune import Masks
-from fedprune_cli.learn.server import aggregate, change_norms, clip, trimmed_mean
-from fedprune_cli.state import Array, State
+from fedprune_cli.serve.aggregate import aggregate, change_norms, clip, trimmed_mean
+from fedprune_cli.store.state import Array, State
 from fedprune_cli.world.faults import Fates, Faults
 
 SLACK = 0.01  # of the deadline within which it counts as met: kept entries are whole, and headers are sent with them

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from fedprune_cli.allocate import Allocator
+from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.kkt import frontier
 from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
-from fedprune_cli.config import Experiment
+from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
-from fedprune_cli.files import read_bytes
-from fedprune_cli.learn.models import build_model, count_cost, split_model
+from fedprune_cli.learn.cost import count_cost
+from fedprune_cli.learn.models import build_model
+from fedprune_cli.learn.parts import split_model
 from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.learn.quantize import BITS_PER_PARAM
 from fedprune_cli.meter import build_load, build_problem, downlink_s
-from fedprune_cli.run import prepare, round_problems
+from fedprune_cli.round.all import prepare, round_problems
+from fedprune_cli.store.files import read_bytes
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
