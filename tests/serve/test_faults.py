@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedprune_cli import CONF
 from fedprune_cli.allocate.problem import latency
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.config.experiment import CONF
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train

@@ -9,7 +9,7 @@ import pytest
 from fedprune_cli import CONF
 from fedprune_cli.report import all as report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.csv"))
 
 
