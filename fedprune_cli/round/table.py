@@ -21,9 +21,9 @@ from fedprune_cli.learn.parts import split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.meter import build_load, build_problem, downlink_s
 from fedprune_cli.round.all import prepare, round_problems
-from fedprune_cli.store.files import read_bytes
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
+from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns
+from fedprune_cli.world.tables import read_header, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
 OWN_LIMITS = (
@@ -52,18 +52,13 @@ def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
     Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
     the channel are the experiment's. Raises DataError naming the line of a bad row.
     """
-    own = {"shared_compute_s", "snr_hz"} & {*_header(file)}
+    own = {"shared_compute_s", "snr_hz"} & {*read_header(str(file))}
     problem = (_own_problem if own else _physical_problem)(file, experiment)
     return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
 
 
-def _header(file: Path) -> list[str]:
-    first = read_bytes(file, MAX_TABLE_BYTES, DataError).split(b"\n", 1)[0][:MAX_LINE]
-    return [name.strip() for name in first.decode("utf-8-sig", errors="replace").split(",")]
-
-
 def _own_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS))
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS), named=True)
     size = len(rows["weight"])
     limits = None
     if given := [name for name in OWN_LIMITS if name in rows]:
@@ -84,7 +79,9 @@ def _own_problem(file: Path, experiment: Experiment) -> Problem:
 
 
 def _physical_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
+    rows = read_table(
+        str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS, named=True
+    )
     size = len(rows["samples"])
     unknown = np.full(size, np.nan)
     fleet = Fleet(
@@ -94,7 +91,8 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
         distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
         energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
-        **limit_columns(rows, experiment.devices.limits(size)),
+        names=rows.names,
+        **limit_columns(str(file), rows, experiment.devices.limits(size)),
     )
     dataset = experiment.data.load()
     shape = dataset.images.shape[1:]
