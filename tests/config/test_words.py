@@ -117,7 +117,8 @@ def test_each_mistake_has_its_words(override: str, message: str) -> None:
 SIGNS = ("", "", "", "", "+", "++", "~", "-", "--", "~~", "/", " ", "=", "@", "$", ".")
 KEYS = ("rounds", "seed", "training.lr", "training", "model.hidden", "data", "data.root", "devices.file", "channel", "channel.file", "name",
         "out", "arms", "branch", "experiment", "deadline.fraction", "payload.bits", "failsafe.safe_ratio", "nope", "trainin.lr",
-        "training.lr.x", "", "a b", "a..b", "a.", "data@x", "model.hidden.0", "model.hidden[0]", "é", "objectives", "faults.nope")  # fmt: skip
+        "training.lr.x", "", "a b", "a..b", "a.", "data@x", "model.hidden.0", "model.hidden[0]", "é", "objectives",
+        "faults.nope")  # fmt: skip
 EQUALS = ("=", "=", "=", "=", "=", "", ":=", "==", " = ", ":", "=>", "+=", "＝")
 VALUES = (
     "", "1", "a", "fleet (1).csv", "(", ")", "[", "]", "{", "}", "[1", "1]", "{a", "{a:", "{a: 1", "a}", "[1,,2]", "[1 2]", "{a=1}",
