@@ -7,7 +7,7 @@ ALLOW ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run lint type test test-all bench-ci bench-baseline same clean
+.PHONY: help install run lint type test test-all bench-ci bench-baseline same shape clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -45,6 +45,9 @@ bench-baseline: .venv/installed ## measure .ci/bench.json anew, after a change t
 
 same: .venv/installed ## do the runs of this tree have the bytes of a commit's? BASE=main, ALLOW=NAME for what is meant to differ
 	$(BIN)/python .ci/same.py $(BASE) --allow '$(ALLOW)'
+
+shape: ## longest module, widest functions, imports that point up: what the code's form is allowed, and what it is
+	$(PYTHON) .ci/shape.py
 
 clean: ## remove what was installed and cached; outputs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
