@@ -1,4 +1,4 @@
-"""fedprune: personalized, pruned federated learning over a modelled radio (see run.py first)."""
+"""fedprune: personalized, pruned federated learning over a modelled radio (see round/ first)."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 """`python -m fedprune_cli` is `fedprune`."""
 
-from fedprune_cli.cli import main
+from fedprune_cli.commands.app import main
 
 main()

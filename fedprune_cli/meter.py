@@ -3,8 +3,7 @@
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
-    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band;
-               of a pruned broadcast, most important entries first, device k waits for the masks and its own entries.
+    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
 Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
@@ -19,10 +18,10 @@ import numpy as np
 from fedprune_cli.allocate.problem import Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
-from fedprune_cli.learn.models import ModelCost
+from fedprune_cli.learn.cost import ModelCost
 from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.learn.quantize import BITS_PER_PARAM, QUANTIZED_BITS
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.devices import Fleet
 
@@ -37,18 +36,6 @@ class Meter:
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What travels: the candidate `bits` of an uplink value."""
-
-    bits: list[int]
-
-    def __post_init__(self) -> None:
-        allowed = (*QUANTIZED_BITS, BITS_PER_PARAM)
-        valid = bool(self.bits) and len(set(self.bits)) == len(self.bits) and set(self.bits) <= set(allowed)
-        require(valid, "bits", self.bits, f"a list of different values out of {allowed}")
 
 
 @dataclass(frozen=True)
@@ -80,13 +67,13 @@ class Load:
 
 
 def build_load(
-    fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], costs: Sequence[ModelCost], batch_size: int
+    fleet: Fleet, ids: Array, schedules: Sequence[Sequence[Phase]], costs: Sequence[ModelCost], batch_size: int
 ) -> Load:
-    """Returns the load of the devices `ids`, device i following the phases plans[i] on a model that costs costs[i]."""
-    flops = np.zeros((len(plans), 2))
-    for row, plan, cost in zip(flops, plans, costs, strict=True):
+    """Returns the load of the devices `ids`, device i following the phases schedules[i] on a model that costs costs[i]."""
+    flops = np.zeros((len(schedules), 2))
+    for row, schedule, cost in zip(flops, schedules, costs, strict=True):
         counted = cost.flops
-        for phase in plan:
+        for phase in schedule:
             row += phase.steps * batch_size * np.array(counted[phase.kind])
     return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
 
@@ -125,47 +112,6 @@ def build_problem(
 def compress(problem: Problem, bits: float) -> Problem:
     """Returns the problem when a value takes `bits` on the uplink."""
     return replace(problem, payload_bits=problem.payload_bits * (bits / BITS_PER_PARAM))
-
-
-def encode_mask(mask: Array) -> bytes:
-    """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which."""
-    bitmap = b"\xff" + np.packbits(mask).tobytes()
-    kept = np.flatnonzero(mask)
-    gaps = np.diff(kept, prepend=-1) - 1
-    parameter = int(np.log2(max(gaps.mean(), 1.0))) if len(gaps) else 0
-    quotient = gaps >> parameter
-    if int(quotient.sum()) + len(gaps) * (1 + parameter) >= 8 * len(bitmap):
-        return bitmap
-    ends = np.cumsum(quotient + 1 + parameter)
-    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-    starts = ends - quotient - 1 - parameter
-    bits[np.repeat(starts, quotient) + _within(quotient)] = 1  # the quotient in unary, closed by a zero
-    for bit in range(parameter):
-        bits[ends - 1 - bit] = (gaps >> bit) & 1
-    return bytes([parameter]) + np.packbits(bits).tobytes()
-
-
-def decode_mask(code: bytes, size: int, kept: int) -> Array:
-    """Returns the mask [size] with `kept` entries that `encode_mask` coded."""
-    bits = np.unpackbits(np.frombuffer(code[1:], dtype=np.uint8))
-    if code[0] == 0xFF:
-        return bits[:size].astype(bool)
-    mask, position, cursor = np.zeros(size, dtype=bool), -1, 0
-    for _ in range(kept):
-        gap = 0
-        while bits[cursor]:
-            gap, cursor = gap + 1, cursor + 1
-        cursor += 1
-        for _ in range(code[0]):
-            gap, cursor = 2 * gap + int(bits[cursor]), cursor + 1
-        position += gap + 1
-        mask[position] = True
-    return mask
-
-
-def _within(counts: Array) -> Array:
-    """Returns 0..n-1 for each n of `counts`, concatenated."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from conftest import make_setup
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli import run
 from fedprune_cli.learn.client import Score
-from fedprune_cli.meter import accuracies, build_load, decode_mask, downlink_s, encode_mask, measure
+from fedprune_cli.meter import accuracies, build_load, downlink_s, measure
+from fedprune_cli.round import all as run
+from fedprune_cli.wire.masks import decode_mask, encode_mask
 
 
 @given(size=st.integers(1, 3000), share=st.floats(0, 1), seed=st.integers(0, 20))

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from conftest import TINY, extra, make_setup, run_to_end
 
-from fedprune_cli import folder, run
-from fedprune_cli.config import compose_config
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
 from fedprune_cli.track import TRACKERS, Log, MLflow, TensorBoard, WandB, figures, parameters
 
 REAL = ("tensorboard", "wandb", "mlflow")

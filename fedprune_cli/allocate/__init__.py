@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune_cli.allocate import baselines
-from fedprune_cli.allocate.baselines import Allocator as Allocator
+from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "kkt": baselines.Kkt,

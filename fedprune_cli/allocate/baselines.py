@@ -17,7 +17,7 @@ from fedprune_cli.allocate.kkt import (
     min_max,
     settle,
     solve_p1,
-)  # fmt: skip
+)
 from fedprune_cli.allocate.problem import (
     TIGHT,
     Allocation,
@@ -31,7 +31,7 @@ from fedprune_cli.allocate.problem import (
 )
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 
 class Allocator(Protocol):

@@ -38,9 +38,9 @@ from fedprune_cli.allocate.problem import (
     required_bandwidth,
     required_rate,
     resources,
-)  # fmt: skip
+)
 from fedprune_cli.errors import CertificateError, InfeasibleError
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
 SAMPLE = 4_096  # devices that guess the price for a much larger number

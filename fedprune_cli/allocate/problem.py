@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, InfeasibleError
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 LN2 = float(np.log(2.0))
 BLOCK = 16_384  # devices worked on at a time: what fits a processor's cache

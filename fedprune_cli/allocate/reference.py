@@ -10,7 +10,7 @@ import numpy as np
 
 from fedprune_cli.allocate.problem import LN2, Problem, kept_fraction, rate, resources
 from fedprune_cli.errors import CertificateError
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 
 
 def solve_p1_cvxpy(problem: Problem) -> tuple[float, Array]:

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch import nn
 
-from fedprune_cli.errors import ConfigError, require, unknown
+from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
 
 Shape = tuple[int, int, int]  # channels, height, width
 MAX_WIDTH = 100_000  # of a layer, and channels
@@ -179,183 +175,3 @@ def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) 
             f"model {config.name!r} keeps running buffers ({buffers[0]}, ...): use GroupNorm instead of BatchNorm"
         )
     return model
-
-
-def personal_blocks(blocks: Sequence[str], personal: str) -> frozenset[str]:
-    """Returns the names of the personalized blocks.
-
-    personal: `none`, `all`, `head` (the last block), `input` (the first), `last_<k>` (the k last) or block names joined by `+`.
-    """
-    if personal == "none":
-        return frozenset()
-    if personal == "all":
-        return frozenset(blocks)
-    if personal == "input":
-        return frozenset(blocks[:1])
-    if personal.startswith("last_") and personal[5:].isdigit() and 1 <= int(personal[5:]) <= len(blocks):
-        return frozenset(blocks[-int(personal[5:]) :])
-    chosen = personal.split("+")
-    for name in chosen:
-        if name not in blocks:
-            allowed = ["none", "all", "head", "input", *(f"last_{k}" for k in range(1, len(blocks) + 1)), *blocks]
-            raise unknown("personalized part", name, dict.fromkeys(allowed), key="personal")
-    return frozenset(chosen)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model whose parameters are views into one flat vector for each part.
-
-    shared [U], personal [V]: the vectors u and v; the parameters are their views, so writing a vector sets the model.
-    shared_params, personal_params: those views. Entries of a convolution lie in channels-last order (out, h, w, in),
-    in which PyTorch's CPU kernels are fastest.
-    """
-
-    model: nn.Sequential
-    personal_blocks: frozenset[str]
-    shared: Tensor
-    personal: Tensor
-    shared_params: tuple[nn.Parameter, ...]
-    personal_params: tuple[nn.Parameter, ...]
-    names: tuple[tuple[str, int], ...]  # (parameter name, entries), shared ones first
-
-    @property
-    def all_params(self) -> tuple[nn.Parameter, ...]:
-        """All parameters, shared ones first."""
-        return self.shared_params + self.personal_params
-
-    def shared_views(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Returns `vector` [U] cut like `shared_params`, in the same shapes and memory order."""
-        return _views(vector, [flat_shape(param) for param in self.shared_params])
-
-    def point(self, shared: Tensor, personal: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Makes the parameters views into other vectors, of other flat shapes: the same model, or a slice of it."""
-        count = len(self.shared_params)
-        views = _views(shared, shapes[:count]) + _views(personal, shapes[count:])
-        for param, view in zip(self.all_params, views, strict=True):
-            param.data = view
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d) and module.groups > 1:
-                module.groups = module.weight.shape[0] // module.weight.shape[1]
-
-
-def to_device(parts: Parts, device: str) -> Parts:
-    """Returns the model with its vectors and parameters on `device`; on the one they are on already, the model itself."""
-    if str(parts.shared.device) == device:
-        return parts
-    moved = replace(parts, shared=parts.shared.to(device), personal=parts.personal.to(device))
-    moved.point(moved.shared, moved.personal, [flat_shape(param) for param in parts.all_params])
-    return moved
-
-
-def flat_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the shape of a parameter in the layout of the flat vectors: (out, h, w, in) for a convolution."""
-    shape = tuple(tensor.shape)
-    return shape if len(shape) != 4 else (shape[0], *shape[2:], shape[1])
-
-
-def _views(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    views, start = [], 0
-    for shape in shapes:
-        piece = vector[start : start + math.prod(shape)].view(shape)
-        views.append(piece.permute(0, 3, 1, 2) if len(shape) == 4 else piece)
-        start += math.prod(shape)
-    return tuple(views)
-
-
-def split_model(model: nn.Sequential, personal: str) -> Parts:
-    """Returns the model's two parts as flat vectors that share memory with its parameters."""
-    chosen = personal_blocks([name for name, _ in model.named_children()], personal)
-    vectors, params, names = [], [], []
-    for is_personal in (False, True):
-        named = [(n, p) for n, p in model.named_parameters() if (n.split(".")[0] in chosen) == is_personal]
-        vector = torch.zeros(sum(p.numel() for _, p in named))
-        for (_, param), view in zip(named, _views(vector, [flat_shape(p) for _, p in named]), strict=True):
-            view.copy_(param.detach())
-            param.data = view
-        vectors.append(vector)
-        params.append(tuple(p for _, p in named))
-        names += [(n, p.numel()) for n, p in named]
-    return Parts(model, chosen, vectors[0], vectors[1], params[0], params[1], tuple(names))
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """What a model costs, counted and not typed in.
-
-    shared_params U, personal_params V; param_flops: per training step kind (`personal`, `shared`, `both`: which part is
-    updated) the FLOPs of one sample, forward and backward, that each parameter takes part in, float64 [parameters], the
-    `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs a multiply-add); elementwise work is not.
-    """
-
-    shared_params: int
-    personal_params: int
-    num_shared: int
-    param_flops: dict[str, Array]
-
-    @property
-    def flops(self) -> dict[str, tuple[float, float]]:
-        """Per step kind the FLOPs of one sample in the shared and in the personalized blocks."""
-        at = self.num_shared
-        return {kind: (float(f[:at].sum()), float(f[at:].sum())) for kind, f in self.param_flops.items()}
-
-    def sliced(self, kept: Array) -> ModelCost:
-        """Returns the cost of a model that has the fraction `kept` [parameters] of each parameter's entries.
-
-        Exact for whole channels: a convolution's or a matrix product's work is in proportion to its entries.
-        """
-        return replace(self, param_flops={kind: counts * kept for kind, counts in self.param_flops.items()})
-
-
-def count_cost(parts: Parts, shape: Shape) -> ModelCost:
-    """Returns the model's cost, from one real step of each kind on a single sample under PyTorch's FLOP counter."""
-    flops = {}
-    for kind in ("personal", "shared", "both"):
-        trained = parts.shared_params * (kind != "personal") + parts.personal_params * (kind != "shared")
-        flops[kind] = _step_flops(parts, shape, trained) if trained else np.zeros(len(parts.names))
-    return ModelCost(parts.shared.numel(), parts.personal.numel(), len(parts.shared_params), flops)
-
-
-def _conv_backward_flops(
-    grad_out: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: object, **_: object
-) -> int:
-    """Each gradient of a convolution costs what its forward pass costs; PyTorch's own formula forgets the groups."""
-    transposed, output_mask = bool(args[4]), args[7]
-    return conv_flop_count(list(x), list(weight), list(grad_out), transposed) * sum(output_mask[:2])  # type: ignore[index]
-
-
-def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -> Array:
-    """Returns the FLOPs of one sample's step by parameter: of layers by their rule, of what blocks do besides by PyTorch's counter."""
-    set_trained(parts, trained)
-    of_layer: dict[str, float] = {}
-
-    def count(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        forward = 2 * output.numel() * weight[0].numel()
-        # the gradients of the weight and of the input each cost what the forward pass costs
-        of_layer[name] = forward * (1 + weight.requires_grad + inputs[0].requires_grad)
-
-    layers = [(n, m) for n, m in parts.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(functools.partial(count, name)) for name, layer in layers]
-    conv_backward = {torch.ops.aten.convolution_backward: _conv_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=conv_backward) as counter:
-        loss = nn.functional.cross_entropy(parts.model(torch.zeros(1, *shape)), torch.zeros(1, dtype=torch.long))
-        torch.autograd.grad(loss, trained)
-    for hook in hooks:
-        hook.remove()
-    of_block = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    names = [name for name, _ in parts.names]
-    flops = np.array([of_layer.get(name.removesuffix(".weight"), 0.0) for name in names], dtype=np.float64)
-    for block, _ in parts.model.named_children():
-        own = np.array([name.split(".")[0] == block for name in names])
-        flops[own] += (of_block.get(block, 0) - flops[own].sum()) / max(own.sum(), 1)
-    return flops
-
-
-def set_trained(parts: Parts, trained: tuple[nn.Parameter, ...]) -> None:
-    """Lets autograd follow only the parameters that a step updates: a frozen part then costs no backward pass."""
-    for param in parts.shared_params + parts.personal_params:
-        param.requires_grad_(False)
-    for param in trained:
-        param.requires_grad_(True)

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from fedprune_cli.errors import DataError, require
-from fedprune_cli.files import read_bytes
-from fedprune_cli.state import Array
+from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.state import Array
 
 MAX_BYTES = 2**30  # of a file, unpacked
 SUM_SUFFIX = ".sha256"  # of a file beside each that was brought here, with its SHA-256: a disk may change a pixel

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, DataError, require
-from fedprune_cli.files import read_bytes
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array
+from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.state import Array
 
 MAX_DEVICES = 10**7
 MAX_TABLE_BYTES = 64 * 2**20

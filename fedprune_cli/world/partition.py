@@ -11,7 +11,7 @@ import numpy as np
 
 from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
-from fedprune_cli.state import Array, Ragged, ragged
+from fedprune_cli.store.state import Array, Ragged, ragged
 
 MAX_DRAWN = 10**9  # samples of all devices
 

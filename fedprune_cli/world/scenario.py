@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprune_cli.state import Array
+from fedprune_cli.store.state import Array
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.datasets import Dataset, DatasetConfig
 from fedprune_cli.world.devices import Devices, Fleet

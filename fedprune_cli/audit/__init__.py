@@ -1,0 +1,1 @@
+"""Looking at runs that are there: audits, limits, lists."""

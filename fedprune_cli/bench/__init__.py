@@ -1,0 +1,1 @@
+"""What fedprune costs, measured against bare references in the same run."""

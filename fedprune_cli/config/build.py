@@ -1,0 +1,175 @@
+"""A composed configuration -> the checked Experiment. YAML keys carry human units (`_mhz`, `_dbm`, `_km`); the classes see SI."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedprune_cli.allocate import ALLOCATORS
+from fedprune_cli.allocate.weights import WEIGHTS
+from fedprune_cli.config.experiment import Branch, Deadline, Evaluation, Experiment
+from fedprune_cli.errors import ConfigError, unknown
+from fedprune_cli.execute import Execution
+from fedprune_cli.learn.client import Training
+from fedprune_cli.learn.models import MODELS
+from fedprune_cli.learn.personalize import METHODS
+from fedprune_cli.learn.prune import PRUNERS
+from fedprune_cli.meter import Meter
+from fedprune_cli.serve.failsafe import Failsafe
+from fedprune_cli.serve.participation import Participation
+from fedprune_cli.track import TRACKERS
+from fedprune_cli.wire.payload import Payload
+from fedprune_cli.world.channel import CHANNELS
+from fedprune_cli.world.datasets import DATASETS
+from fedprune_cli.world.devices import FLEETS
+from fedprune_cli.world.faults import Faults
+from fedprune_cli.world.partition import PARTITIONS
+
+# A group is a folder of conf/ whose `name` picks the class; a section is a fixed class.
+GROUPS: dict[str, Mapping[str, type]] = {
+    "data": DATASETS,
+    "partition": PARTITIONS,
+    "devices": FLEETS,
+    "channel": CHANNELS,
+    "model": MODELS,
+    "method": METHODS,
+    "pruner": PRUNERS,
+    "allocator": ALLOCATORS,
+    "weights": WEIGHTS,
+    "tracking": TRACKERS,
+}
+SECTIONS: dict[str, type] = {
+    "training": Training,
+    "deadline": Deadline,
+    "payload": Payload,
+    "participation": Participation,
+    "faults": Faults,
+    "failsafe": Failsafe,
+    "evaluation": Evaluation,
+    "meter": Meter,
+    "execution": Execution,
+}
+
+# Human units, longest suffix first, and how they become SI.
+UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
+    ("_dbm_per_hz", "_w_per_hz", lambda dbm: 10 ** (dbm / 10 - 3)),
+    ("_dbm", "_w", lambda dbm: 10 ** (dbm / 10 - 3)),
+    ("_ghz", "_hz", lambda ghz: ghz * 1e9),
+    ("_mhz", "_hz", lambda mhz: mhz * 1e6),
+    ("_km", "_m", lambda km: km * 1e3),
+)
+
+
+def _to_si(values: Any, where: str) -> Any:
+    """Returns nested `values` with human units converted, and the keys renamed."""
+    if isinstance(values, list):
+        return [_to_si(value, f"{where}[{i}]") for i, value in enumerate(values)]
+    if not isinstance(values, dict):
+        return values
+    converted = {}
+    for key, value in values.items():
+        suffix, si, convert = next((unit for unit in UNITS if str(key).endswith(unit[0])), ("", "", lambda x: x))
+        if suffix and isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                value = convert(value)
+            except OverflowError:
+                raise ConfigError(f"{where}.{key}={value}: too large") from None
+        converted[str(key).removesuffix(suffix) + si] = _to_si(value, f"{where}.{key}")
+    return converted
+
+
+def _yaml_key(key: str, values: Mapping[str, Any]) -> str:
+    """Returns the key as the user wrote it for the SI name `key`."""
+    spellings = [key.removesuffix(si) + suffix for suffix, si, _ in UNITS if key.endswith(si)]
+    return next((spelling for spelling in spellings if spelling in values), key)
+
+
+def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
+    si = _to_si(values, where)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key, name in zip(values, si, strict=True):
+        if name not in names:
+            raise unknown(f"key {where!r} has", str(key), names)
+    for name in names:
+        if name not in si:
+            raise ConfigError(f"{where}.{name}: missing value")
+    try:
+        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si))
+    except ConfigError as error:
+        if not error.key:
+            raise ConfigError(f"{where}: {error}") from None
+        key = _yaml_key(error.key, values)
+        raise ConfigError(f"{where}.{key}={values.get(key)}: {_without_value(error)}") from None
+    except OmegaConfBaseException as error:
+        key = _yaml_key(str(error.full_key or "").split(".")[0].split("[")[0], values)
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"must be a list, such as {where}.{key}=[{values.get(key)}]"
+        raise ConfigError(f"{where}.{key}: {reason}") from None
+    except OverflowError as error:
+        raise ConfigError(f"{where}: {error}".splitlines()[0]) from None
+    return instance
+
+
+def _without_value(error: ConfigError) -> str:
+    """The message without the SI value: the user's own spelling stands before it already."""
+    return str(error).split(" is not allowed: ")[-1]
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """Returns the checked experiment; raises ConfigError naming the key, its value and what is allowed."""
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    for key in ("hydra", "arms", "objectives"):  # how runs are launched and compared, not what one of them is
+        values.pop(key, None)
+    fields = [field.name for field in dataclasses.fields(Experiment)]
+    for key in values:
+        if key not in fields:
+            raise unknown("configuration key", str(key), fields)
+    for key in fields:
+        if key not in values:
+            raise ConfigError(f"{key}: missing from the configuration")
+    parts = {}
+    for group, table in GROUPS.items():
+        chosen = values[group]
+        name = str(chosen.get("name") if isinstance(chosen, dict) else chosen)
+        if not isinstance(chosen, dict) or name not in table:
+            raise unknown(group, name, table)
+        parts[group] = _construct(table[name], chosen, group)
+    for section, cls in SECTIONS.items():
+        if not isinstance(values[section], dict):
+            raise ConfigError(f"{section}={values[section]}: must be a group of values, such as {section}.KEY=VALUE")
+        parts[section] = _construct(cls, values[section], section)
+    branch = values["branch"]
+    if branch is not None and not isinstance(branch, dict):
+        raise ConfigError(f"branch={branch}: must be null; `fedprune resume RUN_DIR KEY=VALUE` makes branches")
+    parts["branch"] = None if branch is None else _construct(Branch, branch, "branch")
+    scalars = {key: value for key, value in values.items() if key not in parts}
+    checked = OmegaConf.structured(_Scalars)
+    try:
+        merged = OmegaConf.merge(checked, scalars)
+        scalars = OmegaConf.to_container(merged, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    try:
+        return Experiment(**scalars, **parts)
+    except ConfigError as error:
+        raise ConfigError(f"{error.key}={values.get(error.key)}: {_without_value(error)}") from None
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    """The types of the top-level values, for OmegaConf."""
+
+    name: str
+    seed: int
+    rounds: int
+    out: str | None

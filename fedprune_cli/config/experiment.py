@@ -1,0 +1,182 @@
+"""One run, complete and checked: the frozen Experiment and its sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.weights import Weights
+from fedprune_cli.errors import require
+from fedprune_cli.execute import Execution
+from fedprune_cli.learn.client import EVALUATION_BATCH, Training
+from fedprune_cli.learn.models import ModelConfig
+from fedprune_cli.learn.personalize import Method
+from fedprune_cli.learn.prune import Pruner
+from fedprune_cli.meter import Meter
+from fedprune_cli.serve.failsafe import Failsafe
+from fedprune_cli.serve.participation import Participation
+from fedprune_cli.track import Tracking
+from fedprune_cli.wire.payload import Payload
+from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.datasets import DatasetConfig
+from fedprune_cli.world.devices import Devices
+from fedprune_cli.world.faults import Faults
+from fedprune_cli.world.partition import PartitionConfig
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The round's latency threshold T: a fraction of its latency-optimal dense time, seconds, or a share of a total budget.
+
+    last_fraction: where the fraction ends, in a straight line over the rounds; None keeps it.
+    seconds takes the place of the fraction, and total_seconds, the simulated time for the whole run, of both.
+    """
+
+    fraction: float | None
+    last_fraction: float | None
+    seconds: float | None
+    total_seconds: float | None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        require(
+            bool({*given} - {"last_fraction"}),
+            "fraction",
+            self.fraction,
+            "a number when seconds and total_seconds are null",
+        )
+        require(
+            self.last_fraction is None or self.fraction is not None,
+            "last_fraction",
+            self.last_fraction,
+            "null without a fraction",
+        )
+        for name in given:
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "> 0")
+
+    def at(self, number: int, rounds: int, elapsed_s: float, dense_s: float) -> float:
+        """Returns T of round `number` (from 0) of `rounds`, `elapsed_s` into the run, whose dense optimum takes `dense_s`.
+
+        A total budget gives each round an equal share of what is left; once it is spent T is 0 and the policy for
+        infeasible rounds decides.
+        """
+        if self.total_seconds is not None:
+            return max(self.total_seconds - elapsed_s, 0.0) / (rounds - number)
+        if self.seconds is not None:
+            return self.seconds
+        assert self.fraction is not None
+        last = self.fraction if self.last_fraction is None else self.last_fraction
+        return dense_s * (self.fraction + (last - self.fraction) * number / max(rounds - 1, 1))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are tested: each device's test share, every how many rounds, on how many devices (None: all), a fresh one's steps."""
+
+    test_fraction: float
+    every: int
+    devices: int | None
+    fresh_steps: int
+    target_accuracy: float | None
+
+    def __post_init__(self) -> None:
+        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "in (0, 1)")
+        require(self.every >= 1, "every", self.every, ">= 1")
+        require(self.devices is None or self.devices >= 1, "devices", self.devices, ">= 1 or null")
+        require(0 <= self.fresh_steps <= 10**6, "fresh_steps", self.fresh_steps, "in 0..1000000")
+        target = self.target_accuracy
+        require(target is None or 0 < target <= 1, "target_accuracy", target, "in (0, 1] or null")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a run that began in the middle of another one left it: that run (configuration's hash and seed), and its last round."""
+
+    run: str
+    round: int
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch(r"[0-9a-f]{12}-s\d{1,19}", self.run)), "run", self.run, "<config hash>-s<seed>")
+        require(1 <= self.round < 10**6, "round", self.round, "in 1..999999")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run, complete and checked. What `execution`, `tracking`, `out` and `data.root` say does not change its numbers."""
+
+    name: str
+    seed: int
+    rounds: int
+    out: str | None
+    branch: Branch | None
+    data: DatasetConfig
+    partition: PartitionConfig
+    devices: Devices
+    channel: Channel
+    model: ModelConfig
+    method: Method
+    pruner: Pruner
+    allocator: Allocator
+    weights: Weights
+    training: Training
+    deadline: Deadline
+    payload: Payload
+    participation: Participation
+    faults: Faults
+    failsafe: Failsafe
+    evaluation: Evaluation
+    meter: Meter
+    execution: Execution
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        pattern = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+        require(
+            bool(re.fullmatch(pattern, self.name)), "name", self.name, "letters, digits, '.', '_' and '-', at most 100"
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
+        require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
+        begun = self.branch.round if self.branch else 0
+        require(self.rounds > begun, "rounds", self.rounds, f"more than the {begun} that the run branches from")
+
+    @property
+    def faulty(self) -> bool:
+        """Whether anything goes wrong, or the server does other than it would if nothing did."""
+        return not (self.faults.none and self.failsafe.none)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for key in ("seed", "out", "execution", "tracking"):
+            del fields[key]
+        fields["data"].pop("root", None)
+        if self.branch is None:
+            del fields["branch"]
+        if not self.faulty:  # then they decide nothing
+            del fields["faults"], fields["failsafe"]
+        numerics = {
+            "torch": version("torch"),
+            "threads": 1,
+            "evaluation_batch": EVALUATION_BATCH,
+        }
+        return fields | {"numerics": numerics}
+
+    @functools.cached_property
+    def config_hash(self) -> str:
+        """The first 12 hexadecimal digits of the identity's SHA-256."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is kept: `out`, or outputs/<name>/<config hash>-s<seed>."""
+        return Path(self.out) if self.out else Path("outputs") / self.name / f"{self.config_hash}-s{self.seed}"

@@ -1,0 +1,90 @@
+"""What a model costs: parameters and FLOPs, counted and not typed in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from fedprune_cli.learn.models import Shape
+from fedprune_cli.learn.parts import Parts, set_trained
+from fedprune_cli.store.state import Array
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs, counted and not typed in.
+
+    shared_params U, personal_params V; param_flops: per training step kind (`personal`, `shared`, `both`: which part is
+    updated) the FLOPs of one sample, forward and backward, that each parameter takes part in, float64 [parameters], the
+    `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs a multiply-add); elementwise work is not.
+    """
+
+    shared_params: int
+    personal_params: int
+    num_shared: int
+    param_flops: dict[str, Array]
+
+    @property
+    def flops(self) -> dict[str, tuple[float, float]]:
+        """Per step kind the FLOPs of one sample in the shared and in the personalized blocks."""
+        at = self.num_shared
+        return {kind: (float(f[:at].sum()), float(f[at:].sum())) for kind, f in self.param_flops.items()}
+
+    def sliced(self, kept: Array) -> ModelCost:
+        """Returns the cost of a model that has the fraction `kept` [parameters] of each parameter's entries.
+
+        Exact for whole channels: a convolution's or a matrix product's work is in proportion to its entries.
+        """
+        return replace(self, param_flops={kind: counts * kept for kind, counts in self.param_flops.items()})
+
+
+def count_cost(parts: Parts, shape: Shape) -> ModelCost:
+    """Returns the model's cost, from one real step of each kind on a single sample under PyTorch's FLOP counter."""
+    flops = {}
+    for kind in ("personal", "shared", "both"):
+        trained = parts.shared_params * (kind != "personal") + parts.personal_params * (kind != "shared")
+        flops[kind] = _step_flops(parts, shape, trained) if trained else np.zeros(len(parts.names))
+    return ModelCost(parts.shared.numel(), parts.personal.numel(), len(parts.shared_params), flops)
+
+
+def _conv_backward_flops(
+    grad_out: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: object, **_: object
+) -> int:
+    """Each gradient of a convolution costs what its forward pass costs; PyTorch's own formula forgets the groups."""
+    transposed, output_mask = bool(args[4]), args[7]
+    return conv_flop_count(list(x), list(weight), list(grad_out), transposed) * sum(output_mask[:2])  # type: ignore[index]
+
+
+def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -> Array:
+    """Returns the FLOPs of one sample's step by parameter: of layers by their rule, of what blocks do besides by PyTorch's counter."""
+    set_trained(parts, trained)
+    of_layer: dict[str, float] = {}
+
+    def count(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        forward = 2 * output.numel() * weight[0].numel()
+        # the gradients of the weight and of the input each cost what the forward pass costs
+        of_layer[name] = forward * (1 + weight.requires_grad + inputs[0].requires_grad)
+
+    layers = [(n, m) for n, m in parts.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(functools.partial(count, name)) for name, layer in layers]
+    conv_backward = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=conv_backward) as counter:
+        loss = nn.functional.cross_entropy(parts.model(torch.zeros(1, *shape)), torch.zeros(1, dtype=torch.long))
+        torch.autograd.grad(loss, trained)
+    for hook in hooks:
+        hook.remove()
+    of_block = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    names = [name for name, _ in parts.names]
+    flops = np.array([of_layer.get(name.removesuffix(".weight"), 0.0) for name in names], dtype=np.float64)
+    for block, _ in parts.model.named_children():
+        own = np.array([name.split(".")[0] == block for name in names])
+        flops[own] += (of_block.get(block, 0) - flops[own].sum()) / max(own.sum(), 1)
+    return flops

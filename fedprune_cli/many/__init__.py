@@ -1,0 +1,1 @@
+"""Many runs: sweeps, and comparisons side by side."""

@@ -1,0 +1,94 @@
+"""The members of a comparison side by side: each in a process of its own, so that one that fails or dies leaves the rest alone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedprune_cli.errors import DeviceError, FedpruneError
+from fedprune_cli.execute import die_with_parent, forkserver
+from fedprune_cli.report.all import write_report
+from fedprune_cli.runs.life import begin_or_reopen, run, serially
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a comparison: its arm and seed, its configuration as YAML, and where it is kept."""
+
+    arm: str
+    seed: int
+    config: str
+    run_dir: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a member has no result, in one line, and the exit code that goes with it."""
+
+    member: Member
+    exit_code: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.member}: {self.message}"
+
+
+def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, Failure | None]]:
+    """Begins or continues the members, `jobs` at a time, each serially; yields each when it ends, and why it failed if it did."""
+    context = forkserver()
+    waiting, running = list(members), dict[int, tuple[ForkServerProcess, Member, Connection]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                member = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(member, sender))
+                process.start()
+                sender.close()
+                running[process.sentinel] = (process, member, receiver)
+            for sentinel in wait(list(running)):
+                assert isinstance(sentinel, int)
+                process, member, receiver = running.pop(sentinel)
+                process.join()
+                yield member, _failure(process, member, receiver)
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()  # its finished rounds are on disk
+            process.join()
+
+
+def _failure(process: ForkServerProcess, member: Member, receiver: Connection) -> Failure | None:
+    if process.exitcode == 0:
+        return None
+    try:
+        exit_code, message = receiver.recv()
+    except EOFError:
+        exit_code = DeviceError.exit_code
+        message = f"its process died (exit code {process.exitcode}); the same command continues it"
+    return Failure(member, exit_code, message)
+
+
+def _work(member: Member, sender: Connection) -> None:
+    """Takes one member to its end; tells the parent what was wrong when something was."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    try:
+        config = OmegaConf.create(member.config)
+        assert isinstance(config, DictConfig)
+        setup = begin_or_reopen(config)
+        for _ in run(serially(setup), member.run_dir):
+            pass
+        write_report(member.run_dir)
+    except FedpruneError as error:
+        sender.send((error.exit_code, str(error)))
+        raise SystemExit(error.exit_code) from None

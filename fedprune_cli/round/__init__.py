@@ -1,0 +1,1 @@
+"""One round, and what all rounds share."""

@@ -1,0 +1,175 @@
+"""Allocation by itself, for a radio engineer: problems from a configuration or a CSV file, and answers as rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.kkt import frontier
+from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.errors import DataError
+from fedprune_cli.learn.cost import count_cost
+from fedprune_cli.learn.models import build_model
+from fedprune_cli.learn.parts import split_model
+from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.meter import build_load, build_problem, downlink_s
+from fedprune_cli.round.plan import Beliefs, round_problems
+from fedprune_cli.round.setup import prepare
+from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.memory import Sizes
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
+from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
+
+OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
+OWN_LIMITS = (
+    "min_bandwidth_hz",
+    "max_bandwidth_hz",
+    "energy_budget_j",
+    "shared_energy_j",
+    "fixed_energy_j",
+    "tx_power_w",
+)
+PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
+FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
+
+
+def problem_from_config(experiment: Experiment) -> Problem:
+    """Returns the first round's problem of an experiment, all its training devices, outages apart; of several `payload.bits` the first."""
+    setup = prepare(experiment)
+    ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
+    gain = scenario.at(0).gain_linear[ids]
+    beliefs = Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
+    problems = round_problems(setup.blueprint, beliefs, 0, setup.initial.slots)
+    return next(iter(problems.by_bits.values()))
+
+
+def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
+    """Returns the problem of a table: the problem's own columns (a, c, d, s, w of model.md), or physical ones.
+
+    Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
+    the channel are the experiment's. Raises DataError naming the line of a bad row.
+    """
+    own = {"shared_compute_s", "snr_hz"} & {*_header(file)}
+    problem = (_own_problem if own else _physical_problem)(file, experiment)
+    return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
+
+
+def _header(file: Path) -> list[str]:
+    first = read_bytes(file, MAX_TABLE_BYTES, DataError).split(b"\n", 1)[0][:MAX_LINE]
+    return [name.strip() for name in first.decode("utf-8-sig", errors="replace").split(",")]
+
+
+def _own_problem(file: Path, experiment: Experiment) -> Problem:
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS))
+    size = len(rows["weight"])
+    limits = None
+    if given := [name for name in OWN_LIMITS if name in rows]:
+        energy = ("energy_budget_j", "shared_energy_j", "tx_power_w")
+        if (some := [name for name in energy if name in given]) and (
+            missing := [name for name in energy if name not in given]
+        ):
+            raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
+        default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
+        limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
+    return Problem(
+        **{name: rows[name] for name in OWN_COLUMNS},
+        max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
+        bandwidth_hz=experiment.channel.bandwidth_hz,
+        deadline_s=math.inf,
+        limits=limits,
+    )
+
+
+def _physical_problem(file: Path, experiment: Experiment) -> Problem:
+    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
+    size = len(rows["samples"])
+    unknown = np.full(size, np.nan)
+    fleet = Fleet(
+        cpu_hz=rows["cpu_ghz"] * 1e9,
+        cycles_per_flop=rows["cycles_per_flop"],
+        tx_power_w=10 ** (rows["tx_power_dbm"] / 10 - 3),
+        distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
+        energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
+        path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
+        **limit_columns(rows, experiment.devices.limits(size)),
+    )
+    dataset = experiment.data.load()
+    shape = dataset.images.shape[1:]
+    parts = split_model(
+        build_model(experiment.model, shape, dataset.num_classes, experiment.seed), experiment.method.personal_part
+    )
+    cost = count_cost(parts, shape)
+    plans: list[tuple[Phase, ...]] = [
+        experiment.training.schedule(experiment.method.phases(), int(n)) for n in rows["samples"]
+    ]
+    ids = np.arange(size)
+    load = build_load(fleet, ids, plans, [cost] * size, experiment.training.batch_size)
+    gain = experiment.channel.gain(experiment.seed, 0, fleet)
+    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(Sizes(size, cost.shared_params)))
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
+    return build_problem(
+        load, experiment.channel, gain, weight, cost.shared_params, t_down_s, experiment.pruner.max_ratio
+    )
+
+
+def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
+    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept."""
+    certificate = allocation.certificate
+    rows = zip(
+        allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
+        allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
+    )  # fmt: skip
+    keys = ("prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
+    return {
+        "status": allocation.status,
+        "deadline_s": allocation.deadline_s,
+        "objective": allocation.objective,
+        "price_per_hz": allocation.price_per_hz,
+        "certificate": None
+        if certificate is None
+        else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
+        "message": allocation.message,
+        "devices": [{"id": at, **dict(zip(keys, row, strict=True))} for at, row in enumerate(rows)],
+    }
+
+
+def frontier_rows(problem: Problem) -> list[dict[str, float]]:
+    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
+    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
+    return [
+        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
+        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
+        if np.isfinite(r)
+    ]
+
+
+def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[dict[str, Any]]:
+    """Returns the weighted mean and the largest ratio of every allocator at deadlines that are fractions of the dense optimum.
+
+    An allocator that cannot meet a deadline has null there: nobody's round is stretched to look feasible.
+    """
+    rows, weight = [], problem.weight / problem.weight.sum()
+    for fraction in fractions:
+        at = replace(problem, deadline_s=fraction * dense_deadline(problem)[0])
+        row: dict[str, Any] = {"fraction": fraction, "deadline_s": at.deadline_s}
+        for name, allocator in allocators.items():
+            allocation = allocator.solve(at, 0, 0)
+            met = allocation.deadline_s <= at.deadline_s * (1 + 1e-9) and bool(allocation.admitted.all())
+            row[name] = [float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())] if met else None
+        rows.append(row)
+    return rows
+
+
+def price_sentence(problem: Problem, allocation: Mapping[str, Any]) -> str:
+    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
+    total = float(problem.weight.sum())
+    if not allocation["price_per_hz"]:
+        return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
+    return f"One more MHz lowers the weighted mean ratio by {1e6 * allocation['price_per_hz'] / total:.3g}, for a small change."

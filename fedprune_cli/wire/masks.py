@@ -1,0 +1,48 @@
+"""The code of a mask: a bitmap, or Rice-coded gaps between kept entries, whichever is shorter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune_cli.store.state import Array
+
+
+def encode_mask(mask: Array) -> bytes:
+    """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which."""
+    bitmap = b"\xff" + np.packbits(mask).tobytes()
+    kept = np.flatnonzero(mask)
+    gaps = np.diff(kept, prepend=-1) - 1
+    parameter = int(np.log2(max(gaps.mean(), 1.0))) if len(gaps) else 0
+    quotient = gaps >> parameter
+    if int(quotient.sum()) + len(gaps) * (1 + parameter) >= 8 * len(bitmap):
+        return bitmap
+    ends = np.cumsum(quotient + 1 + parameter)
+    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+    starts = ends - quotient - 1 - parameter
+    bits[np.repeat(starts, quotient) + _within(quotient)] = 1  # the quotient in unary, closed by a zero
+    for bit in range(parameter):
+        bits[ends - 1 - bit] = (gaps >> bit) & 1
+    return bytes([parameter]) + np.packbits(bits).tobytes()
+
+
+def decode_mask(code: bytes, size: int, kept: int) -> Array:
+    """Returns the mask [size] with `kept` entries that `encode_mask` coded."""
+    bits = np.unpackbits(np.frombuffer(code[1:], dtype=np.uint8))
+    if code[0] == 0xFF:
+        return bits[:size].astype(bool)
+    mask, position, cursor = np.zeros(size, dtype=bool), -1, 0
+    for _ in range(kept):
+        gap = 0
+        while bits[cursor]:
+            gap, cursor = gap + 1, cursor + 1
+        cursor += 1
+        for _ in range(code[0]):
+            gap, cursor = 2 * gap + int(bits[cursor]), cursor + 1
+        position += gap + 1
+        mask[position] = True
+    return mask
+
+
+def _within(counts: Array) -> Array:
+    """Returns 0..n-1 for each n of `counts`, concatenated."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

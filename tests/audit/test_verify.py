@@ -1,0 +1,137 @@
+"""`fedprune verify` finds every figure that was changed, also by somebody who writes all checksums anew."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, forge, make_setup, run_to_end
+from typer.testing import CliRunner
+
+from fedprune_cli.audit.verify import Findings, code_bytes, verify_run
+from fedprune_cli.commands.app import app
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.errors import CertificateError, CheckpointError
+from fedprune_cli.round import all as run
+from fedprune_cli.store import folder
+
+OPTIONS = {
+    "plain": (),
+    "masks sent": ("pruner=taylor", "rounds=4"),
+    "few bits": ("payload.bits=[4,8]",),
+    "channels": ("pruner.granularity=channel",),
+    "outages": ("channel.outage_enter=0.4", "channel.outage_leave=0.5", "rounds=8", "devices.count=2"),
+    "frozen": ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02"),
+    "frozen, masks sent": ("rounds=6", "participation.freeze_below=0.3", "participation.freeze_window=1", "pruner=taylor"),
+    "weights": ("weights=pruning_error", "devices.per_round=3"),
+    "paper's meter": ("meter=paper", "method=personalized"),
+    "epochs": ("training.epochs=1", "allocator=equal"),
+}  # fmt: skip
+
+
+def audit(run_dir: Path) -> Findings:
+    return verify_run(run.reopen(run_dir), run_dir, every=0)
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_every_kind_of_run_is_sound_and_metered_to_the_last_digit(tmp_path: Path, name: str) -> None:
+    records = run_to_end(tmp_path / "run", *OPTIONS[name])
+    findings = audit(tmp_path / "run")
+    assert findings.failures == ()
+    assert findings.finished
+    assert findings.metered == sum(len(record["devices"]["id"]) for record in records) > 0
+    assert findings.bounded == (findings.metered if name == "channels" else 0)
+
+
+def test_each_changed_figure_is_found(tmp_path: Path) -> None:
+    """Of a run with every checksum written anew: each figure of a record and of its devices that can be known without training."""
+    whole, changed = tmp_path / "run", tmp_path / "changed"
+    run_to_end(whole)
+    records = folder.read_records(whole)
+    found = {}
+
+    def keys(record: run.Record) -> list[tuple[str, ...]]:
+        known = ("simulated_s", "latency_s", "bytes_up", "bytes_down", "joules", "flops")
+        return [*((key,) for key in known), *(("devices", key) for key in folder.COLUMNS if key != "pruning_error")]
+
+    for path in keys(records[1]):
+        forged = copy.deepcopy(records)
+        at = forged[1][path[0]] if len(path) == 1 else forged[1]["devices"][path[1]]
+        if len(path) == 1:
+            forged[1][path[0]] = at * 1.001 if isinstance(at, float) else at + 4
+        else:
+            at[0] = at[0] * 1.001 if isinstance(at[0], float) else at[0] + 4
+        shutil.rmtree(changed, ignore_errors=True)
+        shutil.copytree(whole, changed)
+        forge(changed, records=forged)
+        found[path] = audit(changed).failures
+        assert found[path], path
+    assert "round 2: device 0: compute_s is" in "".join(found["devices", "compute_s"])
+    assert "round 2: device 0 sent" in "".join(found["devices", "bytes_up"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: replace(s, round=2), "state"),
+        (lambda s: replace(s, slots={**s.slots, "simulated_s": s.slots["simulated_s"] + 1e-6}), "simulated_s is not"),
+        (lambda s: replace(s, slots={**s.slots, "prune_ratio": s.slots["prune_ratio"][::-1].copy()}), "prune_ratio is not"),
+        (lambda s: replace(s, personal=replace(s.personal, place=np.full(4, -1))), "personal parts are not those"),
+    ],
+)  # fmt: skip
+def test_a_state_that_the_records_do_not_lead_to_is_found(tmp_path: Path, change: Callable, message: str) -> None:
+    run_to_end(tmp_path / "run")
+    records = folder.read_records(tmp_path / "run")
+    forge(tmp_path / "run", state=change(folder.read_state(tmp_path / "run").state), records=records)
+    try:
+        failures = audit(tmp_path / "run").failures
+    except CheckpointError as error:
+        failures = (str(error),)
+    assert message in "".join(failures)
+
+
+def test_a_summary_that_flatters_is_found(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    forge(tmp_path / "run", summary=summary | {"final_accuracy": 0.99})
+    assert audit(tmp_path / "run").failures == ("summary.json is not what the records and the state give",)
+
+
+def test_the_command_says_what_it_checked_and_an_unfinished_run_is_named(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "run"), "--every", "0"], catch_exceptions=False)
+    assert result.exit_code == 0
+    for word in ("checksums", "state and summary", "metered again", "certificate", "sound"):
+        assert word in result.output
+    setup = make_setup("rounds=5")
+    run.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "half")
+    records = run.run(setup, tmp_path / "half")
+    next(records), next(records)
+    records.close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
+    half = CliRunner().invoke(app, ["verify", str(tmp_path / "half"), "--every", "0"], catch_exceptions=False)
+    assert (half.exit_code, "NOT FINISHED" in half.output.replace("\n", " "), "2 of 5" in half.output) == (
+        0,
+        True,
+        True,
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    forge(tmp_path / "run", summary=summary | {"joules": 0.0})
+    with pytest.raises(CertificateError, match="summary"):
+        CliRunner().invoke(app, ["verify", str(tmp_path / "run"), "--every", "0"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("size", [1, 5, 1023, 1024, 1025, 5000])
+def test_the_length_of_a_code_is_known_beforehand(bits: int, size: int) -> None:
+    from fedprune_cli.wire.quantize import quantize
+
+    code = quantize(np.ones(size, np.float32), bits, np.random.default_rng(0))
+    assert len(code) == code_bytes(np.array([size]), bits)[0]

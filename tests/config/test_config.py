@@ -1,0 +1,131 @@
+"""Every configuration error is one line that names the key, its value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import make_experiment
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune_cli import CONF
+from fedprune_cli.config.build import GROUPS, build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.errors import ConfigError
+
+BAD = [
+    ("data=fmnst", "unknown data option 'fmnst'. Did you mean 'fmnist'?"),
+    ("partition.alpha=-1", "partition.alpha=-1: must be"),
+    ("partition.alpha=abc", "partition.alpha"),
+    ("partition.alpha=nan", "partition.alpha=nan"),
+    ("rounds=1e400", "rounds"),
+    ("rounds=0", "rounds=0: must be in 1..1000000"),
+    ("rounds=2.5", "rounds"),
+    ("rounds=null", "rounds"),
+    ("seed=-1", "seed=-1"),
+    ("seed=[1", "mismatched|no viable|seed"),
+    ("devices.count=0", "devices.count=0"),
+    ("devices.count=true", "devices.count"),
+    ("devices.min_cpu_ghz=-1", "devices.min_cpu_ghz=-1"),
+    ("channel.bandwidth_mhz=0", "channel.bandwidth_mhz=0"),
+    ("channel.bs_power_dbm=1e9", "channel.bs_power_dbm"),
+    ("training.lr=0", "training.lr=0"),
+    ("deadline.fraction=0", "deadline.fraction=0"),
+    ("deadline.fraction=null", "deadline.fraction"),
+    ("deadline.total_seconds=-1", "deadline.total_seconds=-1: must be > 0"),
+    ("model.hidden=3", "model.hidden"),
+    ("model.hidden=[0]", "model.hidden"),
+    ("trainin.lr=1", "unknown configuration key 'trainin.lr'. Did you mean 'training.lr'?"),
+    ("partition.alhpa=1", "Did you mean 'partition.alpha'?"),
+    ("+foo=1", "unknown configuration key 'foo'"),
+    ("+training.foo=1", "foo"),
+    ("~data", "data"),
+    ("~training.lr", "training.lr"),
+    ("training=3", "training"),
+    ("method=[a,b]", "method"),
+    ("experiment=nope", "unknown experiment option 'nope'|experiment"),
+    ("name=../../etc", "name"),
+    ("name=''", "name"),
+    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial' or 'processes'"),
+    ("out=${oc.env:NOPE}", "out|NOPE"),
+    ("training.lr=${nope}", "nope"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD)
+def test_bad_overrides_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_experiment(compose_config([override]))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert any(part in text for part in message.split("|")), text
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, table in GROUPS.items() for name in table])
+def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> None:
+    assert (CONF / group / f"{name}.yaml").is_file()
+    overrides = [f"{group}={name}"]
+    if (group, name) in (("channel", "trace"), ("devices", "table")):
+        overrides.append(f"{group}.file=some.csv")
+    chosen = getattr(build_experiment(compose_config(overrides)), group)
+    assert getattr(chosen, "name", name) == name
+
+
+def test_every_file_has_its_table_entry() -> None:
+    for group, table in GROUPS.items():
+        assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(table)
+
+
+def test_units_become_si() -> None:
+    experiment = make_experiment("channel.bandwidth_mhz=5", "channel.bs_power_dbm=30", "channel.noise_dbm_per_hz=-174")
+    assert experiment.channel.bandwidth_hz == 5e6
+    assert experiment.channel.bs_power_w == pytest.approx(1)
+    assert experiment.channel.noise_w_per_hz == pytest.approx(3.98e-21, rel=1e-3)
+
+
+def test_the_hash_knows_numbers_and_nothing_else() -> None:
+    base = make_experiment().config_hash
+    places = ("execution.kind=processes", "execution.workers=3", "out=elsewhere", "tracking=wandb")
+    for same in ("seed=5", "training.lr=5e-2", *places):
+        assert make_experiment(same).config_hash == base, same
+    for other in ("rounds=4", "training.lr=0.06", "method=fedavg", "deadline.fraction=0.4", "partition.alpha=0.9"):
+        assert make_experiment(other).config_hash != base, other
+
+
+def test_data_root_is_a_place_and_no_number() -> None:
+    hashes = {
+        build_experiment(compose_config(["data=fmnist", f"data.root={root}"])).config_hash for root in ("/a", "/b")
+    }
+    assert len(hashes) == 1
+
+
+KEYS = [
+    "rounds",
+    "partition.alpha",
+    "training.lr",
+    "devices.count",
+    "channel.bandwidth_mhz",
+    "deadline.fraction",
+    "model.hidden",
+    "data",
+]
+
+
+@given(st.sampled_from(KEYS), st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))
+def test_any_text_is_a_value_or_one_line(key: str, text: str) -> None:
+    lines = 1
+    try:
+        build_experiment(compose_config([f"{key}={text}"]))
+    except ConfigError as error:
+        lines = len(str(error).splitlines())
+    assert lines == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_says_what_it_asks_and_each_of_its_arms_is_sound(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    for key in ("Question:", "Command:", "Expected:", "Minutes:"):
+        assert any(line.startswith(f"# {key}") and line.removeprefix(f"# {key}").strip() for line in lines), key
+    config = compose_config([f"experiment={name}"])
+    assert build_experiment(config).name == name
+    for overrides in (config.arms or {}).values():
+        build_experiment(compose_config([f"experiment={name}", *overrides]))

@@ -1,0 +1,177 @@
+"""Reports: pages that stand alone, figures that repeat to the byte, and a comparison whose sums are right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import resign, run_to_end
+
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.report import all as report
+from fedprune_cli.report import page
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[tuple[str, int], Path]:
+    paths = {}
+    for method in ("proposed", "personalized"):
+        for seed in (0, 1):
+            path = tmp_path / f"{method}{seed}"
+            run_to_end(path, f"method={method}", f"seed={seed}", "rounds=4")
+            paths[method, seed] = path
+    return paths
+
+
+def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str, int], Path]) -> None:
+    path = runs["proposed", 0]
+    page = report.write_report(path)
+    first = {file.name: file.read_bytes() for file in page.parent.iterdir()}
+    figures = {f"{name}.svg" for name in ("accuracy", "latency", "allocation", "convergence", "partition")}
+    assert set(first) == {"index.html", "rounds.csv", "devices.csv", "histogram.csv"} | figures
+    report.write_report(path)
+    assert first == {file.name: file.read_bytes() for file in page.parent.iterdir()}
+    rows = list(csv.DictReader((page.parent / "rounds.csv").open()))
+    records = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    assert [float(row["latency_s"]) for row in rows] == [record["latency_s"] for record in records]
+    assert len(list(csv.DictReader((page.parent / "devices.csv").open()))) == 4 * 4
+    counts = np.array(
+        [
+            [int(v) for k, v in row.items() if k != "device"]
+            for row in csv.DictReader((page.parent / "histogram.csv").open())
+        ]
+    )
+    assert counts.sum() == 1797
+
+
+def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    pages = [report.write_report(runs["proposed", 0])]
+    pages.append(
+        report.write_comparison(report.compare([report.read_run(path) for path in runs.values()]), tmp_path / "out")
+    )
+    for written in pages:
+        text = written.read_text()
+        assert len(text) < 1_000_000
+        assert "<script" not in text
+        assert not re.search(r'(src|href)="?(https?:)?//', text)
+        assert not re.search(r"url\((?!#)", text)
+        assert text.count("<svg") == text.count("</svg>") >= 2
+        identifiers = re.findall(r' id="([^"]+)"', text)
+        assert len(identifiers) == len(set(identifiers))
+        assert "prefers-color-scheme: dark" in text
+        assert "currentColor" in text
+
+
+def test_names_from_users_are_escaped(runs: dict[tuple[str, int], Path]) -> None:
+    path = runs["proposed", 0]
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["method"] = "<script>alert(1)</script>"
+    manifest["config"]["name"] = "</pre><img src=x>"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    resign(path)
+    text = report.write_report(path).read_text()
+    assert "<script" not in text
+    assert "<img" not in text
+    assert page.csv_text(["a"], [["=1+1"], ["@x"], [-3]]).splitlines() == ["a", "'=1+1", "'@x", "-3"]
+
+
+def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    loaded = {key: report.read_run(path) for key, path in runs.items()}
+    comparison = report.compare(list(loaded.values()))
+    base, mine = comparison.figures["personalized"], comparison.figures["proposed"]
+    by_hand = [np.mean([r["latency_s"] for r in loaded["proposed", seed].rounds]) for seed in (0, 1)]
+    assert mine["latency_s"]
+    assert np.isclose(mine["latency_s"].mean, np.mean(by_hand))
+    t_975 = 12.706204736432095  # Student's t, one degree of freedom
+    assert np.isclose(mine["latency_s"].half_width, t_975 * np.std(by_hand, ddof=1) / np.sqrt(2))
+    for seed in (0, 1):
+        run = loaded["personalized", seed]
+        assert comparison.targets[seed] == min(r["accuracy"] for r in run.rounds) - 0.005
+        assert report.crossing(run, comparison.targets[seed]) is not None
+    out_of_reach = replace(comparison, targets=dict.fromkeys(comparison.targets, 1.1))
+    assert (
+        report._missed(out_of_reach, "proposed")
+        == f"missed on {len(comparison.targets)} of {len(comparison.targets)} seeds"
+    )
+    assert report._missed(comparison, "personalized").startswith("missed on 0 of")
+    left, pruning, bandwidth, _ = report._split(comparison)["proposed"]
+    equal = comparison.figures["personalized (equal bandwidth)"]["latency_s"]
+    assert equal
+    assert base["latency_reduction"]
+    assert base["latency_reduction"].mean == 0
+    row = report.run_figures(loaded["proposed", 0], loaded["personalized", 0], comparison.targets[0])
+    equal_s = report._mean_equal_s(loaded["personalized", 0])
+    assert np.isclose(row["latency_s"] / equal_s, 1 - row["bandwidth_share"] - row["pruning_share"])
+    assert left > 0
+    assert min(pruning, bandwidth) > 0
+    assert "less simulated time a round than personalized" in report.headline(comparison)
+    page = report.write_comparison(comparison, tmp_path / "out")
+    assert {file.name for file in page.parent.iterdir()} == {
+        "index.html", "table.csv", "table.tex", "table.md",
+        *(f"{name}.{kind}" for name in ("progress", "finals", "target", "split", "convergence") for kind in ("svg", "pdf")),
+    }  # fmt: skip
+    stored = report.read_table(page.parent / "table.csv")
+    assert report.markdown(stored) == (page.parent / "table.md").read_text()
+    gain = comparison.figures["proposed"]["accuracy_gain"]
+    differences = [
+        loaded["proposed", s].rounds[-1]["accuracy"] - loaded["personalized", s].rounds[-1]["accuracy"] for s in (0, 1)
+    ]
+    assert gain
+    assert np.isclose(gain.mean, np.mean(differences))
+    assert np.isclose(gain.half_width, t_975 * np.std(differences, ddof=1) / np.sqrt(2))
+    assert r"\begin{tabular}" in (page.parent / "table.tex").read_text()
+
+
+def test_the_headline_is_honest_in_both_directions(runs: dict[tuple[str, int], Path]) -> None:
+    loaded = [report.read_run(path) for path in runs.values()]
+    turned = report.compare(loaded, reference="proposed")
+    assert "more simulated time a round than proposed" in report.headline(turned)
+    one = report.compare([run for run in loaded if run.seed == 0])
+    assert "One seed: there is no interval." in report.headline(one)
+    slow = [
+        report.Run(r.path, r.manifest, tuple(x | {"accuracy": 0.01} for x in r.rounds), r.summary)
+        if r.method == "proposed"
+        else r
+        for r in loaded
+    ]
+    assert "does not reach the target accuracy" in report.headline(report.compare(slow))
+
+
+def test_unlike_runs_are_not_compared(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    loaded = {key: report.read_run(path) for key, path in runs.items()}
+    with pytest.raises(CheckpointError, match="a second run of proposed with seed 0"):
+        report.compare([loaded["proposed", 0], loaded["proposed", 0]])
+    with pytest.raises(CheckpointError, match="needs the same ones"):
+        report.compare([loaded["proposed", 0], loaded["personalized", 1]])
+    run_to_end(tmp_path / "other", "method=personalized", "rounds=4", "partition.alpha=5")
+    with pytest.raises(CheckpointError, match="another partition"):
+        report.compare([loaded["proposed", 0], report.read_run(tmp_path / "other")])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+def test_pages_render_in_a_browser(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    page = report.write_comparison(report.compare([report.read_run(path) for path in runs.values()]), tmp_path / "out")
+    for width in ("1000", "390"):
+        shot = tmp_path / f"{width}.png"
+        with tempfile.TemporaryDirectory() as profile:
+            switches = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                        "disable-component-update", "disable-sync", "enable-logging=stderr")  # fmt: skip
+            command = [
+                "chromium",
+                *(f"--{switch}" for switch in switches),
+                f"--user-data-dir={profile}",
+                f"--window-size={width},2000",
+            ]
+            command += [f"--screenshot={shot}", page.as_uri()]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in result.stderr
+        assert shot.stat().st_size > 20_000
