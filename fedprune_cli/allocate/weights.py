@@ -28,13 +28,10 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Samples:
-    """w_k = D_k / sum(D)."""
+class _Memoryless:
+    """A weighting that remembers nothing."""
 
     name: str
-
-    def weight(self, samples: Array, ids: Array, slots: Mapping[str, Array]) -> Array:
-        return samples / samples.sum()
 
     def slots(self, num_devices: int) -> dict[str, Array]:
         return {}
@@ -44,7 +41,15 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Uniform(Samples):
+class BySamples(_Memoryless):
+    """w_k = D_k / sum(D)."""
+
+    def weight(self, samples: Array, ids: Array, slots: Mapping[str, Array]) -> Array:
+        return samples / samples.sum()
+
+
+@dataclass(frozen=True)
+class EqualWeights(_Memoryless):
     """w_k = 1 / K."""
 
     def weight(self, samples: Array, ids: Array, slots: Mapping[str, Array]) -> Array:
@@ -52,11 +57,13 @@ class Uniform(Samples):
 
 
 @dataclass(frozen=True)
-class PruningError(Samples):
+class ByPruningError:
     """w_k in proportion to D_k ||u - u m_k||^2 / rho_k (model.md, section 6), measured when the device was last pruned.
 
     A device that never was counts with the mean of the others, and all count by D_k before the first measurement.
     """
+
+    name: str
 
     def weight(self, samples: Array, ids: Array, slots: Mapping[str, Array]) -> Array:
         cost = slots["error_per_ratio"][ids]
@@ -74,4 +81,4 @@ class PruningError(Samples):
         return {"error_per_ratio": cost}
 
 
-WEIGHTS: dict[str, type[Weights]] = {"samples": Samples, "uniform": Uniform, "pruning_error": PruningError}
+WEIGHTS: dict[str, type[Weights]] = {"samples": BySamples, "uniform": EqualWeights, "pruning_error": ByPruningError}

@@ -130,7 +130,7 @@ def _line(flops: Array, seconds: Array) -> tuple[float, float]:
     return float(fit[0]), float(np.abs(columns @ fit - 1).max())
 
 
-def _unit(setup: run.Setup, kept: Any) -> Unit:
+def _unit(setup: run.Setup, kept: Array | tuple[Array, ...] | None) -> Unit:
     """Returns steps on both parts for the device with the most samples."""
     device = int(np.argmax(setup.scenario.partition.train.sizes))
     return Unit(

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, latency, rate
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Problem, latency, rate
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import branch_config
 from fedprune_cli.config.experiment import Branch, Experiment
