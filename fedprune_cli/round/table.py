@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
-from fedprune_cli.allocate.kkt import frontier
-from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Limits, Problem
+from fedprune_cli.allocate.variants import frontier
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model
