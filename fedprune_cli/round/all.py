@@ -134,7 +134,7 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[Record]:
         with following(experiment.tracking, run_dir) as log:
             if saved.state.round < experiment.rounds:
                 with executor(
-                    experiment.execution, functools.partial(build_learner, experiment, setup.scenario)
+                    experiment.execution, functools.partial(build_learner, experiment, setup.scenario), [__name__]
                 ) as workers:
                     while saved.state.round < experiment.rounds:
                         started = time.perf_counter()
