@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -35,6 +36,11 @@ def say(line: str) -> None:
     """Prints a line that belongs to the result."""
     if not _quiet.get():
         print(line, flush=True)
+
+
+def print_json(value: object) -> None:
+    """Prints a result for programs on one line, which --quiet leaves as it is."""
+    print(json.dumps(value), flush=True)
 
 
 def note(line: str) -> None:

@@ -38,7 +38,7 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[RoundRec
         with following(experiment.tracking, run_dir) as log:
             if saved.state.round < experiment.rounds:
                 build = functools.partial(build_learner, experiment, setup.scenario)
-                with executor(experiment.execution, build) as workers:
+                with executor(experiment.execution, build, [__name__]) as workers:
                     while saved.state.round < experiment.rounds:
                         started = time.perf_counter()
                         state, record = round_step(setup, saved.state, workers)
