@@ -20,6 +20,7 @@ import yaml
 from conftest import run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from test_architecture import LAYERS
 
 from fedprune_cli import CONF, errors
 from fedprune_cli.commands.app import INTERRUPTED, app
@@ -235,6 +236,12 @@ def test_docstrings_cite_sections_of_the_model_that_are_there() -> None:
             assert {int(number) for number in numbers.split(" and ")} <= sections, path
             cited += 1
     assert cited > 10
+
+
+def test_the_page_of_the_architecture_shows_the_layers_that_are_tested() -> None:
+    rows = [" ".join(row) for row in reversed(LAYERS)]
+    shown = re.findall(r"^```text\n(.*?)^```$", (DOCS / "architecture.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert rows in [[" ".join(line.split()) for line in block.splitlines()] for block in shown]
 
 
 # --- links and looks ------------------------------------------------------------------------------------------------
