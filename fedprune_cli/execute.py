@@ -181,7 +181,7 @@ def _single_threaded(build: Callable[[], Any]) -> Any:
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """Returns the way to start processes: a server imports what is heavy once, and forks each from there; they share its memory."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedprune_cli.round.all"])
+    context.set_forkserver_preload(["fedprune_cli.runs.life"])
     return context
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fedprune_cli.many.side_by_side import Failure, Member
-    from fedprune_cli.round.all import Setup
+    from fedprune_cli.round.setup import Setup
 
 INTERRUPTED = 130
 
@@ -218,7 +218,8 @@ def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
 
 def _train(config: DictConfig, *, as_json: bool) -> None:
     from fedprune_cli.config.build import build_experiment
-    from fedprune_cli.round.all import create, prepare
+    from fedprune_cli.round.setup import prepare
+    from fedprune_cli.runs.life import create
 
     experiment = build_experiment(config)
     with status("loading data and building the world"):
@@ -241,7 +242,7 @@ def resume(
 
     With KEY=VALUE go on from where the run is as a branch, another run that says where it comes from; the first one stays as it is.
     """
-    from fedprune_cli.round.all import branch, reopen
+    from fedprune_cli.runs.life import branch, reopen
 
     with status("loading data and building the world"):
         setup = branch(run_dir, overrides) if overrides else reopen(run_dir)
@@ -254,7 +255,7 @@ def resume(
 def _continue(setup: Setup, run_dir: Path) -> Path:
     """Runs the remaining rounds under a progress display, then writes the report; returns its page."""
     from fedprune_cli.report.all import write_report
-    from fedprune_cli.round.all import run
+    from fedprune_cli.runs.life import run
 
     try:
         with progress(setup.experiment.method.name, setup.experiment.rounds) as seen:
@@ -375,7 +376,7 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     from omegaconf import DictConfig, OmegaConf
 
     from fedprune_cli.many.side_by_side import Failure, run_members
-    from fedprune_cli.round.all import begin_or_reopen
+    from fedprune_cli.runs.life import begin_or_reopen
     from fedprune_cli.store.folder import read_summary
 
     def one_by_one() -> Iterator[tuple[Member, Failure | None]]:
@@ -600,7 +601,7 @@ def verify(
 
     from fedprune_cli.audit.verify import verify_run
     from fedprune_cli.errors import CertificateError
-    from fedprune_cli.round.all import reopen
+    from fedprune_cli.runs.life import reopen
 
     with status("loading data and building the world"):
         setup = reopen(run_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,9 +13,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.errors import DeviceError, FedpruneError
-from fedprune_cli.execute import Execution, die_with_parent, forkserver
+from fedprune_cli.execute import die_with_parent, forkserver
 from fedprune_cli.report.all import write_report
-from fedprune_cli.round.all import begin_or_reopen, run
+from fedprune_cli.runs.life import begin_or_reopen, run, serially
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def _work(member: Member, sender: Connection) -> None:
         config = OmegaConf.create(member.config)
         assert isinstance(config, DictConfig)
         setup = begin_or_reopen(config)
-        serial = replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
-        for _ in run(serial, member.run_dir):
+        for _ in run(serially(setup), member.run_dir):
             pass
         write_report(member.run_dir)
     except FedpruneError as error:

@@ -20,8 +20,10 @@ from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.meter import build_load, build_problem, downlink_s
-from fedprune_cli.round.all import prepare, round_problems
+from fedprune_cli.round.plan import Beliefs, round_problems
+from fedprune_cli.round.setup import prepare
 from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.memory import Sizes
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
 
@@ -41,8 +43,10 @@ FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 def problem_from_config(experiment: Experiment) -> Problem:
     """Returns the first round's problem of an experiment, all its training devices, outages apart; of several `payload.bits` the first."""
     setup = prepare(experiment)
-    ids = np.arange(setup.scenario.num_devices)
-    problems = round_problems(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots)
+    ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
+    gain = scenario.at(0).gain_linear[ids]
+    beliefs = Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
+    problems = round_problems(setup.blueprint, beliefs, 0, setup.initial.slots)
     return next(iter(problems.by_bits.values()))
 
 
@@ -103,12 +107,12 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
     )
     cost = count_cost(parts, shape)
     plans: list[tuple[Phase, ...]] = [
-        experiment.training.plan(experiment.method.phases(), int(n)) for n in rows["samples"]
+        experiment.training.schedule(experiment.method.phases(), int(n)) for n in rows["samples"]
     ]
     ids = np.arange(size)
     load = build_load(fleet, ids, plans, [cost] * size, experiment.training.batch_size)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)
-    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(size))
+    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(Sizes(size, cost.shared_params)))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
     return build_problem(
         load, experiment.channel, gain, weight, cost.shared_params, t_down_s, experiment.pruner.max_ratio
