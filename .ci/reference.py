@@ -481,7 +481,7 @@ def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:
             return None
         if isinstance(part, ast.Name) and (part.id == "self" or part.id not in scope):
             return None
-        if isinstance(part, ast.Name) and not isinstance(scope[part.id], str | int | float | tuple | list):
+        if isinstance(part, ast.Name) and not isinstance(scope[part.id], str | int | float | tuple | list | dict):
             return None
         if isinstance(part, ast.Attribute) and part.attr != "join":
             return None

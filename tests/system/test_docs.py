@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -27,6 +28,9 @@ from fedprune_cli.commands.app import INTERRUPTED, app
 from fedprune_cli.config.build import GROUPS, SECTIONS, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
+from fedprune_cli.learn import prune
+from fedprune_cli.store.memory import Sizes
+from fedprune_cli.store.state import State, untrained
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -188,6 +192,29 @@ def test_a_command_that_is_not_accepted_is_found() -> None:
         with pytest.raises((AssertionError, Exception)) as raised:
             check(tuple(bad.split()))
         assert type(raised.value).__name__ in ("AssertionError", "NoSuchOption", "ConfigError"), bad
+
+
+def test_every_table_of_parts_is_in_the_guide_to_them() -> None:
+    text = (DOCS / "guide" / "your-own-parts.md").read_text()
+    code = "\n".join(path.read_text() for path in (ROOT / "fedprune_cli").rglob("*.py"))
+    tables = {*re.findall(r"^([A-Z_]+): dict\[str, (?:type|Callable)\[", code, re.MULTILINE)}
+    assert len(tables) > 10
+    assert [table for table in tables if f"`{table}`" not in text] == []
+
+
+def test_the_example_of_a_part_works() -> None:
+    text = (DOCS / "guide" / "your-own-parts.md").read_text()
+    code, values = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0] for kind in ("python", "yaml")
+    )
+    scope = {**vars(prune)}
+    exec(code, scope)
+    pruner = scope["Distance"](**yaml.safe_load(values))
+    state = State(0, np.array([1, 5, 6], dtype=np.float32), untrained(np.zeros(1, dtype=np.float32), 1), {})
+    assert pruner.importance(state, 0).tolist() == [3, 1, 2]
+    assert pruner.slots(Sizes(1, 3)) == {}
+    with pytest.raises(ConfigError):
+        scope["Distance"]("distance", 2.0, "weight")
 
 
 def test_examples_say_fedprune() -> None:
