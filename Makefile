@@ -2,10 +2,12 @@
 PYTHON ?= python3
 DATA ?= digits
 ARGS ?=
+BASE ?= HEAD
+ALLOW ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run lint type test test-all reference docs bench-ci bench-baseline clean
+.PHONY: help install run lint type test test-all reference docs bench-ci bench-baseline same shape clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -51,6 +53,12 @@ bench-ci: .venv/installed ## what nightly CI runs: measure, and fail (exit code 
 bench-baseline: .venv/installed ## measure .ci/bench.json anew, after a change that is meant to cost or save something
 	$(BIN)/fedprune bench --quick --out outputs/bench
 	cp outputs/bench/bench.json .ci/bench.json
+
+same: .venv/installed ## do the runs of this tree have the bytes of a commit's? BASE=main, ALLOW=NAME for what is meant to differ
+	$(BIN)/python .ci/same.py $(BASE) --allow '$(ALLOW)'
+
+shape: ## longest module, widest functions, imports that point up: what the code's form is allowed, and what it is
+	$(PYTHON) .ci/shape.py
 
 clean: ## remove what was installed and cached; outputs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ import torch
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Task, train
-from fedprune_cli.learn.kept import Entries, Kept, Whole
+from fedprune_cli.learn.kept import Entries, Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
 from fedprune_cli.report import figures

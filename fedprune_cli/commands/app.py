@@ -524,7 +524,7 @@ def allocate(
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
     from fedprune_cli.errors import unknown
-    from fedprune_cli.round.table import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
+    from fedprune_cli.round.table import allocate_first_round, answer, frontier_rows, price_sentence
 
     allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
     if objective not in allocators:
@@ -536,8 +536,8 @@ def allocate(
                "pruner.max_ratio": max_ratio, "allocator.mean_ratio": mean_ratio}  # fmt: skip
     chosen += [f"{key}={value}" for key, value in options.items() if value is not None]
     experiment = build_experiment(compose_config(chosen))
-    problem = problem_from_csv(devices, experiment) if devices else problem_from_config(experiment)
-    result = answer(problem, experiment.allocator.solve(problem, experiment.seed, 0))
+    first = allocate_first_round(experiment, devices)
+    problem, result = first.problem, answer(first, of_several=len(experiment.payload.bits) > 1)
     if out:
         from fedprune_cli.report.all import write_allocation
 
@@ -568,8 +568,8 @@ def ladder(
     """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.round.table import first_problems
     from fedprune_cli.round.table import ladder as build_ladder
-    from fedprune_cli.round.table import problem_from_config
 
     try:
         wanted = [float(text) for text in fractions.split(",")]
@@ -579,7 +579,8 @@ def ladder(
         name: build_experiment(compose_config([*(overrides or []), f"allocator={name}"]))
         for name in allocators.split(",")
     }
-    problem = problem_from_config(next(iter(chosen.values())))
+    problems, _ = first_problems(next(iter(chosen.values())))
+    problem = next(iter(problems.by_bits.values()))
     rows = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
     if as_json:
         print(json.dumps(rows))
@@ -632,7 +633,7 @@ def bench(
     max_wall_regression: Annotated[str, typer.Option(help="How much worse a measured ratio may be.")] = "100%",
 ) -> None:
     """Measure fedprune against bare references in the same run, and compare with an earlier measurement."""
-    from fedprune_cli.bench import all as benches
+    from fedprune_cli import bench as benches
 
     chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
     limits = benches.parse_limits(max_regression, max_wall_regression)

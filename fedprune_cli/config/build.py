@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS
+from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS
-from fedprune_cli.config.experiment import Branch, Deadline, Evaluation, Experiment
+from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import Training

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
-from fedprune_cli.allocate.kkt import frontier
-from fedprune_cli.allocate.problem import Allocation, Limits, Problem, dense_deadline
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Limits, Problem
+from fedprune_cli.allocate.variants import frontier
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
-from fedprune_cli.learn.cost import count_cost
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
-from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.meter import build_load, build_problem, downlink_s
-from fedprune_cli.round.plan import Beliefs, round_problems
-from fedprune_cli.round.setup import prepare
+from fedprune_cli.round.memory import first_slots
+from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
+from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.files import read_bytes
-from fedprune_cli.store.memory import Sizes
+from fedprune_cli.store.memory import Sizes, Slots
+from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
 
@@ -40,25 +40,57 @@ PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
 FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
-def problem_from_config(experiment: Experiment) -> Problem:
-    """Returns the first round's problem of an experiment, all its training devices, outages apart; of several `payload.bits` the first."""
+@dataclass(frozen=True)
+class FirstRound:
+    """The first round of an experiment, or of a table of devices, as the server would allocate it.
+
+    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer.
+    """
+
+    bits: int
+    problem: Problem
+    allocation: Allocation
+
+
+def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
+    """Returns the first round's allocation: all training devices, outages apart, or the devices of a CSV table.
+
+    A table has the problem's own columns (a, c, d, s, w of model.md), or physical ones: cpu_ghz, cycles_per_flop, tx_power_dbm,
+    samples, and distance_km or gain_db; then the model, its pruning, the payload and the channel are the experiment's. Raises
+    DataError naming the line of a bad row.
+    """
+    problems, slots = first_problems(experiment, table)
+    bits, allocation = choose(experiment, problems, 0, slots)
+    return FirstRound(bits, problems.by_bits[bits], allocation)
+
+
+def first_problems(experiment: Experiment, table: Path | None = None) -> tuple[RoundProblems, Slots]:
+    """Returns the first round's problems, and what is remembered before it."""
+    if table is not None and {"shared_compute_s", "snr_hz"} & {*_header(table)}:
+        problem = _own_problem(table, experiment)
+        deadline_s = experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0])
+        problem = replace(problem, deadline_s=deadline_s)
+        return RoundProblems(problem, {BITS_PER_PARAM: problem}), {}
+    blueprint, beliefs = _from_config(experiment) if table is None else _from_table(experiment, table)
+    slots = first_slots(experiment, Sizes(len(beliefs.fleet.cpu_hz), blueprint.cost.shared_params))
+    return round_problems(blueprint, beliefs, 0, slots), slots
+
+
+def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
     setup = prepare(experiment)
     ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
     gain = scenario.at(0).gain_linear[ids]
-    beliefs = Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
-    problems = round_problems(setup.blueprint, beliefs, 0, setup.initial.slots)
-    return next(iter(problems.by_bits.values()))
+    return setup.blueprint, Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
 
 
-def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
-    """Returns the problem of a table: the problem's own columns (a, c, d, s, w of model.md), or physical ones.
-
-    Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
-    the channel are the experiment's. Raises DataError naming the line of a bad row.
-    """
-    own = {"shared_compute_s", "snr_hz"} & {*_header(file)}
-    problem = (_own_problem if own else _physical_problem)(file, experiment)
-    return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
+def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
+    fleet, samples = _read_fleet(table, experiment)
+    dataset = experiment.data.load()
+    shape = dataset.images.shape[1:]
+    model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
+    blueprint = build_blueprint(experiment, split_model(model, experiment.method.personal_part), shape)
+    gain = experiment.channel.gain(experiment.seed, 0, fleet)
+    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples)
 
 
 def _header(file: Path) -> list[str]:
@@ -87,7 +119,8 @@ def _own_problem(file: Path, experiment: Experiment) -> Problem:
     )
 
 
-def _physical_problem(file: Path, experiment: Experiment) -> Problem:
+def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
+    """Returns the fleet of a table, and its devices' samples D_k [N]."""
     rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
     size = len(rows["samples"])
     unknown = np.full(size, np.nan)
@@ -100,28 +133,15 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
         **limit_columns(rows, experiment.devices.limits(size)),
     )
-    dataset = experiment.data.load()
-    shape = dataset.images.shape[1:]
-    parts = split_model(
-        build_model(experiment.model, shape, dataset.num_classes, experiment.seed), experiment.method.personal_part
-    )
-    cost = count_cost(parts, shape)
-    plans: list[tuple[Phase, ...]] = [
-        experiment.training.schedule(experiment.method.phases(), int(n)) for n in rows["samples"]
-    ]
-    ids = np.arange(size)
-    load = build_load(fleet, ids, plans, [cost] * size, experiment.training.batch_size)
-    gain = experiment.channel.gain(experiment.seed, 0, fleet)
-    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(Sizes(size, cost.shared_params)))
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
-    return build_problem(
-        load, experiment.channel, gain, weight, cost.shared_params, t_down_s, experiment.pruner.max_ratio
-    )
+    return fleet, rows["samples"]
 
 
-def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
-    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept."""
-    certificate = allocation.certificate
+def answer(first: FirstRound, *, of_several: bool) -> dict[str, Any]:
+    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept.
+
+    of_several: whether the bits were chosen, and are worth a word.
+    """
+    allocation, certificate = first.allocation, first.allocation.certificate
     rows = zip(
         allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
         allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
@@ -136,6 +156,7 @@ def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
         if certificate is None
         else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
         "message": allocation.message,
+        **({"bits": first.bits} if of_several else {}),
         "devices": [{"id": at, **dict(zip(keys, row, strict=True))} for at, row in enumerate(rows)],
     }
 
