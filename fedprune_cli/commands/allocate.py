@@ -80,7 +80,7 @@ def ladder(
     """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
-    from fedprune_cli.round.table import first_problems
+    from fedprune_cli.round.table import ask
     from fedprune_cli.round.table import ladder as build_ladder
 
     try:
@@ -91,8 +91,7 @@ def ladder(
         name: build_experiment(compose_config([*(overrides or []), f"allocator={name}"]))
         for name in allocators.split(",")
     }
-    problems, _ = first_problems(next(iter(chosen.values())))
-    problem = next(iter(problems.by_bits.values()))
+    problem = ask(next(iter(chosen.values()))).problem
     rows = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
     if as_json:
         print_json(rows)

@@ -115,6 +115,8 @@ class Experiment:
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if fields["channel"].get("gaps") == "refuse":
+            del fields["channel"]["gaps"]
         if self.branch is None:
             del fields["branch"]
         if not self.faulty:  # then they decide nothing

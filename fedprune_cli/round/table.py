@@ -21,11 +21,11 @@ from fedprune_cli.learn.parts import split_model
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
 from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
-from fedprune_cli.store.files import read_bytes
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
+from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns
+from fedprune_cli.world.tables import read_header, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
 OWN_LIMITS = (
@@ -44,12 +44,14 @@ FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
-    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer.
+    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
+    names: what a table calls the devices.
     """
 
     bits: int
     problem: Problem
     allocation: Allocation
+    names: tuple[str, ...] | None = None
 
 
 def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
@@ -59,21 +61,35 @@ def allocate_first_round(experiment: Experiment, table: Path | None = None) -> F
     samples, and distance_km or gain_db; then the model, its pruning, the payload and the channel are the experiment's. Raises
     DataError naming the line of a bad row.
     """
-    problems, slots = first_problems(experiment, table)
-    bits, allocation = choose(experiment, problems, 0, slots)
-    return FirstRound(bits, problems.by_bits[bits], allocation)
+    question = ask(experiment, table)
+    bits, allocation = choose(experiment, question.problems, 0, question.slots)
+    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names)
 
 
-def first_problems(experiment: Experiment, table: Path | None = None) -> tuple[RoundProblems, Slots]:
-    """Returns the first round's problems, and what is remembered before it."""
-    if table is not None and {"shared_compute_s", "snr_hz"} & {*_header(table)}:
-        problem = _own_problem(table, experiment)
+@dataclass(frozen=True)
+class Question:
+    """The first round's problems, what is remembered before it, and what a table calls the devices."""
+
+    problems: RoundProblems
+    slots: Slots
+    names: tuple[str, ...] | None
+
+    @property
+    def problem(self) -> Problem:
+        """The problem with the first of `payload.bits`."""
+        return next(iter(self.problems.by_bits.values()))
+
+
+def ask(experiment: Experiment, table: Path | None = None) -> Question:
+    """Returns the first round's question, before any allocator has answered it."""
+    if table is not None and {"shared_compute_s", "snr_hz"} & {*read_header(str(table))}:
+        problem, names = _own_problem(table, experiment)
         deadline_s = experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0])
         problem = replace(problem, deadline_s=deadline_s)
-        return RoundProblems(problem, {BITS_PER_PARAM: problem}), {}
+        return Question(RoundProblems(problem, {BITS_PER_PARAM: problem}), {}, names)
     blueprint, beliefs = _from_config(experiment) if table is None else _from_table(experiment, table)
     slots = first_slots(experiment, Sizes(len(beliefs.fleet.cpu_hz), blueprint.cost.shared_params))
-    return round_problems(blueprint, beliefs, 0, slots), slots
+    return Question(round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names)
 
 
 def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
@@ -93,13 +109,8 @@ def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs
     return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples)
 
 
-def _header(file: Path) -> list[str]:
-    first = read_bytes(file, MAX_TABLE_BYTES, DataError).split(b"\n", 1)[0][:MAX_LINE]
-    return [name.strip() for name in first.decode("utf-8-sig", errors="replace").split(",")]
-
-
-def _own_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS))
+def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str, ...] | None]:
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS), named=True)
     size = len(rows["weight"])
     limits = None
     if given := [name for name in OWN_LIMITS if name in rows]:
@@ -110,18 +121,21 @@ def _own_problem(file: Path, experiment: Experiment) -> Problem:
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    return Problem(
+    problem = Problem(
         **{name: rows[name] for name in OWN_COLUMNS},
         max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
         bandwidth_hz=experiment.channel.bandwidth_hz,
         deadline_s=math.inf,
         limits=limits,
     )
+    return problem, rows.names
 
 
 def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
     """Returns the fleet of a table, and its devices' samples D_k [N]."""
-    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
+    rows = read_table(
+        str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS, named=True
+    )
     size = len(rows["samples"])
     unknown = np.full(size, np.nan)
     fleet = Fleet(
@@ -131,7 +145,8 @@ def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
         distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
         energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
-        **limit_columns(rows, experiment.devices.limits(size)),
+        names=rows.names,
+        **limit_columns(str(file), rows, experiment.devices.limits(size)),
     )
     return fleet, rows["samples"]
 
@@ -141,7 +156,7 @@ def answer(first: FirstRound, *, of_several: bool) -> dict[str, Any]:
 
     of_several: whether the bits were chosen, and are worth a word.
     """
-    allocation, certificate = first.allocation, first.allocation.certificate
+    allocation, certificate, names = first.allocation, first.allocation.certificate, first.names
     rows = zip(
         allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
         allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
@@ -157,7 +172,10 @@ def answer(first: FirstRound, *, of_several: bool) -> dict[str, Any]:
         else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
         "message": allocation.message,
         **({"bits": first.bits} if of_several else {}),
-        "devices": [{"id": at, **dict(zip(keys, row, strict=True))} for at, row in enumerate(rows)],
+        "devices": [
+            {"id": at, **({"name": names[at]} if names else {}), **dict(zip(keys, row, strict=True))}
+            for at, row in enumerate(rows)
+        ],
     }
 
 
