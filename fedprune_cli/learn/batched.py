@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from fedprune_cli.learn.client import (
     Learner,
+    Task,
     Training,
-    Unit,
     Update,
     batch_positions,
-    make_whole,
     require_finite,
     samples,
     send,
@@ -55,45 +54,42 @@ def batches(parts: Parts, training: Training) -> bool:
     return training.block > 1 and plain and in_turn and alternating and small
 
 
-def blocks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
-    """Returns the units in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
-    ordered = sorted(units, key=lambda unit: (unit.steps, unit.device))
+def blocks(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Returns the tasks in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
+    ordered = sorted(tasks, key=lambda task: (task.steps, task.device))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
 
-def train_block(learner: Learner, units: Sequence[Unit]) -> list[Update]:
+def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     """Returns each device's update after its local steps from (u * m_k, v_k), as `client.train` does one by one.
 
     Raises DeviceError when a loss is not finite.
     """
-    make_whole(learner)
-    members = [*units, *[units[0]] * (learner.training.block - len(units))]
-    shared = torch.from_numpy(np.stack([unit.shared for unit in members]))
-    personal = torch.from_numpy(np.stack([unit.personal for unit in members]))
+    learner.parts.make_whole()
+    members = [*tasks, *[tasks[0]] * (learner.training.block - len(tasks))]
+    shared = torch.from_numpy(np.stack([task.shared for task in members]))
+    personal = torch.from_numpy(np.stack([task.personal for task in members]))
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
     layers = _layers(learner.parts, shared, personal)
     losses: list[float | None] = [None] * len(members)
-    for index in range(len(units[0].phases)):
+    for index in range(len(tasks[0].schedule)):
         _run_phase(learner, members, index, layers, shared, keep, losses)
     updates = []
-    for row, (unit, loss) in enumerate(zip(units, losses, strict=False)):
+    for row, (task, loss) in enumerate(zip(tasks, losses, strict=False)):
         mask = None if keep is None else keep[row].numpy() > 0
-        updates.append(send(learner.seed, unit, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
+        updates.append(send(learner.seed, task, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
     return updates
 
 
-def _masks(members: Sequence[Unit], size: int) -> Tensor | None:
+def _masks(members: Sequence[Task], size: int) -> Tensor | None:
     """Returns the masks, float32 [members, U], or None when all keep everything."""
-    if all(unit.kept is None for unit in members):
+    kept = [task.kept.mask(size) for task in members]
+    if all(mask is None for mask in kept):
         return None
-    masks = np.ones((len(members), size), dtype=np.float32)
-    for row, unit in zip(masks, members, strict=True):
-        if unit.kept is not None:
-            assert isinstance(unit.kept, np.ndarray)
-            row[:] = np.unpackbits(unit.kept, count=size)
-    return torch.from_numpy(masks)
+    rows = [np.ones(size, dtype=bool) if mask is None else mask for mask in kept]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
@@ -115,18 +111,18 @@ def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
 
 
 def _run_phase(
-    learner: Learner, members: Sequence[Unit], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
+    learner: Learner, members: Sequence[Task], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
     losses: list[float | None],
 ) -> None:  # fmt: skip
     """Takes one phase's SGD steps of all members in place, and notes their mean losses."""
-    config, phases = learner.training, [unit.phases[index] for unit in members]
+    config, phases = learner.training, [task.schedule[index] for task in members]
     rates = [_rate(layer, phases[0], config) for layer in layers]
     steps = np.array([phase.steps for phase in phases])
     if not steps.any() or not any(rates):
         return
     positions = [
-        learner.train[unit.device][batch_positions(learner.seed, unit, index, len(learner.train[unit.device]), count * config.batch_size)]
-        for unit, count in zip(members, steps.tolist(), strict=True)
+        learner.train[task.device][batch_positions(learner.seed, task, index, len(learner.train[task.device]), count * config.batch_size)]
+        for task, count in zip(members, steps.tolist(), strict=True)
     ]  # fmt: skip
     active = torch.from_numpy(steps[:, None] > np.arange(steps.max())).float()
     total = torch.zeros(len(members))
@@ -136,10 +132,10 @@ def _run_phase(
             total += _step(layers, rates, x[:, step], y[:, step], active[:, start + step], config.weight_decay)
             if keep is not None:
                 shared *= keep
-    for row, (unit, phase) in enumerate(zip(members, phases, strict=True)):
+    for row, (task, phase) in enumerate(zip(members, phases, strict=True)):
         if phase.steps:
             losses[row] = require_finite(
-                float(total[row]) / phase.steps, unit, phase, learner.training, learner.images.shape[1:]
+                float(total[row]) / phase.steps, task, phase, learner.training, learner.images.shape[1:]
             )
 
 
