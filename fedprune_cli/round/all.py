@@ -20,7 +20,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import branch_config
 from fedprune_cli.config.experiment import Branch, Experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
-from fedprune_cli.execute import Executor, executor
+from fedprune_cli.execute import Executor, executor, ready
 from fedprune_cli.learn.batched import batches, blocks, train_block
 from fedprune_cli.learn.client import Learner, Score, Unit, Update, evaluate, train
 from fedprune_cli.learn.cost import ModelCost, count_cost
@@ -151,6 +151,7 @@ def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     check(setup.experiment.tracking)
     if setup.experiment.branch:
         raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
+    ready(setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario))
     folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
 
 
@@ -167,6 +168,7 @@ def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
     config = DictConfig(OmegaConf.create(read_yaml(run_dir / folder.CONFIG, CheckpointError)))
     config = branch_config(config, overrides, Branch(f"{old.config_hash}-s{old.seed}", state.round))
     new = prepare(build_experiment(config))
+    ready(new.experiment.execution, functools.partial(build_learner, new.experiment, new.scenario))
     folder.create(new.experiment.run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(new), state, run_dir)
     return new
 
