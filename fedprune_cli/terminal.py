@@ -10,9 +10,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedprune_cli.store.record import RoundRecord
 
 from fedprune_cli.errors import OutputError
 
@@ -163,7 +166,7 @@ def counting(text: str, count: Callable[[], int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(title: str, rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]:
     """Yields a function that shows a record, of `rounds` in all: a live bar on a terminal, else a line every two seconds at most."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -182,25 +185,25 @@ def progress(title: str, rounds: int) -> Iterator[Callable[[Mapping[str, Any]], 
         )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=rounds, figures="")
-            yield lambda record: bar.update(task, completed=record["round"], figures=figures_of(record))
+            yield lambda record: bar.update(task, completed=record.round, figures=figures_of(record))
         return
     started = shown = time.monotonic()
     first = 0
 
-    def line(record: Mapping[str, Any]) -> None:
+    def line(record: RoundRecord) -> None:
         nonlocal shown, first
-        first = first or record["round"] - 1
-        now, left = time.monotonic(), rounds - record["round"]
+        first = first or record.round - 1
+        now, left = time.monotonic(), rounds - record.round
         if now - shown >= EVERY_S or not left:
             shown = now
-            eta = (now - started) / (record["round"] - first) * left
-            note(f"round {record['round']}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
+            eta = (now - started) / (record.round - first) * left
+            note(f"round {record.round}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
 
     yield line
 
 
-def figures_of(record: Mapping[str, Any]) -> str:
+def figures_of(record: RoundRecord) -> str:
     """Returns a round's figures in a few words."""
-    accuracy = "" if record["accuracy"] is None else f"accuracy {100 * record['accuracy']:.1f} %  "
-    ratio = "" if record["mean_ratio"] is None else f"  ratio {record['mean_ratio']:.2f}"
-    return f"{accuracy}simulated {record['simulated_s']:.4g} s{ratio}"
+    accuracy = "" if record.accuracy is None else f"accuracy {100 * record.accuracy:.1f} %  "
+    ratio = "" if record.mean_ratio is None else f"  ratio {record.mean_ratio:.2f}"
+    return f"{accuracy}simulated {record.simulated_s:.4g} s{ratio}"

@@ -37,7 +37,7 @@ def allocate(
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
     from fedprune_cli.errors import unknown
-    from fedprune_cli.round.table import answer, frontier_rows, price_sentence, problem_from_config, problem_from_csv
+    from fedprune_cli.round.table import allocate_first_round, answer, frontier_rows, price_sentence
 
     allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
     if objective not in allocators:
@@ -49,8 +49,8 @@ def allocate(
                "pruner.max_ratio": max_ratio, "allocator.mean_ratio": mean_ratio}  # fmt: skip
     chosen += [f"{key}={value}" for key, value in options.items() if value is not None]
     experiment = build_experiment(compose_config(chosen))
-    problem = problem_from_csv(devices, experiment) if devices else problem_from_config(experiment)
-    result = answer(problem, experiment.allocator.solve(problem, experiment.seed, 0))
+    first = allocate_first_round(experiment, devices)
+    problem, result = first.problem, answer(first, of_several=len(experiment.payload.bits) > 1)
     if out:
         from fedprune_cli.report.all import write_allocation
 
@@ -80,8 +80,8 @@ def ladder(
     """Compare allocators by deadline on one round: weighted mean and largest pruning ratio."""
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.round.table import ask
     from fedprune_cli.round.table import ladder as build_ladder
-    from fedprune_cli.round.table import problem_from_config
 
     try:
         wanted = [float(text) for text in fractions.split(",")]
@@ -91,7 +91,7 @@ def ladder(
         name: build_experiment(compose_config([*(overrides or []), f"allocator={name}"]))
         for name in allocators.split(",")
     }
-    problem = problem_from_config(next(iter(chosen.values())))
+    problem = ask(next(iter(chosen.values()))).problem
     rows = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
     if as_json:
         print_json(rows)

@@ -111,7 +111,7 @@ def verify(
 
     from fedprune_cli.audit.verify import verify_run
     from fedprune_cli.errors import CertificateError
-    from fedprune_cli.round.all import reopen
+    from fedprune_cli.runs.life import reopen
 
     with status("loading data and building the world"):
         setup = reopen(run_dir)

@@ -27,7 +27,7 @@ def bench(
     max_wall_regression: Annotated[str, typer.Option(help="How much worse a measured ratio may be.")] = "100%",
 ) -> None:
     """Measure fedprune against bare references in the same run, and compare with an earlier measurement."""
-    from fedprune_cli.bench import all as benches
+    from fedprune_cli import bench as benches
 
     chosen, effort = benches.choose(tasks), benches.build_effort(repeats, quick)
     limits = benches.parse_limits(max_regression, max_wall_regression)

@@ -123,7 +123,8 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
 def _train(config: DictConfig, *, as_json: bool) -> None:
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.many.one import SHOWN, resumable, run_to_end
-    from fedprune_cli.round.all import create, prepare
+    from fedprune_cli.round.setup import prepare
+    from fedprune_cli.runs.life import create
 
     experiment = build_experiment(config)
     with status("loading data and building the world"):
@@ -148,7 +149,7 @@ def resume(
     With KEY=VALUE go on from where the run is as a branch, another run that says where it comes from; the first one stays as it is.
     """
     from fedprune_cli.many.one import SHOWN, resumable, run_to_end
-    from fedprune_cli.round.all import branch, reopen
+    from fedprune_cli.runs.life import branch, reopen
 
     with resumable(run_dir):
         with status("loading data and building the world"):

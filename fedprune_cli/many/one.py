@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401  # reports are drawn with it: whether it can be loaded is known before a run begins
 
 from fedprune_cli import terminal
-from fedprune_cli.execute import Execution
 from fedprune_cli.interrupt import NOTHING, safe
 from fedprune_cli.report.all import write_report
-from fedprune_cli.round.all import Setup, run
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs.life import run
+from fedprune_cli.store.record import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Display:
     progress: (title, rounds) -> a function that shows each record; status: what is done meanwhile, in words.
     """
 
-    progress: Callable[[str, int], AbstractContextManager[Callable[[Mapping[str, object]], None]]]
+    progress: Callable[[str, int], AbstractContextManager[Callable[[RoundRecord], None]]]
     status: Callable[[str], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def _unseen(title: str, rounds: int) -> Iterator[Callable[[Mapping[str, object]], None]]:
+def _unseen(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]:
     yield lambda record: None
 
 
@@ -40,11 +41,6 @@ def _unsaid(text: str) -> Iterator[None]:
 
 SHOWN = Display(terminal.progress, terminal.status)
 HIDDEN = Display(_unseen, _unsaid)
-
-
-def serially(setup: Setup) -> Setup:
-    """Returns the setup with its devices' work in this one process: for runs that share the machine."""
-    return replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.errors import DeviceError, explained
 from fedprune_cli.execute import begin_child, forkserver, starting
-from fedprune_cli.many.one import Display, run_to_end, serially
-from fedprune_cli.round.all import Setup, begin_or_reopen
+from fedprune_cli.many.one import Display, run_to_end
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs.life import begin_or_reopen, serially
 
 
 @dataclass(frozen=True)

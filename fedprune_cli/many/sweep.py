@@ -22,11 +22,11 @@ from omegaconf import DictConfig
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import CheckpointError, FedpruneError, out_of_memory, unknown
-from fedprune_cli.execute import Execution, end_when_orphaned
+from fedprune_cli.execute import end_when_orphaned
 from fedprune_cli.report import figures
 from fedprune_cli.report.all import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
 from fedprune_cli.report.page import csv_text, figure, html_table, latex_table, page, section, terminal_table, write
-from fedprune_cli.round.all import begin_or_reopen, check_holds, run
+from fedprune_cli.runs.life import begin_or_reopen, check_holds, run, serially
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import fits, read_json
 from fedprune_cli.terminal import progress
@@ -105,7 +105,7 @@ def _run_to_end(config: DictConfig, *, shown: bool, serial: bool) -> None:
     setup = begin_or_reopen(config)
     run_dir = setup.experiment.run_dir
     if serial:
-        setup = replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
+        setup = serially(setup)
     records = run(setup, run_dir, wait=True)
     if not shown:
         for _ in records:

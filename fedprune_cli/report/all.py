@@ -84,7 +84,7 @@ def read_run(path: Path) -> Run:
         or len({manifest["dataset"]["num_classes"], *map(len, manifest["histogram"])}) > 1
     ):
         raise CheckpointError(f"{path / folder.MANIFEST}: damaged (not the manifest of a run)")
-    rounds = tuple(folder.read_records(path))
+    rounds = tuple(record.as_json() for record in folder.read_records(path))
     if not tested(rounds):
         raise CheckpointError(f"{path}: no round has been tested yet, there is nothing to report")
     return Run(path, manifest, rounds, summary)
