@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import CONF
 from fedprune_cli.config.experiment import Branch
-from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, unknown
+from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, explained, unknown
 from fedprune_cli.store.files import read_yaml
 
 MAX_OVERRIDE = 10_000  # characters
@@ -88,6 +88,8 @@ EXTRAS = {
 
 def explain(error: Exception) -> FedpruneError:
     """Returns an error of Hydra's composition, or of a launcher, as one line, with the nearest valid name."""
+    if isinstance(error, OSError | ImportError | MemoryError) and type(error).__module__ == "builtins":
+        return explained(error)  # the system's refusals are not about the configuration
     text = str(error) or type(error).__name__
     if type(error).__module__.split(".")[0] in ("joblib", "submitit", "ray"):
         return DeviceError(f"the launcher lost a run ({text.splitlines()[0]}); the same command continues the sweep")
