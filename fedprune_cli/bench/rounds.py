@@ -40,10 +40,10 @@ def round_samples(setup: Setup, number: int) -> tuple[list[Array], list[float]]:
     samples = []
     for device in ids:
         # the personal phase has nothing to train, and its batches another stream
-        phase, steps = next(
-            (i, phase.steps) for i, phase in enumerate(setup.schedule(device)) if phase.kind == "shared"
+        phase, count = next(
+            (i, phase.samples) for i, phase in enumerate(setup.schedule(device)) if phase.kind == "shared"
         )
-        own, count = train[device], steps * experiment.training.batch_size
+        own = train[device]
         rng = stream(experiment.seed, "batch", number, device, phase)
         order = np.concatenate([rng.permutation(len(own)) for _ in range(math.ceil(count / len(own)))])
         samples.append(own[order[:count]])

@@ -14,7 +14,7 @@ from omegaconf import errors as refused
 
 from fedprune_cli import CONF
 from fedprune_cli.config.plain import leaves, plain
-from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, unknown
+from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, explained, unknown
 
 EXTRAS = {
     "joblib": "joblib",
@@ -31,6 +31,8 @@ FOREIGN = re.compile(
 
 def explain(error: Exception) -> FedpruneError:
     """Returns an error of a composition, or of a launcher, as one line, with the nearest valid name."""
+    if isinstance(error, OSError | ImportError | MemoryError) and type(error).__module__ == "builtins":
+        return explained(error)  # the system's refusals are not about the configuration
     text = str(error) or type(error).__name__
     if type(error).__module__.split(".")[0] in ("joblib", "submitit", "ray"):
         return DeviceError(f"the launcher lost a run ({text.splitlines()[0]}); the same command continues the sweep")

@@ -95,7 +95,7 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     """
     experiment, size, ids = blueprint.experiment, blueprint.cost.shared_params, beliefs.ids
     schedules = [blueprint.schedule(int(samples)) for samples in beliefs.samples.tolist()]
-    load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids), experiment.training.batch_size)
+    load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids))
     flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
     masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
     gain = beliefs.gain_linear
