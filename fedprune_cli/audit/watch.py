@@ -7,15 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
-from fedprune_cli.report.page import terminal_table
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import parse_json, read_bytes, read_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 Record = dict[str, Any]
 LOOK_S = 1.0  # between looks at the folder
@@ -131,9 +128,8 @@ class Look:
             for key, (title, form) in KPIS.items()
         ]
         state = "finished" if self.finished else "running" if self.held else "not running"
-        return terminal_table(
-            f"round {len(self.rows)} of {self.wanted_rounds}, {state}", ["figure", "now", "limit"], cells
-        )
+        title = f"round {len(self.rows)} of {self.wanted_rounds}, {state}"
+        return Table.of_facts(title, cells, ["figure", "now", "limit"])
 
 
 def look(run_dir: Path, prices: Prices) -> Look:

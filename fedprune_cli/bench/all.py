@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import multiprocessing
@@ -44,6 +43,7 @@ from fedprune_cli.round.all import Record, Setup, build_learner, build_parts, pa
 from fedprune_cli.store.files import MAX_JSON_BYTES, parse_json, read_bytes
 from fedprune_cli.store.folder import writing
 from fedprune_cli.store.state import Array, State
+from fedprune_cli.terminal import Table
 from fedprune_cli.world.datasets import Dataset
 
 SCHEMA = 1
@@ -620,17 +620,14 @@ def check(found: Sequence[Regression], path: Path) -> None:
         raise RegressionError(f"{len(found)} {'measure' if len(found) == 1 else 'measures'} worse than {path}: {names}")
 
 
-def table(measures: Sequence[Measure]) -> Any:
-    """Returns the measures as a rich table."""
-    from rich.table import Table
-
-    grid = Table(title="bench")
-    for heading in ("task", "measure", "value", "unit", "spread", "bare"):
-        number = heading in ("value", "spread", "bare")
-        grid.add_column(heading, justify="right" if number else "left", no_wrap=heading != "unit")
-    for name, group in itertools.groupby(measures, key=lambda measure: measure.name.split("/")[0]):
-        for m in group:
-            spread = "exact" if m.kind == "exact" else f"{m.spread:.2g}"
-            bare = "-" if m.bare is None else f"{m.bare:.4g}"
-            grid.add_row(name, m.name.split("/", 1)[1], f"{m.value:.4g}", m.unit, spread, bare)
-    return grid
+def table(measures: Sequence[Measure]) -> Table:
+    """Returns the measures for the terminal."""
+    headers = ["task", "measure", "value", "unit", "spread", "bare"]
+    rows = [
+        [
+            *m.name.split("/", 1), f"{m.value:.4g}", m.unit, "exact" if m.kind == "exact" else f"{m.spread:.2g}",
+            "-" if m.bare is None else f"{m.bare:.4g}",
+        ]
+        for m in measures
+    ]  # fmt: skip
+    return Table.of("bench", headers, rows, folding=["measure", "unit"], elsewhere="in --json")

@@ -177,20 +177,21 @@ def _hydra(task: Callable[[DictConfig], Any], arguments: list[str]) -> None:
 def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
     from fedprune_cli.many import sweep
+    from fedprune_cli.report import sweep as reports
 
     asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
     given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
     place = Path([asked, *given][-1].partition("=")[2])
     overrides = overrides if given else [*overrides, asked]
-    for old in sweep.ended(place):
+    for old in reports.ended(place):
         old.unlink()
     try:
-        with counting("runs ended", lambda: len(sweep.ended(place))):
-            _hydra(sweep.run_member, ["-m", *flags, *overrides])
+        with counting("runs ended", lambda: len(reports.ended(place))):
+            _hydra(sweep.run_combination, ["-m", *flags, *overrides])
     except KeyboardInterrupt:
         note("interrupted; every finished round is safe: the same command continues")
         raise SystemExit(INTERRUPTED) from None
-    members = sweep.read_members([place])
+    members = reports.read_combinations([place])
     failed = [member for member in members if member.error is not None]
     if len(failed) < len(members):
         _report_sweep([place], place / "report", as_json=as_json)
@@ -201,18 +202,18 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
 
 
 def _report_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
-    from fedprune_cli.many import sweep
+    from fedprune_cli.report import sweep as reports
 
-    members = sweep.read_members(folders)
-    groups = sweep.group(members)
+    members = reports.read_combinations(folders)
+    groups = reports.build_groups(members)
     with status("drawing the report"):
-        page = sweep.write_sweep(members, groups, out)
+        page = reports.write_sweep(members, groups, out)
     if as_json:
-        print(json.dumps(sweep.to_json(members, groups, page)))
+        print(json.dumps(reports.sweep_json(members, groups, page)))
         return
-    show(sweep.sweep_table(groups))
-    show(sweep.answer(members, groups))
-    say(f"again: {sweep.best_of(groups).command}")
+    show(reports.sweep_table(groups))
+    show(reports.sweep_headline(members, groups))
+    say(f"again: {reports.best_of(groups).command}")
     say(f"report: {page}")
 
 
@@ -253,7 +254,7 @@ def resume(
 
 def _continue(setup: Setup, run_dir: Path) -> Path:
     """Runs the remaining rounds under a progress display, then writes the report; returns its page."""
-    from fedprune_cli.report.all import write_report
+    from fedprune_cli.report.run import write_report
     from fedprune_cli.round.all import run
 
     try:
@@ -269,7 +270,8 @@ def _continue(setup: Setup, run_dir: Path) -> Path:
 
 def _show(run_dir: Path, page: Path, *, as_json: bool) -> None:
     """Prints a run's figures and where its report is."""
-    from fedprune_cli.report.all import read_run, run_json, run_table
+    from fedprune_cli.report.read import read_run
+    from fedprune_cli.report.run import run_json, run_table
 
     run = read_run(run_dir)
     if as_json:
@@ -292,8 +294,8 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Draw the report of a run or of a sweep, or compare several runs."""
-    from fedprune_cli.many.sweep import ended
-    from fedprune_cli.report.all import write_report
+    from fedprune_cli.report.run import write_report
+    from fedprune_cli.report.sweep import ended
 
     if any(ended(path) for path in run_dirs):
         _report_sweep(run_dirs, out or run_dirs[0] / "report", as_json=as_json)
@@ -538,13 +540,13 @@ def allocate(
     problem = problem_from_csv(devices, experiment) if devices else problem_from_config(experiment)
     result = answer(problem, experiment.allocator.solve(problem, experiment.seed, 0))
     if out:
-        from fedprune_cli.report.all import write_allocation
+        from fedprune_cli.report.allocation import write_allocation
 
         write_allocation(out, result, frontier_rows(problem))
     if as_json:
         print(json.dumps(result))
         return
-    from fedprune_cli.report.all import allocation_table
+    from fedprune_cli.report.allocation import allocation_table
 
     show(allocation_table(result))
     show(price_sentence(problem, result))
@@ -583,7 +585,7 @@ def ladder(
     if as_json:
         print(json.dumps(rows))
         return
-    from fedprune_cli.report.all import ladder_table
+    from fedprune_cli.report.allocation import ladder_table
 
     show(ladder_table(rows))
 
@@ -710,14 +712,17 @@ def _compare(
     as_json: bool,
 ) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
-    from fedprune_cli.report import all as reports
+    from fedprune_cli.report import comparison_page as reports
+    from fedprune_cli.report.comparison import compare as compare_runs
+    from fedprune_cli.report.comparison import headline
+    from fedprune_cli.report.read import read_run
 
-    comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
+    comparison = compare_runs([read_run(path) for path in run_dirs], labels)
     with status("drawing the comparison"):
         page = reports.write_comparison(comparison, out, command, missing)
     if as_json:
         print(json.dumps(reports.comparison_json(comparison, page, missing)))
         return
     show(reports.comparison_table(comparison))
-    show(reports.headline(comparison))
+    show(headline(comparison))
     say(f"report: {page}")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.errors import DeviceError, FedpruneError
 from fedprune_cli.execute import Execution, die_with_parent, forkserver
-from fedprune_cli.report.all import write_report
+from fedprune_cli.report.run import write_report
 from fedprune_cli.round.all import begin_or_reopen, run
 
 
