@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]  # of a round
 FRAME = 3  # columns of a terminal that a table's frame takes for each of its own, and one more for its end
+SHORTEST = 8  # to which words are broken before numbers have no room
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 EVERY_S = 2.0  # between lines of progress where there is no terminal
 GLANCE_S = 0.5  # between looks at what others have done
@@ -34,7 +35,7 @@ class Table:
 
     Cells of the first column and of those in `folding` are words, which may fold at a space; all others are numbers, which never do.
     Columns stand in the order of their importance: the last ones are left out where they have no room, and a line below says which, and
-    where they are (`elsewhere`). The first `always` ones stay; they are broken within words where nothing else is left.
+    where they are (`elsewhere`). The first `always` ones stay; their words are broken where nothing else is left.
     """
 
     title: str
@@ -62,9 +63,8 @@ class Table:
     def of_facts(
         cls, title: str, facts: Sequence[Sequence[str]], headers: Sequence[str] = ("figure", "value")
     ) -> Table:
-        """Returns a table of what each fact is and its value, both in words; no column of it is ever left out."""
-        cells = tuple(tuple(map(one_line, fact)) for fact in facts)
-        return cls(title, tuple(headers), cells, frozenset(headers), always=len(headers))
+        """Returns a table of what each fact is and its value, both in words; neither column is ever left out."""
+        return replace(cls.of(title, headers, facts, folding=headers), always=2)
 
     def plain(self) -> str:
         """Returns it for what is not a terminal: a line a row, whole, its columns aligned."""
@@ -81,67 +81,74 @@ class Table:
             text.append("  ".join(cells).rstrip())
         return "\n".join(text)
 
-    def fit(self, width: int) -> tuple[list[int], tuple[str, ...]]:
-        """Returns how wide each column is that has room on a terminal of `width` columns, and the headers of the others."""
-        needs = [self._needs(at) for at in range(len(self.headers))]
-        if needs[0][0] > width - FRAME and len(needs) > self.always:
-            needs[0] = (width // 2, needs[0][1])  # the name is broken anyway: let it leave room for the others
-        count = len(needs)
-        while count > self.always and sum(least + FRAME for least, _ in needs[:count]) + 1 > width:
+    def fit(self, width: int) -> list[int]:
+        """Returns the widths of the columns that have room on a terminal of `width` columns: of the first ones, at least of `always`.
+
+        First headers fold once, then words fold, then headers fold further, and at last words are broken.
+        """
+        least, tidy, whole = (list(of) for of in zip(*map(self._needs, range(len(self.headers))), strict=True))
+        if least[0] + FRAME >= width and len(least) > self.always:
+            least[0] = width // 2  # a name that is broken anyway leaves room for the others
+        count = len(least)
+        while count > self.always and sum(least[:count]) + FRAME * count >= width:
             count -= 1
-        least, widths = ([need[at] for need in needs[:count]] for at in (0, 1))
-        room = width - 1 - FRAME * count
-        while sum(widths) > room:
-            loose = [at for at in range(count) if widths[at] > least[at]]
-            if not loose:  # not even words have room
-                loose = [at for at in range(count) if self._is_words(at) and widths[at] > 1]
-            if not loose:
-                break
-            widths[max(loose, key=lambda at: widths[at])] -= 1
-        return widths, self.headers[count:]
+        widths, room = whole[:count], width - 1 - FRAME * count
+        words = [self._is_words(at) for at in range(count)]
+        headers_fold = [whole[at] if words[at] else tidy[at] for at in range(count)]
+        words_fold = [least[at] if words[at] else tidy[at] for at in range(count)]
+        name_breaks = [min(SHORTEST, least[0]), *least[1:count]]
+        words_break = [min(SHORTEST, least[at]) if words[at] else least[at] for at in range(count)]
+        for floors in (headers_fold, words_fold, least[:count], name_breaks, words_break):
+            while sum(widths) > room and (loose := [at for at in range(count) if widths[at] > floors[at]]):
+                widths[max(loose, key=widths.__getitem__)] -= 1
+        return widths
 
     def _is_words(self, at: int) -> bool:
         return at == 0 or self.headers[at] in self.folding
 
-    def _needs(self, at: int) -> tuple[int, int]:
-        """Returns the least width in which nothing of a column is broken, and the one in which nothing of it folds."""
+    def _needs(self, at: int) -> tuple[int, int, int]:
+        """Returns the widths in which no word or number of a column breaks, in which its header folds once, and in which nothing folds."""
         from rich.cells import cell_len
 
-        cells, header = [row[at] for row in self.rows], self.headers[at]
-        whole = [word for cell in cells for word in cell.split()] if self._is_words(at) else cells
-        least = max(map(cell_len, [*whole, *header.split()]), default=1)
-        return max(least, 1), max(map(cell_len, [*cells, header, "-"]))
+        cells, header = [row[at] for row in self.rows], self.headers[at].split()
+        kept = cells
+        if self._is_words(at):
+            kept = [piece for cell in cells for piece in ([cell] if _is_quantity(cell) else cell.split())]
+        least = max(map(cell_len, [*kept, *header, "-"]))
+        folded = (max(cell_len(" ".join(part)) for part in (header[:k], header[k:])) for k in range(len(header) + 1))
+        return least, max(least, min(folded)), max(map(cell_len, [*cells, self.headers[at], "-"]))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table as Grid
         from rich.text import Text
 
-        table = _encodable(self, options.encoding)
-        widths, left_out = table.fit(options.max_width)
-        grid = Grid(title=Text(table.title), title_justify="left")
+        table = self.encodable(options.encoding)
+        widths = table.fit(options.max_width)
+        grid = Grid()
         for at, width in enumerate(widths):
             side: Literal["left", "right"] = "left" if self._is_words(at) else "right"
             grid.add_column(Text(table.headers[at]), justify=side, width=width, overflow="fold")
         for row in table.rows:
             grid.add_row(*map(Text, row[: len(widths)]))
+        yield Text(table.title, style="italic")
         yield grid
-        if left_out:
+        if left_out := table.headers[len(widths) :]:
             yield Text(f"not shown at {options.max_width} columns: {', '.join(left_out)}; all are {table.elsewhere}")
 
+    def encodable(self, encoding: str) -> Table:
+        """Returns the table in characters that the encoding has."""
+        headers, folding = (
+            tuple(printable(text, encoding) for text in texts) for texts in (self.headers, self.folding)
+        )
+        rows = tuple(tuple(printable(cell, encoding) for cell in row) for row in self.rows)
+        return replace(
+            self, title=printable(self.title, encoding), headers=headers, rows=rows, folding=frozenset(folding)
+        )
 
-def _encodable(table: Table, encoding: str) -> Table:
-    """Returns the table in characters that the encoding has."""
 
-    def shown(text: str) -> str:
-        return printable(text, encoding)
-
-    return replace(
-        table,
-        title=shown(table.title),
-        headers=tuple(map(shown, table.headers)),
-        rows=tuple(tuple(map(shown, row)) for row in table.rows),
-        folding=frozenset(map(shown, table.folding)),
-    )
+def _is_quantity(cell: str) -> bool:
+    """Whether a cell is a number with its unit, which stay together."""
+    return cell[:1].isdigit() and len(cell.split()) == 2
 
 
 def printable(text: str, encoding: str) -> str:
@@ -153,23 +160,25 @@ def printable(text: str, encoding: str) -> str:
     return text
 
 
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
+
+
 def show(result: Table | str) -> None:
-    """Prints a table or a text, which is what the command was asked for: whole lines where there is no terminal."""
+    """Prints a table or a text, which is what the command was asked for: in whole lines where there is no terminal."""
     from rich.console import Console
 
-    if _quiet.get():
-        return
-    console = Console(markup=False, emoji=False)  # names are the user's, and may look like markup
-    if console.is_terminal:
-        console.print(result if isinstance(result, Table) else printable(result, console.encoding))
-    else:
-        say(result.plain() if isinstance(result, Table) else result)
+    if not sys.stdout.isatty():
+        say(result.encodable(_encoding()).plain() if isinstance(result, Table) else result)
+    elif not _quiet.get():
+        console = Console(markup=False, emoji=False)  # names are the user's, and may look like markup
+        console.print(result if isinstance(result, Table) else printable(result, _encoding()))
 
 
 def say(line: str) -> None:
     """Prints a line that belongs to the result."""
     if not _quiet.get():
-        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
+        print(printable(line, _encoding()), flush=True)
 
 
 def note(line: str) -> None:
@@ -184,7 +193,7 @@ def live() -> Iterator[Callable[[Table], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    if not Console().is_terminal or _quiet.get():
+    if not sys.stdout.isatty() or _quiet.get():
         yield show
         return
     with Live(console=Console(markup=False, emoji=False), auto_refresh=False) as shown:

@@ -57,8 +57,8 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[run.Record]:
 
 PRELOADED = [
     "cvxpy", "fedprune_cli.report.comparison_page", "fedprune_cli.round.all", "hydra", "hydra._internal.hydra",
-    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets",
-    "torch._dynamo", "torch.fx", "torch.onnx",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats",
+    "sklearn.datasets", "torch._dynamo", "torch.fx", "torch.onnx",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Look:
         ]
         state = "finished" if self.finished else "running" if self.held else "not running"
         title = f"round {len(self.rows)} of {self.wanted_rounds}, {state}"
-        return Table.of_facts(title, cells, ["figure", "now", "limit"])
+        return replace(Table.of_facts(title, cells, ["figure", "now", "limit"]), elsewhere="on your command line")
 
 
 def look(run_dir: Path, prices: Prices) -> Look:

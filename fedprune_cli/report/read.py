@@ -11,9 +11,8 @@ from fedprune_cli.errors import CheckpointError, one_line
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import fits, read_json
 
-Record = Mapping[
-    str, Any
-]  # a JSON object whose keys and types were checked when it was read, or made by the code below
+# a JSON object whose keys and types were checked when it was read, or made by the code below
+Record = Mapping[str, Any]
 HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
 
 MANIFEST_FORM = {

@@ -164,6 +164,19 @@ def test_the_headline_is_honest_in_both_directions(runs: dict[tuple[str, int], P
     assert "does not reach the target accuracy" in headline(compare(slow))
 
 
+def test_the_headline_speaks_of_the_arm_proposed_in_whatever_order_arms_come(runs: dict[tuple[str, int], Path]) -> None:
+    mine, base = read_run(runs["proposed", 0]), read_run(runs["personalized", 0])
+    arms = {"proposed few bits": mine, "personalized 8 bit": base, "proposed": mine, "personalized": base}
+    for names in (list(arms), list(reversed(arms))):
+        comparison = compare([arms[name] for name in names], names)
+        assert comparison.reference == "personalized"
+        assert headline(comparison).startswith(
+            "proposed takes 50.0 % less simulated time per round than personalized with"
+        )
+    other = compare([base, mine], ["dense", "tight"])
+    assert headline(other).startswith("tight takes 50.0 % less simulated time per round than dense with")
+
+
 def test_unlike_runs_are_not_compared(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
     loaded = {key: read_run(path) for key, path in runs.items()}
     with pytest.raises(CheckpointError, match="a second run of proposed with seed 0"):
