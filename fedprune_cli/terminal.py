@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedprune_cli.errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-Record = Mapping[str, Any]  # of a round
+    from fedprune_cli.store.record import RoundRecord
+
 FRAME = 3  # columns of a terminal that a table's frame takes for each of its own, and one more for its end
 SHORTEST = 8  # to which words are broken before numbers have no room
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -181,6 +183,11 @@ def say(line: str) -> None:
         print(printable(line, _encoding()), flush=True)
 
 
+def print_json(value: object) -> None:
+    """Prints a result for programs on one line, which --quiet leaves as it is."""
+    print(json.dumps(value), flush=True)
+
+
 def note(line: str) -> None:
     """Prints a line about what is going on."""
     if not _quiet.get():
@@ -238,7 +245,7 @@ def counting(text: str, count: Callable[[], int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(title: str, rounds: int) -> Iterator[Callable[[Record], None]]:
+def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]:
     """Yields a function that shows a record, of `rounds` in all: a live bar on a terminal, else a line every two seconds at most."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -257,25 +264,25 @@ def progress(title: str, rounds: int) -> Iterator[Callable[[Record], None]]:
         )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=rounds, figures="")
-            yield lambda record: bar.update(task, completed=record["round"], figures=figures_of(record))
+            yield lambda record: bar.update(task, completed=record.round, figures=figures_of(record))
         return
     started = shown = time.monotonic()
     first = 0
 
-    def line(record: Record) -> None:
+    def line(record: RoundRecord) -> None:
         nonlocal shown, first
-        first = first or record["round"] - 1
-        now, left = time.monotonic(), rounds - record["round"]
+        first = first or record.round - 1
+        now, left = time.monotonic(), rounds - record.round
         if now - shown >= EVERY_S or not left:
             shown = now
-            eta = (now - started) / (record["round"] - first) * left
-            note(f"round {record['round']}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
+            eta = (now - started) / (record.round - first) * left
+            note(f"round {record.round}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
 
     yield line
 
 
-def figures_of(record: Record) -> str:
+def figures_of(record: RoundRecord) -> str:
     """Returns a round's figures in a few words."""
-    accuracy = "" if record["accuracy"] is None else f"accuracy {100 * record['accuracy']:.1f} %  "
-    ratio = "" if record["mean_ratio"] is None else f"  ratio {record['mean_ratio']:.2f}"
-    return f"{accuracy}simulated {record['simulated_s']:.4g} s{ratio}"
+    accuracy = "" if record.accuracy is None else f"accuracy {100 * record.accuracy:.1f} %  "
+    ratio = "" if record.mean_ratio is None else f"  ratio {record.mean_ratio:.2f}"
+    return f"{accuracy}simulated {record.simulated_s:.4g} s{ratio}"

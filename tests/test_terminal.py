@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from fedprune_cli import terminal
 from fedprune_cli.audit.listing import Listed, runs_table
 from fedprune_cli.audit.verify import Findings
 from fedprune_cli.audit.watch import KPIS, Look, parse_limit
-from fedprune_cli.bench import all as bench
-from fedprune_cli.bench import calibrate
+from fedprune_cli.bench import baseline, calibrate
+from fedprune_cli.bench.measure import Measure
 from fedprune_cli.report.allocation import allocation_table, ladder_table
 from fedprune_cli.report.comparison import EQUAL_SUFFIX, Comparison
 from fedprune_cli.report.comparison_page import comparison_table
@@ -29,6 +30,7 @@ from fedprune_cli.report.estimate import QUANTITIES, Estimate
 from fedprune_cli.report.read import Run
 from fedprune_cli.report.run import run_table
 from fedprune_cli.report.sweep import Group, sweep_table
+from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.terminal import Table
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -55,10 +57,12 @@ def sizes(seed: int) -> Size:
 
 
 def train_table(size: Size, seeds: int) -> Table:
-    record = {
-        "accuracy": 0.92, "accuracy_mean": 0.9, "accuracy_p10": 0.8, "fresh_accuracy": None, "simulated_s": size(),
-        "latency_s": size(), "mean_ratio": 0.3, "max_ratio": 0.9, "bytes_up": size(), "joules": size(),
+    unknown = dict.fromkeys(field.name for field in fields(RoundRecord))
+    figures = {
+        "accuracy": 0.92, "accuracy_mean": 0.9, "accuracy_p10": 0.8, "simulated_s": size(), "latency_s": size(), "mean_ratio": 0.3,
+        "max_ratio": 0.9, "bytes_up": size(), "joules": size(),
     }  # fmt: skip
+    record = RoundRecord(**(unknown | figures))  # type: ignore[arg-type]
     config = {"pruner": {"granularity": "weight"}, "branch": {"run": "outputs/main/a562868aefad-s0", "round": 12}}
     manifest = {"method": "proposed", "seed": 123, "config": config}
     return run_table(Run(Path("run"), manifest, (record,) * seeds, None))  # type: ignore[arg-type]
@@ -124,9 +128,9 @@ def watch_table(size: Size, seeds: int) -> Table:
 def bench_table(size: Size, seeds: int) -> Table:
     names = ("t1/samples per CPU second", "allocator/time a device at 1000000 devices", "startup/--help")
     kinds = ("wall", "exact", "wall")
-    return bench.table(
+    return baseline.table(
         [
-            bench.Measure(name, "samples/s", size(), size(), "smaller", kind, size())  # type: ignore[arg-type]
+            Measure(name, "samples/s", size(), size(), "smaller", kind, size())  # type: ignore[arg-type]
             for name, kind in zip(names, kinds, strict=True)
         ]
     )

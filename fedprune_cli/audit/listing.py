@@ -53,10 +53,10 @@ def _look(path: Path) -> Listed:
     try:
         folder.check(path, folder.MANIFEST)
         manifest, records = read_json(path / folder.MANIFEST, CheckpointError), folder.read_records(path)
-        accuracies = [record["accuracy"] for record in records if record["accuracy"] is not None]
+        accuracies = [record.accuracy for record in records if record.accuracy is not None]
         return Listed(
             str(path), _status(path), manifest["method"], manifest["seed"], len(records), manifest["config"]["rounds"],
-            accuracies[-1] if accuracies else None, records[-1]["simulated_s"] if records else None, size,
+            accuracies[-1] if accuracies else None, records[-1].simulated_s if records else None, size,
         )  # fmt: skip
     except (CheckpointError, KeyError, TypeError):
         return Listed(str(path), "damaged", "", None, 0, None, None, None, size)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import parse_json, read_bytes, read_json
+from fedprune_cli.store.record import RoundRecord, parse_record
 from fedprune_cli.terminal import Table
 
-Record = dict[str, Any]
 LOOK_S = 1.0  # between looks at the folder
 ABANDONED_S = 5.0  # without a process that holds an unfinished run, until it is taken for interrupted
 
@@ -84,13 +83,14 @@ def parse_limit(text: str) -> Limit:
     return Limit(kpi, sign == "<=", number, None if since is None else int(since))
 
 
-def kpis(records: Sequence[Record], prices: Prices) -> list[dict[str, float | None]]:
+def kpis(records: Sequence[RoundRecord], prices: Prices) -> list[dict[str, float | None]]:
     """Returns the watched figures after each round; accuracies are None in a round that was not tested."""
     sent, joules, rows = 0.0, 0.0, []
     for record in records:
-        sent, joules = sent + record["bytes_up"], joules + record["joules"]
+        sent, joules = sent + record.bytes_up, joules + record.joules
         cost = sent / 1e9 * prices.per_gigabyte + joules / 3.6e6 * prices.per_kwh
-        row = {key: record[key] for key in ("latency_s", "simulated_s", "accuracy", "accuracy_p10", "fresh_accuracy")}
+        shown = ("latency_s", "simulated_s", "accuracy", "accuracy_p10", "fresh_accuracy")
+        row: dict[str, float | None] = {key: getattr(record, key) for key in shown}
         rows.append(row | {"bytes_up": sent, "joules": joules, "cost": cost})
     return rows
 
@@ -140,10 +140,13 @@ def look(run_dir: Path, prices: Prices) -> Look:
     path = run_dir / folder.RECORDS
     lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:
-        rows = kpis([parse_json(line) for line in lines], prices)
-        return Look(rows, int(manifest["config"]["rounds"]), finished, held)
+        records = [record for line in lines if (record := parse_record(parse_json(line)))]
+        wanted = int(manifest["config"]["rounds"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: damaged (not a run's records)") from None
+        records = []
+    if len(records) < len(lines):
+        raise CheckpointError(f"{path}: damaged (not a run's records)")
+    return Look(kpis(records, prices), wanted, finished, held)
 
 
 def watch(

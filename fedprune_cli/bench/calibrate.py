@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.learn.client import Learner, Unit, train
+from fedprune_cli.learn.client import Learner, Task, train
+from fedprune_cli.learn.kept import Entries, Kept, Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.report import figures
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import Array
 from fedprune_cli.terminal import Table
@@ -86,31 +88,37 @@ def calibrate(experiment: Experiment, ratios: Sequence[float], turns: int, cpu_h
 
     experiment: with pruner.granularity=channel. The ratios take turns, so that a busy spell of the machine meets them all.
     """
-    setup = run.prepare(experiment)
-    if setup.layout is None:
+    setup = prepare(experiment)
+    blueprint = setup.blueprint
+    if not blueprint.layout.slices:
         raise ConfigError(
             f"calibrate: method {experiment.method.name!r} never prunes; choose one that does, such as method=proposed"
         )
     torch.set_num_threads(1)
-    learner = run.build_learner(experiment, setup.scenario)
-    state, batch = setup.initial, experiment.training.batch_size
-    masks = build_masks(experiment.pruner, state, np.array(ratios), experiment.seed, setup.layout)
-    slices = [_unit(setup, run.kept_of(masks, at)) for at in range(len(ratios))]
-    masked = [_unit(setup, None if masks[at].all() else np.packbits(masks[at])) for at in range(len(ratios))]
-    seconds = [[_step_s(learner, unit) for unit in (*slices, *masked)] for _ in range(turns + 1)][1:]
+    learner = build_learner(experiment, setup.scenario)
+    state = setup.initial
+    masks = build_masks(experiment.pruner, state, np.array(ratios), experiment.seed, blueprint.layout)
+    slices = [_task(setup, masks.kept_by(at)) for at in range(len(ratios))]
+    masked = [
+        _task(setup, Whole() if masks[at].all() else Entries(np.packbits(masks[at]))) for at in range(len(ratios))
+    ]
+    seconds = [[_step_s(learner, task) for task in (*slices, *masked)] for _ in range(turns + 1)][1:]
     columns = list(zip(*seconds, strict=True))
     costs = [
-        setup.cost.sliced(setup.layout.kept_params(masks.kept_units(at))) if masks.units else setup.cost
+        blueprint.cost.sliced(blueprint.layout.kept_params(masks.kept_units(at))) if masks.units else blueprint.cost
         for at in range(len(ratios))
     ]
+    batch = slices[0].schedule[0].batch
     flops = [batch * sum(cost.flops["both"]) for cost in costs]
     measured = [statistics.median(column) for column in columns]
     # every ratio counts the same: the median of its seconds a FLOP
     seconds_per_flop = statistics.median(s / f for s, f in zip(measured[: len(ratios)], flops, strict=True))
     points = []
     for at, ratio in enumerate(ratios):
-        kept = setup.layout.kept_params(masks.kept_units(at)) if masks.units else np.ones(len(setup.layout.shapes))
-        sizes = [int(np.prod(shape)) for shape in setup.layout.shapes.values()]
+        kept = (
+            blueprint.layout.kept_params(masks.kept_units(at)) if masks.units else np.ones(len(blueprint.layout.shapes))
+        )
+        sizes = [int(np.prod(shape)) for shape in blueprint.layout.shapes.values()]
         points.append(
             Point(
                 ratio, float(masks[at].mean()), flops[at], 4 * round(float(kept @ sizes)), _saved_bytes(learner, slices[at]),
@@ -128,21 +136,21 @@ def _line(flops: Array, seconds: Array) -> tuple[float, float]:
     return float(fit[0]), float(np.abs(columns @ fit - 1).max())
 
 
-def _unit(setup: run.Setup, kept: Any) -> Unit:
+def _task(setup: Setup, kept: Kept) -> Task:
     """Returns steps on both parts for the device with the most samples."""
-    device = int(np.argmax(setup.scenario.partition.train.sizes))
-    return Unit(
-        "calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, (Phase("both", STEPS),)
-    )
+    sizes = setup.scenario.partition.train.sizes
+    device, batch_size = int(np.argmax(sizes)), setup.experiment.training.batch_size
+    schedule = by_steps((Phase("both", STEPS),), int(sizes[device]), batch_size)
+    return Task("calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, schedule)
 
 
-def _step_s(learner: Learner, unit: Unit) -> float:
+def _step_s(learner: Learner, task: Task) -> float:
     started = time.perf_counter()
-    train(learner, unit)
+    train(learner, task)
     return (time.perf_counter() - started) / STEPS
 
 
-def _saved_bytes(learner: Learner, unit: Unit) -> int:
+def _saved_bytes(learner: Learner, task: Task) -> int:
     """Returns the bytes that autograd saves in a forward pass of one batch, each storage once."""
     saved: dict[int, int] = {}
 
@@ -151,7 +159,8 @@ def _saved_bytes(learner: Learner, unit: Unit) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        train(learner, Unit(unit.stage, 0, unit.device, unit.shared, unit.personal, unit.kept, (Phase("both", 1),)))
+        one = replace(task.schedule[0], samples=task.schedule[0].batch)
+        train(learner, replace(task, schedule=(one,)))
     return sum(saved.values())
 
 

@@ -11,17 +11,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS
+from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS
-from fedprune_cli.config.experiment import Branch, Deadline, Evaluation, Experiment, Participation
+from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import Training
 from fedprune_cli.learn.models import MODELS
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.learn.prune import PRUNERS
-from fedprune_cli.meter import Meter, Payload
+from fedprune_cli.meter import Meter
 from fedprune_cli.serve.failsafe import Failsafe
+from fedprune_cli.serve.participation import Participation
 from fedprune_cli.track import TRACKERS
+from fedprune_cli.wire.payload import Payload
 from fedprune_cli.world.channel import CHANNELS
 from fedprune_cli.world.datasets import DATASETS
 from fedprune_cli.world.devices import FLEETS

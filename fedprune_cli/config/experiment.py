@@ -6,17 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
 from fedprune_cli.errors import require
 from fedprune_cli.execute import Execution
@@ -24,96 +21,16 @@ from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import ModelConfig
 from fedprune_cli.learn.personalize import Method
 from fedprune_cli.learn.prune import Pruner
-from fedprune_cli.meter import Meter, Payload
+from fedprune_cli.meter import Meter
 from fedprune_cli.serve.failsafe import Failsafe
-from fedprune_cli.store.state import Array
+from fedprune_cli.serve.participation import Participation
 from fedprune_cli.track import Tracking
+from fedprune_cli.wire.payload import Payload
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PartitionConfig
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """The round's latency threshold T: a fraction of its latency-optimal dense time, seconds, or a share of a total budget.
-
-    last_fraction: where the fraction ends, in a straight line over the rounds; None keeps it.
-    seconds takes the place of the fraction, and total_seconds, the simulated time for the whole run, of both.
-    """
-
-    fraction: float | None
-    last_fraction: float | None
-    seconds: float | None
-    total_seconds: float | None
-
-    def __post_init__(self) -> None:
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-        require(
-            bool({*given} - {"last_fraction"}),
-            "fraction",
-            self.fraction,
-            "a number when seconds and total_seconds are null",
-        )
-        require(
-            self.last_fraction is None or self.fraction is not None,
-            "last_fraction",
-            self.last_fraction,
-            "null without a fraction",
-        )
-        for name in given:
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "> 0")
-
-    def at(self, number: int, rounds: int, elapsed_s: float, dense_s: float) -> float:
-        """Returns T of round `number` (from 0) of `rounds`, `elapsed_s` into the run, whose dense optimum takes `dense_s`.
-
-        A total budget gives each round an equal share of what is left; once it is spent T is 0 and the policy for
-        infeasible rounds decides.
-        """
-        if self.total_seconds is not None:
-            return max(self.total_seconds - elapsed_s, 0.0) / (rounds - number)
-        if self.seconds is not None:
-            return self.seconds
-        assert self.fraction is not None
-        last = self.fraction if self.last_fraction is None else self.last_fraction
-        return dense_s * (self.fraction + (last - self.fraction) * number / max(rounds - 1, 1))
-
-
-@dataclass(frozen=True)
-class Participation:
-    """When a device stops training the shared part.
-
-    freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
-    never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
-    """
-
-    freeze_below: float | None
-    freeze_window: int
-
-    def __post_init__(self) -> None:
-        below = self.freeze_below
-        require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
-        require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
-
-    def slots(self, num_devices: int) -> dict[str, Array]:
-        """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known."""
-        if self.freeze_below is None:
-            return {}
-        losses = np.full((num_devices, self.freeze_window + 1), np.nan)
-        return {"frozen": np.zeros(num_devices, dtype=np.uint8), "recent_loss": losses}
-
-    def next_slots(self, slots: Mapping[str, Array], ids: Array, losses: Sequence[float | None]) -> dict[str, Array]:
-        """Returns what is remembered after a round in which the devices `ids` [K] trained the shared part, with these losses."""
-        if self.freeze_below is None:
-            return {}
-        frozen, recent = slots["frozen"].copy(), slots["recent_loss"].copy()
-        recent[ids] = np.column_stack([recent[ids, 1:], np.array(losses, dtype=float)])
-        time = np.arange(self.freeze_window + 1) - self.freeze_window / 2
-        fall = -(recent[ids] * time).sum(1) * self.freeze_window / np.square(time).sum()
-        first = recent[ids].mean(1) + fall / 2  # where the line begins
-        frozen[ids] = fall <= self.freeze_below * first  # False for NaN
-        return {"frozen": frozen, "recent_loss": recent}
 
 
 @dataclass(frozen=True)
@@ -198,6 +115,8 @@ class Experiment:
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if fields["channel"].get("gaps") == "refuse":
+            del fields["channel"]["gaps"]
         if self.branch is None:
             del fields["branch"]
         if not self.faulty:  # then they decide nothing

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import FedpruneError, out_of_memory, unknown
-from fedprune_cli.execute import Execution, end_when_orphaned
+from fedprune_cli.execute import end_when_orphaned
 from fedprune_cli.report.run import write_report
 from fedprune_cli.report.sweep import COMBINATION, Combination
-from fedprune_cli.round.all import begin_or_reopen, check_holds, run
+from fedprune_cli.runs.life import begin_or_reopen, check_holds, run, serially
 from fedprune_cli.store import folder
 from fedprune_cli.terminal import progress
 
@@ -75,7 +75,7 @@ def _run_to_end(config: DictConfig, *, shown: bool, serial: bool) -> None:
     setup = begin_or_reopen(config)
     run_dir = setup.experiment.run_dir
     if serial:
-        setup = replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
+        setup = serially(setup)
     records = run(setup, run_dir, wait=True)
     if not shown:
         for _ in records:

@@ -103,29 +103,29 @@ def _over_seeds(rows: Sequence[Mapping[str, float | None]]) -> Estimates:
 
 def run_figures(run: Run, base: Run | None, target: float | None) -> dict[str, float | None]:
     """Returns a run's quantities, its reductions against the reference of the same seed."""
-    last = run.last_test
+    final = run.final
     latency_s = _mean_latency_s(run)
     reached = None if target is None else crossing(run, target)
-    time_s = None if reached is None else run.rounds[reached]["simulated_s"]
+    time_s = None if reached is None else run.rounds[reached].simulated_s
     row: dict[str, float | None] = {quantity.key: None for quantity in QUANTITIES}
     row |= {
         "latency_s": latency_s,
         "time_to_target_s": time_s,
-        "accuracy": last["accuracy"],
-        "accuracy_p10": last["accuracy_p10"],
-        "fresh_accuracy": last["fresh_accuracy"],
-        "mean_ratio": float(np.mean([r["mean_ratio"] for r in run.rounds if r["mean_ratio"] is not None] or [0.0])),
-        "megabytes_up": sum(r["bytes_up"] for r in run.rounds) / 1e6,
-        "joules": sum(r["joules"] for r in run.rounds),
+        "accuracy": final.accuracy,
+        "accuracy_p10": final.accuracy_p10,
+        "fresh_accuracy": final.fresh_accuracy,
+        "mean_ratio": float(np.mean([r.mean_ratio for r in run.rounds if r.mean_ratio is not None] or [0.0])),
+        "megabytes_up": sum(r.bytes_up for r in run.rounds) / 1e6,
+        "joules": sum(r.joules for r in run.rounds),
     }
     if base is None or target is None:
         return row
     base_s, equal_s = _mean_latency_s(base), mean_equal_s(base)
     base_time_s = _time_to_held_s(base, target)
-    base_last, equal_time_s = base.last_test, _equal_time_s(base, target)
+    base_final, equal_time_s = base.final, _equal_time_s(base, target)
     row |= {
-        "accuracy_gain": last["accuracy"] - base_last["accuracy"],
-        "p10_gain": last["accuracy_p10"] - base_last["accuracy_p10"],
+        "accuracy_gain": final.accuracy - base_final.accuracy,
+        "p10_gain": final.accuracy_p10 - base_final.accuracy_p10,
         "time_reduction_equal": None if time_s is None else 1 - time_s / equal_time_s,
         "latency_reduction": 1 - latency_s / base_s,
         "time_reduction": None if time_s is None else 1 - time_s / base_time_s,
@@ -153,22 +153,22 @@ def _equal_bandwidth_figures(base: Run, target: float) -> dict[str, float | None
 
 def _mean_latency_s(run: Run) -> float:
     """Returns the mean seconds per round."""
-    return float(np.mean([r["latency_s"] for r in run.rounds]))
+    return float(np.mean([r.latency_s for r in run.rounds]))
 
 
 def _time_to_held_s(base: Run, target: float) -> float:
     """Returns the reference's seconds to the target, which is a level that it holds and therefore reaches."""
-    return float(base.rounds[crossing(base, target) or 0]["simulated_s"])
+    return base.rounds[crossing(base, target) or 0].simulated_s
 
 
 def _equal_time_s(base: Run, target: float) -> float:
     """Returns the seconds to the target of the reference's devices on equal bandwidth; it reaches what it holds itself."""
-    return float(sum(r["equal_dense_latency_s"] or 0.0 for r in base.rounds[: (crossing(base, target) or 0) + 1]))
+    return float(sum(r.equal_dense_latency_s or 0.0 for r in base.rounds[: (crossing(base, target) or 0) + 1]))
 
 
 def mean_equal_s(run: Run) -> float:
     """Returns the mean seconds per round of the run's devices without pruning on equal bandwidth."""
-    return float(np.mean([r["equal_dense_latency_s"] or 0.0 for r in run.rounds]))
+    return float(np.mean([r.equal_dense_latency_s or 0.0 for r in run.rounds]))
 
 
 def missed_seeds(comparison: Comparison, method: str) -> str:

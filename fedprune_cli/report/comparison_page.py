@@ -215,9 +215,8 @@ def _limits_s(run: Run) -> np.ndarray:
     """Returns the mean seconds of a round: as it was, with a free radio, with a free CPU, float64 [3]."""
     rows = []
     for record in run.rounds:
-        devices = record["devices"]
-        compute = np.array(devices.get("compute_s", ()))
-        radio = np.add(devices.get("uplink_s", ()), devices.get("downlink_s", ()))
+        devices = record.devices
+        compute, radio = np.array(devices.compute_s), np.add(devices.uplink_s, devices.downlink_s)
         rows.append([part.max(initial=0.0) for part in (compute + radio, compute, radio)])
     return np.mean(rows, axis=0)
 
@@ -226,25 +225,23 @@ def _certificate_rows(comparison: Comparison) -> list[list[str]]:
     rows = []
     for method, runs in comparison.runs.items():
         records = [record for run in runs for record in run.rounds]
-        status = [record["status"] for record in records]
-        certified = [record for record in records if record["residual"] is not None]
-        worst = [
-            f"{max(abs(record[key]) for record in certified):.2e}" if certified else "-" for key in ("residual", "gap")
-        ]
+        status = [record.status for record in records]
+        proofs = [(abs(r.residual), abs(r.gap)) for r in records if r.residual is not None and r.gap is not None]
+        worst = [f"{max(found):.2e}" for found in zip(*proofs, strict=True)] or ["-", "-"]
         counts = ", ".join(f"{status.count(name)} {name}" for name in dict.fromkeys(status))
-        rows.append([method, counts, str(len(certified)), *worst])
+        rows.append([method, counts, str(len(proofs)), *worst])
     return rows
 
 
 def _devices_of(method: str, run: Run) -> str:
     """Returns a table, to open when wanted, of the devices' means over a run's rounds and their last accuracy."""
     rows: dict[int, list[list[float]]] = {}
-    accuracy: dict[int, float] = {}
+    accuracy: dict[int, float | None] = {}
     for record in run.rounds:
-        devices = record["devices"]
-        for device, *values in zip(devices["id"], *(devices.get(key, ()) for key in DEVICE_KEYS), strict=False):
+        devices = record.devices
+        for device, *values in zip(devices.id, *(getattr(devices, key) for key in DEVICE_KEYS), strict=True):
             rows.setdefault(device, []).append(values)
-        accuracy |= dict(zip(devices["id"], devices.get("accuracy") or (), strict=False))
+        accuracy |= dict(zip(devices.id, devices.accuracy or (), strict=False))
     cells = [
         [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), percent(accuracy.get(device))]
         for device in sorted(rows)

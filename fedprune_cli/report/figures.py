@@ -10,7 +10,8 @@ import numpy as np
 
 from fedprune_cli.report.drawing import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, PURPLE, RED, SKY, Drawing
 from fedprune_cli.report.estimate import Array, Estimate, band
-from fedprune_cli.report.read import Record, tested
+from fedprune_cli.report.read import accuracies
+from fedprune_cli.store.record import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
 GRID = 200  # points of a mean curve
 
 
-def accuracy_figure(rounds: Sequence[Record]) -> Drawing:
+def accuracy_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Accuracy against simulated seconds: devices' weighted mean and 10th percentile, and a fresh device."""
 
     def plot(axes: Axes) -> None:
         curves = (("accuracy", "devices, weighted mean", BLUE, "-"), ("accuracy_p10", "devices, 10th percentile", ORANGE, "--"),
                   ("fresh_accuracy", "fresh device", GREEN, ":"))  # fmt: skip
         for key, label, colour, line in curves:
-            points = [(r["simulated_s"], 100 * r[key]) for r in tested(rounds) if r[key] is not None]
+            tests = ((test.simulated_s, getattr(test, key)) for test in accuracies(rounds))
+            points = [(simulated_s, 100 * value) for simulated_s, value in tests if value is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker="o", markersize=3)
         axes.set(xlabel="simulated time (s)", ylabel="accuracy (%)")
@@ -34,39 +36,41 @@ def accuracy_figure(rounds: Sequence[Record]) -> Drawing:
     return Drawing(plot)
 
 
-def latency_figure(rounds: Sequence[Record]) -> Drawing:
+def latency_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Latency of each round: the slowest device's computation and radio, beside the dense optimum."""
 
     def plot(axes: Axes) -> None:
-        busy = [r for r in rounds if r["devices"]["id"]]
-        slowest = [int(np.argmax(r["devices"]["latency_s"])) for r in busy]
-        x = [r["round"] for r in busy]
-        bottom = np.zeros(len(busy))
+        busy = [r for r in rounds if r.devices.id]
+        slowest = [int(np.argmax(r.devices.latency_s)) for r in busy]
+        x = [r.round for r in busy]
+        bottom, equal_s = np.zeros(len(busy)), [r.equal_dense_latency_s or 0.0 for r in busy]
         for key, label, colour in (
             ("downlink_s", "downlink", SKY),
             ("compute_s", "computation", BLUE),
             ("uplink_s", "uplink", ORANGE),
         ):
-            part = np.array([r["devices"][key][at] for r, at in zip(busy, slowest, strict=True)])
+            part = np.array([getattr(r.devices, key)[at] for r, at in zip(busy, slowest, strict=True)])
             axes.bar(x, part, bottom=bottom, width=0.85, color=colour, label=label)
             bottom += part
-        axes.plot(x, [r["dense_latency_s"] for r in busy], color=RED, linewidth=1.2, label="dense, optimal bandwidth")
+        axes.plot(
+            x, [r.dense_latency_s or 0.0 for r in busy], color=RED, linewidth=1.2, label="dense, optimal bandwidth"
+        )
         axes.plot(
             x,
-            [r["equal_dense_latency_s"] for r in busy],
+            equal_s,
             color=PURPLE,
             linewidth=1.2,
             linestyle="--",
             label="dense, equal bandwidth",
         )
         axes.set(xlabel="round", ylabel="latency of the slowest device (s)")
-        axes.set_ylim(top=1.35 * max([*bottom, *(r["equal_dense_latency_s"] for r in busy)], default=1.0))
+        axes.set_ylim(top=1.35 * max([*bottom, *equal_s], default=1.0))
         axes.legend(loc="upper right", ncols=2)
 
     return Drawing(plot)
 
 
-def allocation_figure(rounds: Sequence[Record]) -> Drawing:
+def allocation_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Ratio and bandwidth of each device: mean over the rounds and the range from the 10th to the 90th percentile."""
 
     def plot(both: Array) -> None:
@@ -80,7 +84,7 @@ def allocation_figure(rounds: Sequence[Record]) -> Drawing:
         ):
             by_device: dict[int, list[float]] = {}
             for record in rounds:
-                for device, value in zip(record["devices"]["id"], record["devices"].get(key, ()), strict=False):
+                for device, value in zip(record.devices.id, getattr(record.devices, key), strict=True):
                     by_device.setdefault(device, []).append(unit * value)
             ids = sorted(by_device)
             mean = np.array([np.mean(by_device[device]) for device in ids])
@@ -110,12 +114,14 @@ def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> D
     return Drawing(plot, height=3.2 + 0.03 * min(len(histogram), 100))
 
 
-def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: float | None) -> Drawing:
+def progress_figure(curves: Mapping[str, Sequence[Sequence[RoundRecord]]], target: float | None) -> Drawing:
     """Mean accuracy over seeds against simulated seconds, a colour a method, with its 95 % interval where there are seeds."""
 
     def plot(axes: Axes) -> None:
         for at, (method, runs) in enumerate(curves.items()):
-            points = [np.array([(r["simulated_s"], 100 * r["accuracy"]) for r in tested(rounds)]).T for rounds in runs]
+            points = [
+                np.array([(test.simulated_s, 100 * test.accuracy) for test in accuracies(rounds)]).T for rounds in runs
+            ]
             first, last = max(x[0] for x, _ in points), min(x[-1] for x, _ in points)
             if first > last:
                 continue  # no moment that all seeds have: no mean to draw
@@ -184,16 +190,15 @@ def target_figure(times: Mapping[str, Estimate | str]) -> Drawing:
     return Drawing(plot, height=1.2 + 0.35 * len(times))
 
 
-def convergence_figure(rounds: Sequence[Record]) -> Drawing:
+def convergence_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """The squared gradient norm averaged over the rounds so far, beside the bound's shape fitted to it, and the pruning error."""
     from scipy.optimize import nnls
 
-    busy = [r for r in rounds if r["pruning_error"] is not None]
-    number = np.arange(1, len(busy) + 1)
-    measured = np.cumsum([r["grad_norm"] ** 2 for r in busy]) / number
-    error = np.array([r["pruning_error"] for r in busy])
-    shape = np.stack([1 / np.sqrt(number), np.cumsum(error) / number, np.ones(len(busy))], axis=1)
-    fitted = shape @ nnls(shape, measured)[0] if busy else measured
+    error = np.array([r.pruning_error for r in rounds if r.pruning_error is not None])
+    number = np.arange(1, len(error) + 1)
+    measured = np.cumsum([r.grad_norm**2 for r in rounds if r.pruning_error is not None]) / number
+    shape = np.stack([1 / np.sqrt(number), np.cumsum(error) / number, np.ones(len(error))], axis=1)
+    fitted = shape @ nnls(shape, measured)[0] if len(error) else measured
 
     def plot(both: Array) -> None:
         left, right = both

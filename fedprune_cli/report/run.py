@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from fedprune_cli.report.page import (
     seconds,
     write_files,
 )
-from fedprune_cli.report.read import Record, Run, read_run
+from fedprune_cli.report.read import Run, read_run
+from fedprune_cli.store.record import DeviceRows, RoundRecord
 from fedprune_cli.terminal import Table
 
 CONVERGENCE_NOTE = (
@@ -69,8 +71,8 @@ def _drawings(run: Run) -> dict[str, Drawing]:
 
 def _page(run: Run, drawn: Mapping[str, Drawing]) -> str:
     answer = (
-        f"{run.method}, seed {run.seed}: device accuracy {percent(run.last_test['accuracy'])} after {len(run.rounds)} rounds "
-        f"and {seconds(run.rounds[-1]['simulated_s'])} of simulated time."
+        f"{run.method}, seed {run.seed}: device accuracy {percent(run.final.accuracy)} after {len(run.rounds)} rounds "
+        f"and {seconds(run.rounds[-1].simulated_s)} of simulated time."
     )
     state = html.escape(str(run.summary["state_sha256"]) if run.summary else "unfinished")
     body = [
@@ -85,9 +87,9 @@ def _page(run: Run, drawn: Mapping[str, Drawing]) -> str:
 
 
 def _csv_files(run: Run) -> dict[str, str]:
-    plain = [key for key in run.rounds[0] if key not in ("devices", "faults")]
-    kinds = [kind for kind in FAULT_TITLES if any("faults" in record for record in run.rounds)]
-    rounds = [[*(record[key] for key in plain), *_fault_counts([record], kinds)] for record in run.rounds]
+    plain = list(run.rounds[0].figures())
+    kinds = [kind for kind in FAULT_TITLES if any(record.faults for record in run.rounds)]
+    rounds = [[*map(record.figures().get, plain), *_fault_counts([record], kinds)] for record in run.rounds]
     classes = [f"class_{at}" for at in range(run.manifest["dataset"]["num_classes"])]
     histogram = [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]
     return {
@@ -99,11 +101,11 @@ def _csv_files(run: Run) -> dict[str, str]:
 
 def _device_rows(run: Run) -> tuple[list[str], list[list[object]]]:
     """Returns the header and the rows of devices.csv: a row a device and round."""
-    keys = list(dict.fromkeys(key for record in run.rounds for key in record["devices"]))
+    keys = [key.name for key in fields(DeviceRows)]
     rows: list[list[object]] = []
     for record in run.rounds:
-        columns = [record["devices"].get(key) or [None] * len(record["devices"]["id"]) for key in keys]
-        rows += [[record["round"], *row] for row in zip(*columns, strict=True)]
+        columns = [getattr(record.devices, key) or [None] * len(record.devices.id) for key in keys]
+        rows += [[record.round, *row] for row in zip(*columns, strict=True)]
     return ["round", *keys], rows
 
 
@@ -120,20 +122,20 @@ def ingredients(run: Run) -> str:
 
 
 def _facts(run: Run) -> list[list[str]]:
-    last, rounds = run.last_test, run.rounds
-    ratios = [r["mean_ratio"] for r in rounds if r["mean_ratio"] is not None]
+    final, rounds = run.final, run.rounds
+    ratios = [r.mean_ratio for r in rounds if r.mean_ratio is not None]
     facts = [
         ["rounds", str(len(rounds))],
-        ["simulated time", seconds(rounds[-1]["simulated_s"])],
-        ["latency per round, mean", seconds(float(np.mean([r["latency_s"] for r in rounds])))],
-        ["final accuracy, weighted by samples", percent(last["accuracy"])],
-        ["final accuracy, unweighted", percent(last["accuracy_mean"])],
-        ["final accuracy, 10th percentile of devices", percent(last["accuracy_p10"])],
-        ["accuracy on a fresh device", percent(last["fresh_accuracy"])],
+        ["simulated time", seconds(rounds[-1].simulated_s)],
+        ["latency per round, mean", seconds(float(np.mean([r.latency_s for r in rounds])))],
+        ["final accuracy, weighted by samples", percent(final.accuracy)],
+        ["final accuracy, unweighted", percent(final.accuracy_mean)],
+        ["final accuracy, 10th percentile of devices", percent(final.accuracy_p10)],
+        ["accuracy on a fresh device", percent(final.fresh_accuracy)],
         ["pruning ratio, mean", "-" if not ratios else f"{np.mean(ratios):.3f}"],
         ["pruned are", _granularity(run)],
-        ["sent by all devices", f"{sum(r['bytes_up'] for r in rounds) / 1e6:.4g} MB"],
-        ["energy of all devices", f"{sum(r['joules'] for r in rounds):.4g} J"],
+        ["sent by all devices", f"{sum(r.bytes_up for r in rounds) / 1e6:.4g} MB"],
+        ["energy of all devices", f"{sum(r.joules for r in rounds):.4g} J"],
     ]
     if begun := run.manifest["config"].get("branch"):
         facts.insert(1, ["a branch", f"of {begun['run']}, from its round {begun['round']} on"])
@@ -143,7 +145,7 @@ def _facts(run: Run) -> list[list[str]]:
 
 
 def _granularity(run: Run) -> str:
-    if all(not record["max_ratio"] for record in run.rounds):
+    if all(not record.max_ratio for record in run.rounds):
         return "none"
     if run.manifest["config"]["pruner"]["granularity"] == "channel":
         return "whole channels: the model is smaller"
@@ -151,12 +153,12 @@ def _granularity(run: Run) -> str:
 
 
 def _certificate_facts(run: Run) -> list[list[str]]:
-    status = [r["status"] for r in run.rounds]
-    certified = [r for r in run.rounds if r["residual"] is not None]
+    status = [r.status for r in run.rounds]
+    proofs = [(r.residual, abs(r.gap)) for r in run.rounds if r.residual is not None and r.gap is not None]
     facts = [["rounds " + name, str(status.count(name))] for name in dict.fromkeys(status)]
-    if certified:
-        facts.append(["largest KKT residual", f"{max(r['residual'] for r in certified):.2e}"])
-        facts.append(["largest duality gap, relative", f"{max(abs(r['gap']) for r in certified):.2e}"])
+    if proofs:
+        facts.append(["largest KKT residual", f"{max(residual for residual, _ in proofs):.2e}"])
+        facts.append(["largest duality gap, relative", f"{max(gap for _, gap in proofs):.2e}"])
     else:
         facts.append(["certificate", "none: this allocator claims no optimality of P1"])
     return facts
@@ -179,9 +181,9 @@ FAULT_TITLES = {
 }
 
 
-def _fault_counts(records: Sequence[Record], kinds: Sequence[str]) -> list[int]:
+def _fault_counts(records: Sequence[RoundRecord], kinds: Sequence[str]) -> list[int]:
     """Returns for each kind how many device-rounds the logs name."""
-    return [sum(len(record.get("faults", {}).get(kind, ())) for record in records) for kind in kinds]
+    return [sum(len(record.faults.of(kind)) for record in records if record.faults) for kind in kinds]
 
 
 def fault_sections(runs: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -193,9 +195,7 @@ def fault_sections(runs: Mapping[str, Sequence[Run]]) -> list[str]:
         return []
     titles = list(FAULT_TITLES.values())
     rows = [[titles[at], *(str(count[at]) for count in counts.values())] for at in shown]
-    waited = [
-        sum(record.get("faults", {}).get("waited_s", 0.0) for record in records) for records in records_of.values()
-    ]
+    waited = [sum(record.faults.waited_s for record in records if record.faults) for records in records_of.values()]
     rows.append(["waited for what did not come", *(seconds(value) for value in waited)])
     rules = "".join(f"<li>{html.escape(name)}: {html.escape(_rules(group[0]))}</li>" for name, group in runs.items())
     note = "<p class=note>Device-rounds. What the server did:</p>"

@@ -147,16 +147,14 @@ def build_groups(combinations: Sequence[Combination]) -> list[Group]:
 
 
 def _group(values: Mapping[str, str], command: str, runs: Mapping[int, Run]) -> Group:
-    rows = [run_figures(run, None, None) | {"simulated_s": run.rounds[-1]["simulated_s"]} for run in runs.values()]
+    rows = [run_figures(run, None, None) | {"simulated_s": run.rounds[-1].simulated_s} for run in runs.values()]
     return Group(values, command, runs, {key: mean_over_seeds([row[key] for row in rows]) for key in GROUP_KEYS})
 
 
 def _below(group: Group, best: Group) -> Estimate | None:
     """Returns how far a group's accuracy is below the best one's, of the seeds that both have."""
     seeds = [seed for seed in group.runs if seed in best.runs]
-    return mean_over_seeds(
-        [best.runs[seed].last_test["accuracy"] - group.runs[seed].last_test["accuracy"] for seed in seeds]
-    )
+    return mean_over_seeds([best.runs[seed].final.accuracy - group.runs[seed].final.accuracy for seed in seeds])
 
 
 def best_of(groups: Sequence[Group]) -> Group:

@@ -31,6 +31,7 @@ import numpy as np
 
 from fedprune_cli.errors import CheckpointError, OutputError
 from fedprune_cli.store.files import fits, parse_json, read_bytes, read_json
+from fedprune_cli.store.record import RoundRecord, parse_record
 from fedprune_cli.store.state import Array, Personal, Saved, State, chain, decode, encode
 
 STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
@@ -56,47 +57,6 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {error.filename or path}: {error.strerror}") from None
     except ValueError as error:  # a NUL or half a character in the name
         raise OutputError(f"cannot write {str(path)!r}: no file can have this name ({error})") from None
-
-
-_PERHAPS = (float, None)
-RECORD_FORM = {
-    **dict.fromkeys(("round", "simulated_s", "latency_s", "bytes_up", "bytes_down", "joules"), float),
-    **dict.fromkeys(
-        ("deadline_s", "accuracy", "accuracy_mean", "accuracy_p10", "fresh_accuracy", "mean_ratio", "max_ratio"),
-        _PERHAPS,
-    ),
-    **dict.fromkeys(
-        ("dense_latency_s", "equal_dense_latency_s", "price_per_hz", "residual", "gap", "bits", "rounding_error"),
-        _PERHAPS,
-    ),
-    **dict.fromkeys(("grad_norm", "pruning_error", "train_loss", "flops"), _PERHAPS),
-    "status": str,
-    "devices": {"id": [int]},
-}
-COLUMNS = (
-    "prune_ratio",
-    "bandwidth_hz",
-    "compute_s",
-    "uplink_s",
-    "downlink_s",
-    "latency_s",
-    "pruning_error",
-    "joules",
-    "bytes_up",
-)
-PERHAPS_COLUMNS = ("train_loss", "accuracy")
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a JSON value can be a round's record: what it must have, and columns of one number for each device, if it has any."""
-    if not fits(value, RECORD_FORM):
-        return False
-    ids, columns = value["devices"]["id"], value["devices"]
-    needed = {**{key: [float] for key in COLUMNS}, **dict.fromkeys(PERHAPS_COLUMNS, ([_PERHAPS], None))} if ids else {}
-    aligned = all(
-        column is None or (isinstance(column, list) and len(column) == len(ids)) for column in columns.values()
-    )
-    return aligned and fits(columns, needed) and min(ids, default=0) >= 0
 
 
 def create(
@@ -345,16 +305,19 @@ def read_whole_state(run_dir: Path) -> State:
     return replace(state, personal=_read_personal(run_dir, state.personal))
 
 
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
+def read_records(run_dir: Path) -> list[RoundRecord]:
     """Returns the records of the finished rounds; raises CheckpointError when they are not those that the checkpoint goes with."""
     if is_pruned(run_dir):
         check(run_dir, RECORDS)
-        records = [json.loads(line) for line in read_bytes(run_dir / RECORDS, MAX_BYTES, CheckpointError).splitlines()]
+        lines = read_bytes(run_dir / RECORDS, MAX_BYTES, CheckpointError).splitlines()
     else:
-        records = [json.loads(line) for line in _lines(run_dir / RECORDS, read_state(run_dir))]
-    for number, record in enumerate(records, start=1):
-        if not _is_record(record):
+        lines = _lines(run_dir / RECORDS, read_state(run_dir))
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = parse_record(json.loads(line))
+        if record is None:
             raise CheckpointError(f"{run_dir / RECORDS}: line {number} is damaged (not the record of a round)")
+        records.append(record)
     return records
 
 
@@ -404,7 +367,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
         return None
     check(run_dir, SUMMARY)
     summary = read_json(run_dir / SUMMARY, CheckpointError)
-    if not fits(summary, {"state_sha256": str, "final_accuracy": float, "time_to_target_s": _PERHAPS}):
+    if not fits(summary, {"state_sha256": str, "final_accuracy": float, "time_to_target_s": (float, None)}):
         raise CheckpointError(f"{run_dir / SUMMARY}: damaged (not the summary of a run)")
     return summary
 

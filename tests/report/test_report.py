@@ -106,14 +106,14 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
     loaded = {key: read_run(path) for key, path in runs.items()}
     comparison = compare(list(loaded.values()))
     base, mine = comparison.figures["personalized"], comparison.figures["proposed"]
-    by_hand = [np.mean([r["latency_s"] for r in loaded["proposed", seed].rounds]) for seed in (0, 1)]
+    by_hand = [np.mean([r.latency_s for r in loaded["proposed", seed].rounds]) for seed in (0, 1)]
     assert mine["latency_s"]
     assert np.isclose(mine["latency_s"].mean, np.mean(by_hand))
     t_975 = 12.706204736432095  # Student's t, one degree of freedom
     assert np.isclose(mine["latency_s"].half_width, t_975 * np.std(by_hand, ddof=1) / np.sqrt(2))
     for seed in (0, 1):
         run = loaded["personalized", seed]
-        assert comparison.targets[seed] == min(r["accuracy"] for r in run.rounds) - 0.005
+        assert comparison.targets[seed] == min(r.accuracy for r in run.rounds) - 0.005
         assert crossing(run, comparison.targets[seed]) is not None
     out_of_reach = replace(comparison, targets=dict.fromkeys(comparison.targets, 1.1))
     assert (
@@ -141,7 +141,7 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
     assert markdown(stored) == (page.parent / "table.md").read_text()
     gain = comparison.figures["proposed"]["accuracy_gain"]
     differences = [
-        loaded["proposed", s].rounds[-1]["accuracy"] - loaded["personalized", s].rounds[-1]["accuracy"] for s in (0, 1)
+        loaded["proposed", s].rounds[-1].accuracy - loaded["personalized", s].rounds[-1].accuracy for s in (0, 1)
     ]
     assert gain
     assert np.isclose(gain.mean, np.mean(differences))
@@ -156,7 +156,7 @@ def test_the_headline_is_honest_in_both_directions(runs: dict[tuple[str, int], P
     one = compare([run for run in loaded if run.seed == 0])
     assert "One seed: there is no interval." in headline(one)
     slow = [
-        Run(r.path, r.manifest, tuple(x | {"accuracy": 0.01} for x in r.rounds), r.summary)
+        Run(r.path, r.manifest, tuple(replace(record, accuracy=0.01) for record in r.rounds), r.summary)
         if r.method == "proposed"
         else r
         for r in loaded
