@@ -72,7 +72,7 @@ def leave() -> NoReturn:
                 child.kill()  # finished rounds are on disk
         if "atexit" in sys.modules:
             sys.modules["atexit"]._run_exitfuncs()
-    os._exit(_code)
+    os._exit(_code or 128 + signal.SIGINT)
 
 
 def _answer(number: int, frame: FrameType | None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
+import os
 import sys
 import threading
 import time
@@ -12,7 +15,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fedprune_cli.errors import one_line
+from fedprune_cli.errors import OutputError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,8 +30,58 @@ GLANCE_S = 0.5  # between looks at what others have done
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on."""
+    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout is closed."""
     _quiet.set(quiet)
+    if not quiet:
+        tell("")
+
+
+def hold_streams() -> None:
+    """Puts something in the place of standard streams that are closed, so that no file that is opened is taken for one of them.
+
+    What cannot be encoded is written in other letters.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # a stdout that refuses what is written: that it is closed is an error only for who needs it
+            opened = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+PLAIN = {"±": "+-", "−": "-", "–": "-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "·": "*", "λ": "lambda", "ρ": "rho"}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
+
+
+def let_go() -> bool:
+    """Ends what is written to the standard streams, so that nothing is left for Python to fail with; returns whether all was written."""
+    whole = True
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            whole = whole and descriptor != 1
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return whole
+
+
+def tell_error(error: object) -> None:
+    """Prints an error's line, whether or not stderr takes it."""
+    with contextlib.suppress(OSError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -154,16 +207,8 @@ def _is_quantity(cell: str) -> bool:
 
 
 def printable(text: str, encoding: str) -> str:
-    """Returns the text in characters that the encoding has: +- for ±, escapes for others that it lacks."""
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.replace("±", "+-").encode(encoding, "backslashreplace").decode(encoding)
-    return text
-
-
-def _encoding() -> str:
-    return sys.stdout.encoding or "utf-8"
+    """Returns the text in characters that the encoding has."""
+    return text.encode(encoding, "plain").decode(encoding)
 
 
 def show(result: Table | str) -> None:
@@ -171,27 +216,39 @@ def show(result: Table | str) -> None:
     from rich.console import Console
 
     if not sys.stdout.isatty():
-        say(result.encodable(_encoding()).plain() if isinstance(result, Table) else result)
+        say(result.encodable(sys.stdout.encoding).plain() if isinstance(result, Table) else result)
     elif not _quiet.get():
         console = Console(markup=False, emoji=False)  # names are the user's, and may look like markup
-        console.print(result if isinstance(result, Table) else printable(result, _encoding()))
+        with console.capture() as shown:
+            console.print(result)
+        tell(shown.get())
 
 
 def say(line: str) -> None:
     """Prints a line that belongs to the result."""
     if not _quiet.get():
-        print(printable(line, _encoding()), flush=True)
+        tell(f"{line}\n")
 
 
 def print_json(value: object) -> None:
     """Prints a result for programs on one line, which --quiet leaves as it is."""
-    print(json.dumps(value), flush=True)
+    tell(json.dumps(value) + "\n")
+
+
+def tell(text: str) -> None:
+    """Writes to stdout, at once; raises OutputError when the system refuses."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {error.strerror}") from None
 
 
 def note(line: str) -> None:
     """Prints a line about what is going on."""
     if not _quiet.get():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

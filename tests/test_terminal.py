@@ -225,17 +225,18 @@ def test_an_encoding_without_the_characters_gets_others(monkeypatch: pytest.Monk
     table = Table.of("±", ["name", "seconds"], [["é", "1.5 ± 0.25"]])
     text = shown(table, 60, "ascii")
     assert "1.5 +- 0.25" in text
-    assert r"\xe9" in text
+    assert "│" not in text
     assert "+---" in text
     latin = shown(table, 60, "latin-1")
     assert "1.5 ± 0.25" in latin
     assert "é" in latin
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
+    terminal.hold_streams()
     terminal.show(table)
     terminal.show("± é")
     assert stream.buffer.getvalue().decode("ascii").splitlines() == [  # type: ignore[attr-defined]
-        "+-", "name      seconds", r"\xe9  1.5 +- 0.25", r"+- \xe9",
+        "+-", "name      seconds", "?     1.5 +- 0.25", "+- ?",
     ]  # fmt: skip
 
 

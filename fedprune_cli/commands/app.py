@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import threading
+import warnings
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,19 +18,47 @@ from fedprune_cli.commands.compare import compare
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
 from fedprune_cli.commands.measure import bench, calibrate
 from fedprune_cli.commands.train import resume, train
-from fedprune_cli.errors import ConfigError, FedpruneError, out_of_memory
+from fedprune_cli.errors import ConfigError, FedpruneError, OutputError, explained
+from fedprune_cli.terminal import hold_streams, let_go, tell, tell_error
+
+PACKAGE = __name__.partition(".")[0]
+COMPLETION = "_FEDPRUNE_COMPLETE"  # set by the shell that asks
 
 app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Federated learning on wireless edge devices: personalized, pruned, and allocated with a certificate.",
-    epilog="Exit codes: 0 done, 2 configuration, 3 infeasible or regressed, 4 certificate, 5 run folder, 6 data, 7 device, 8 output, "
-    "9 limit broken, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 configuration, 3 infeasible or regressed, 4 certificate, 5 run folder, 6 data, 7 machine (memory, "
+    "processes, a library), 8 output, 9 limit broken, 10 a defect, 130 interrupted, 143 terminated.",
 )
+
+
+def _shielded(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns the command with every error explained before Typer, which has words and exit codes of its own for some, can see it."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        import logging
+
+        logging.getLogger("matplotlib").setLevel(
+            logging.CRITICAL
+        )  # says where its fonts are cached, when that is not at home
+        try:
+            command(*args, **options)
+        except FedpruneError:
+            raise
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                raise
+            raise explained(error) from error
+
+    return run
+
+
 for command in (
     train, resume, report, compare, runs, watch, completion, allocate, ladder, verify, bench, calibrate,
 ):  # fmt: skip
-    app.command()(command)
+    app.command()(_shielded(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -35,40 +67,53 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(f"fedprune {__version__}")
+        tell(f"fedprune {__version__}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        tell(context.get_help() + "\n")
 
 
 def main() -> NoReturn:
-    """Runs the command line; a user's mistake is one line on stderr and an exit code of its own."""
+    """Runs the command line; whatever goes wrong is one line on stderr and an exit code of its own."""
     interrupt.heed()
+    hold_streams()
+    threading.excepthook = _quiet_threads
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=rf"(?!{PACKAGE})")  # libraries' words for those who program with them
+    code = _run()
+    if interrupt.signalled():  # whatever was made of it on the way up
+        interrupt.leave()
+    raise SystemExit(code if let_go() else OutputError.exit_code)
+
+
+def _run() -> int:
+    """Runs the command line; returns its exit code, and has said why when it is not 0."""
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
-    except BaseException as error:
-        if interrupt.signalled():  # whatever was made of it on the way up
-            interrupt.leave()
-        if isinstance(error, FedpruneError):
-            _fail(error)
-        if isinstance(error, MemoryError | RuntimeError):
-            _fail(out_of_memory(error))
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        # Typer's own errors have it; where their class is at home differs between its versions
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        text = " ".join(message().split())
-        _fail(ConfigError(f"{text}{'' if text[-1] in '.?' else '.'} See `{_help_of(error)}`."))
+        return int(app(prog_name="fedprune", standalone_mode=False) or 0)
+    except SystemExit as end:
+        if end.code != 1 or COMPLETION in os.environ:
+            return end.code if isinstance(end.code, int) else 0
+        known: FedpruneError = OutputError("cannot write to stdout: Broken pipe")  # what Typer and Rich make of it
+    except KeyboardInterrupt:  # of another's making
+        interrupt.leave()
+    except Exception as error:
+        known = _usage(error) or explained(error)
+    if not interrupt.signalled():
+        tell_error(known)
+    return known.exit_code
 
 
-def _help_of(error: BaseException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path} --help" if context else "fedprune --help"
+def _usage(error: Exception) -> FedpruneError | None:
+    """Returns what Typer says of a command line, None for any other error: where its classes are at home differs between its versions."""
+    message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+    if message is None:
+        return None
+    text = " ".join(message().split())
+    of = f"{context.command_path} --help" if context else "fedprune --help"
+    return ConfigError(f"{text}{'' if text[-1] in '.?' else '.'} See `{of}`.")
 
 
-def _fail(error: FedpruneError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code)
+def _quiet_threads(args: threading.ExceptHookArgs) -> None:
+    """Passes over what a signal ends in threads."""
+    if not interrupt.signalled():
+        threading.__excepthook__(args)

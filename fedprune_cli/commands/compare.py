@@ -16,7 +16,7 @@ from fedprune_cli.commands.look import print_comparison
 from fedprune_cli.commands.options import Json, Overrides, Quiet
 from fedprune_cli.errors import ConfigError, FedpruneError
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
-from fedprune_cli.terminal import note, status
+from fedprune_cli.terminal import note, status, tell_error
 
 if TYPE_CHECKING:
     from fedprune_cli.many.side_by_side import Failure, Member
@@ -117,7 +117,7 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
                 note(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
             else:
                 failures.append(failure)
-                print(f"error: {failure}", file=sys.stderr, flush=True)
+                tell_error(failure)
     return failures
 
 

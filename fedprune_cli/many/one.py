@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401  # reports are drawn with it: whether it can be loaded is known before a run begins
+
 from fedprune_cli import terminal
 from fedprune_cli.interrupt import NOTHING, safe
 from fedprune_cli.report.run import write_report

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -12,8 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli.errors import DeviceError, FedpruneError
-from fedprune_cli.execute import die_with_parent, forkserver
+from fedprune_cli.errors import DeviceError, explained
+from fedprune_cli.execute import begin_child, forkserver, starting
 from fedprune_cli.many.one import Display, run_to_end
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.life import begin_or_reopen, serially
@@ -51,8 +49,9 @@ def run_one_by_one(members: Sequence[Member], display: Display) -> Iterator[tupl
             with display.status("loading data and building the world"):
                 setup = _begin(member)
             run_to_end(setup, member.run_dir, display)
-        except FedpruneError as error:
-            yield member, Failure(member, error.exit_code, str(error))
+        except Exception as error:
+            known = explained(error)
+            yield member, Failure(member, known.exit_code, str(known))
         else:
             yield member, None
 
@@ -67,7 +66,8 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
                 member = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(member, sender))
-                process.start()
+                with starting("a process for each run"):
+                    process.start()
                 sender.close()
                 running[process.sentinel] = (process, member, receiver)
             for sentinel in wait(list(running)):
@@ -77,7 +77,7 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
                 yield member, _failure(process, member, receiver)
     finally:
         for process, _, _ in running.values():
-            process.terminate()  # its finished rounds are on disk
+            process.kill()  # its finished rounds are on disk
             process.join()
 
 
@@ -100,10 +100,10 @@ def _begin(member: Member) -> Setup:
 
 def _work(member: Member, sender: Connection) -> None:
     """Takes one member to its end; tells the parent what was wrong when something was."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    begin_child()
     try:
         run_to_end(serially(_begin(member)), member.run_dir)
-    except FedpruneError as error:
-        sender.send((error.exit_code, str(error)))
-        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        known = explained(error)
+        sender.send((known.exit_code, str(known)))
+        raise SystemExit(known.exit_code) from None
