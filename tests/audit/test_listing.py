@@ -12,7 +12,7 @@ from conftest import fedprune, make_setup, run_to_end
 from fedprune_cli.audit import listing as runs
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.report.all import write_report
+from fedprune_cli.report.run import write_report
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
