@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import CheckpointError, FedpruneError, out_of_memory, unknown
+from fedprune_cli.errors import CheckpointError, explained, unknown
 from fedprune_cli.execute import end_when_orphaned
 from fedprune_cli.report import figures
 from fedprune_cli.report.all import COLUMNS, Estimate, Run, estimate, raw, read_run, run_figures, write_report
@@ -90,8 +90,8 @@ def run_member(config: DictConfig) -> float | list[float] | None:
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         member, values = Member(overrides, run_dir), objectives(experiment, names)
-    except (FedpruneError, MemoryError, RuntimeError) as raised:
-        error = raised if isinstance(raised, FedpruneError) else out_of_memory(raised)
+    except Exception as raised:
+        error = explained(raised)
         member, values = Member(overrides, run_dir, str(error), error.exit_code), None
         print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
     with folder.writing(place):
