@@ -13,11 +13,12 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -28,6 +29,8 @@ from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.round.setup import Setup, prepare
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
+from fedprune_cli.store.memory import Outcome
+from fedprune_cli.store.record import FaultLog
 from fedprune_cli.store.state import State, encode
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -58,6 +61,16 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     setup = make_setup(*overrides)
     life.create(setup, compose_config([*TINY, *overrides]), run_dir)
     return [record.as_json() for record in life.run(setup, run_dir)]
+
+
+def outcome(devices: Sequence[int] = (), number: int = 0, **facts: Any) -> Outcome:
+    """Returns the facts of round `number` in which `devices` trained the shared part, with some of them given."""
+    ids, ones = np.array(devices, dtype=int), np.ones(len(devices))
+    plain: dict[str, Any] = {
+        "simulated_s": 0.0, "bits": 32, "rounding_error": None, "prune_ratio": 0 * ones, "pruning_error": 0 * ones,
+        "latency_s": ones, "train_loss": ones.tolist(), "deadline_s": 1.0, "log": FaultLog(),
+    }  # fmt: skip
+    return Outcome(number=number, devices=ids, **plain | facts)
 
 
 def read_lines(run_dir: Path) -> list[Line]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.errors import DataError
-from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.files import NUMBER, read_bytes
 from fedprune_cli.store.state import Array
 
 MAX_DEVICES = 10**7
@@ -62,8 +62,6 @@ UNLIMITED = {
     "max_bandwidth_hz": math.inf,
     "energy_budget_j": math.inf,
 }
-# Python reads 1_0 and digits of every alphabet too; what a spreadsheet would not is refused.
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 BREAK = re.compile(r"\r\n|\r|\n")
 
 

@@ -13,15 +13,15 @@ from fedprune_cli.audit import listing as runs
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report.all import write_report
-from fedprune_cli.round import all as run
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
 
 def interrupted(run_dir: Path) -> None:
     from conftest import TINY
 
-    run.create(make_setup(), compose_config(list(TINY)), run_dir)
-    records = run.run(make_setup(), run_dir)
+    life.create(make_setup(), compose_config(list(TINY)), run_dir)
+    records = life.run(make_setup(), run_dir)
     next(records)
     records.close()
 
@@ -77,6 +77,6 @@ def test_pruning_takes_checkpoints_of_finished_runs_and_what_dead_processes_left
         "interrupted": "interrupted",
     }
     write_report(root / "finished")
-    assert len(list(run.run(run.reopen(root / "interrupted"), root / "interrupted"))) == 2
+    assert len(list(life.run(life.reopen(root / "interrupted"), root / "interrupted"))) == 2
     with pytest.raises(CheckpointError, match="its checkpoint was pruned"):
-        list(run.run(run.reopen(root / "finished"), root / "finished"))
+        list(life.run(life.reopen(root / "finished"), root / "finished"))

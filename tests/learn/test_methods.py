@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,22 +12,25 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedprune_cli.execute import Execution, executor
-from fedprune_cli.learn.client import Unit, train
+from fedprune_cli.learn.client import Task, train
+from fedprune_cli.learn.kept import Entries, Whole
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.rng import stream
-from fedprune_cli.round import all as run
-from fedprune_cli.serve.aggregate import aggregate
+from fedprune_cli.round.setup import Setup, build_learner, build_parts
+from fedprune_cli.round.step import round_step
+from fedprune_cli.serve.aggregate import Contribution, Mean
+from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.state import State
 
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-def rounds(setup: run.Setup, count: int) -> list[tuple[State, run.Record]]:
+def rounds(setup: Setup, count: int) -> list[tuple[State, RoundRecord]]:
     """Returns the first states and records of an experiment."""
     steps, state = [], setup.initial
-    with executor(Execution("serial", None), lambda: run.build_learner(setup.experiment, setup.scenario)) as workers:
+    with executor(Execution("serial", None), lambda: build_learner(setup.experiment, setup.scenario)) as workers:
         for _ in range(count):
-            state, record = run.round_step(setup, state, workers)
+            state, record = round_step(setup, state, workers)
             steps.append((state, record))
     return steps
 
@@ -40,40 +45,40 @@ def test_training_learns_and_only_moves_what_it_should(name: str) -> None:
         "training.lr=0.1",
         "training.personal_lr=0.1",
     )
-    assert setup.cost.shared_params + setup.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
+    assert setup.blueprint.cost.shared_params + setup.blueprint.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
     (first, before), *_, (last, after) = rounds(setup, 5)
-    assert after["train_loss"] < before["train_loss"]
-    assert after["accuracy"] > before["accuracy"]
+    assert after.train_loss < before.train_loss
+    assert after.accuracy > before.accuracy
     for state in (first, last):
         assert np.isfinite(state.shared).all()
         assert np.isfinite(np.stack(list(state.personal))).all()
-    if setup.cost.shared_params == 0:
-        assert after["bytes_up"] == 0
-        assert after["simulated_s"] > 0
+    if setup.blueprint.cost.shared_params == 0:
+        assert after.bytes_up == 0
+        assert after.simulated_s > 0
     else:
         assert (first.shared != setup.initial.shared).any()
-        assert after["bytes_up"] > 0
+        assert after.bytes_up > 0
 
 
 @each_method
 def test_a_dropped_entry_never_moves_on_the_device_that_dropped_it(name: str) -> None:
     setup = make_setup(f"method={name}", "training.momentum=0.9", "training.weight_decay=0.1")
-    learner = run.build_learner(setup.experiment, setup.scenario)
-    mask = np.arange(setup.cost.shared_params) % 3 == 0
-    unit = Unit("test", 0, 1, setup.initial.shared, setup.initial.personal[1], np.packbits(mask), run.plan(setup, 1))
-    update = train(learner, unit)
+    learner = build_learner(setup.experiment, setup.scenario)
+    mask = np.arange(setup.blueprint.cost.shared_params) % 3 == 0
+    kept, initial = Entries(np.packbits(mask)), setup.initial
+    update = train(learner, Task("test", 0, 1, initial.shared, initial.personal[1], kept, setup.schedule(1)))
     whole = learner.parts.shared.numpy()
     assert (whole[~mask] == 0).all()
     np.testing.assert_array_equal(update.shared, whole[mask])
 
 
-def reference_fedavg(setup: run.Setup, count: int) -> np.ndarray:
+def reference_fedavg(setup: Setup, count: int) -> np.ndarray:
     """FedAvg as its authors wrote it: nn.Module, torch.optim.SGD, a weighted mean. Only the batches are shared with the code under test."""
     experiment, scenario = setup.experiment, setup.scenario
     dataset, split = scenario.dataset, scenario.partition
     images = (torch.from_numpy(dataset.images).float() / dataset.scale - dataset.mean[0]) / dataset.std[0]
     labels = torch.from_numpy(dataset.labels)
-    model = run.build_parts(experiment, scenario).model
+    model = build_parts(experiment, scenario).model
     u = torch.cat([p.detach().flatten() for p in model.parameters()])
     steps, size = experiment.training.shared_steps, experiment.training.batch_size
     for number in range(count):
@@ -106,7 +111,7 @@ def test_nothing_personal_and_nothing_pruned_is_fedavg_to_the_bit() -> None:
     ):
         setup = make_setup(*overrides, "training.block=1")  # side by side, the last digits differ
         (state, record) = rounds(setup, 3)[-1]
-        assert record["max_ratio"] == 0
+        assert record.max_ratio == 0
         np.testing.assert_array_equal(state.shared, reference_fedavg(setup, 3))
 
 
@@ -123,7 +128,7 @@ def test_everything_personal_is_local_training() -> None:
     )
     for (a, _), (b, _) in zip(rounds(few, 2), rounds(many, 2), strict=True):
         np.testing.assert_array_equal(list(a.personal), list(b.personal))
-    assert rounds(few, 1)[0][1]["bytes_up"] == 0
+    assert rounds(few, 1)[0][1].bytes_up == 0
 
 
 def test_fedper_is_fedsim_with_a_personal_head() -> None:
@@ -134,22 +139,22 @@ def test_fedper_is_fedsim_with_a_personal_head() -> None:
 def test_batched_masks_of_ones_change_no_bit() -> None:
     """A mask that keeps everything is the dense computation."""
     setup = make_setup("method=proposed")
-    learner = run.build_learner(setup.experiment, setup.scenario)
-    phases = run.plan(setup, 0)
-    dense = train(learner, Unit("test", 0, 0, setup.initial.shared, setup.initial.personal[0], None, phases))
-    ones = np.packbits(np.ones(setup.cost.shared_params, dtype=bool))
-    masked = train(learner, Unit("test", 0, 0, setup.initial.shared, setup.initial.personal[0], ones, phases))
+    learner = build_learner(setup.experiment, setup.scenario)
+    initial, schedule = setup.initial, setup.schedule(0)
+    dense = train(learner, Task("test", 0, 0, initial.shared, initial.personal[0], Whole(), schedule))
+    ones = Entries(np.packbits(np.ones(setup.blueprint.cost.shared_params, dtype=bool)))
+    masked = train(learner, Task("test", 0, 0, initial.shared, initial.personal[0], ones, schedule))
     np.testing.assert_array_equal(dense.shared, masked.shared)
     np.testing.assert_array_equal(dense.personal, masked.personal)
 
 
 def test_aggregation_is_a_mean_over_those_who_kept_an_entry() -> None:
     old = np.array([9, 9, 9, 9], np.float32)
-    masks = [np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)]
-    new, gradient = aggregate(
-        old, masks, [np.array([1, 2], np.float32), np.array([5, 6], np.float32)], [3, 1], [0.1, 0.2]
-    )
+    one = Contribution(np.array([1, 1, 0, 0], bool), np.array([1, 2], np.float32), 3, 0.1)
+    other = Contribution(np.array([1, 0, 1, 0], bool), np.array([5, 6], np.float32), 1, 0.2)
+    new, gradient = Mean().combine(old, [one, other])
     assert new.tolist() == [2, 2, 6, 9]
     assert new.dtype == np.float32
     np.testing.assert_allclose(gradient, [(3 * 8 / 0.1 + 1 * 4 / 0.2) / 4, 7 / 0.1, 3 / 0.2, 0])
-    np.testing.assert_array_equal(aggregate(old, masks[:1], [np.array([1, 2], np.float32)], [7], [1])[0], [1, 2, 9, 9])
+    alone, _ = Mean().combine(old, [replace(one, weight=7, step_size=1)])
+    np.testing.assert_array_equal(alone, [1, 2, 9, 9])

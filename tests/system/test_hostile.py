@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_experiment, make_setup, resign, run_to_end
+from conftest import TINY, forge, make_experiment, make_setup, read_lines, resign, run_to_end
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import CONF, terminal
@@ -25,8 +25,8 @@ from fedprune_cli.config.compose import check_config_dir, compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError, FedpruneError, one_line
 from fedprune_cli.report import all as report
 from fedprune_cli.report import page
-from fedprune_cli.round import all as run
 from fedprune_cli.round.table import problem_from_csv
+from fedprune_cli.runs import life
 from fedprune_cli.store import files, folder
 from fedprune_cli.world.channel import Trace
 
@@ -65,8 +65,8 @@ def flip(tmp_path: Path, count: int) -> None:
     """Damages every file of a finished and of a killed run in turn; whoever reads it must refuse it, and change nothing."""
     run_to_end(tmp_path / "finished")
     setup, rng = make_setup(), random.Random(0)
-    run.create(setup, compose_config([*TINY]), tmp_path / "killed")
-    records = run.run(setup, tmp_path / "killed")
+    life.create(setup, compose_config([*TINY]), tmp_path / "killed")
+    records = life.run(setup, tmp_path / "killed")
     next(records), next(records)
     records.close()
     assert (tmp_path / "killed" / PERSONAL).exists()
@@ -302,7 +302,7 @@ def fuzz(overrides: int, configs: int, texts: int, tables: int, commands: int, c
 
 
 def as_config(values: Any) -> DictConfig:
-    """As `run.reopen`: whatever OmegaConf makes of it is one line."""
+    """As `life.reopen`: whatever OmegaConf makes of it is one line."""
     try:
         return DictConfig(OmegaConf.create(values))
     except Exception as error:
@@ -467,7 +467,7 @@ def test_a_header_of_ten_gigabytes_is_refused() -> None:
 )  # fmt: skip
 def test_a_record_that_is_none_is_refused_by_all_who_read_it(tmp_path: Path, change: dict[str, Any]) -> None:
     run_to_end(tmp_path / "run")
-    records = folder.read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     forge(tmp_path / "run", records=[records[0], records[1] | change, records[2]])
     for read in (report.read_run, lambda path: verify_run(make_setup(), path, every=0)):
         with pytest.raises(CheckpointError, match="line 2 is damaged"):
@@ -485,7 +485,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, change: dict[str, An
     with pytest.raises(CheckpointError, match="not the manifest of a run"):
         report.read_run(tmp_path / "run")
     with pytest.raises(CheckpointError):
-        run.reopen(tmp_path / "run")
+        life.reopen(tmp_path / "run")
 
 
 NASTY = r"<script>[/red]$\frac{a}_^~#&%|=1" + "\n\x1b[2J`"
