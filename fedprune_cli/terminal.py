@@ -30,10 +30,23 @@ GLANCE_S = 0.5  # between looks at what others have done
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout is closed."""
+    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
     _quiet.set(quiet)
-    if not quiet:
-        tell("")
+    need_stdout(not quiet)
+
+
+def need_stdout(needed: bool) -> None:
+    """Raises OutputError, before anything is done, when what is `needed` is there for nobody: stdout is closed or full."""
+    if not needed:
+        return
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # held in memory
+        return
+    try:
+        os.write(descriptor, b"")
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
 
 
 def hold_streams() -> None:
@@ -65,17 +78,18 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("plain", _plain)
 
 
-def let_go() -> bool:
-    """Ends what is written to the standard streams, so that nothing is left for Python to fail with; returns whether all was written."""
-    whole = True
+def let_go() -> OutputError | None:
+    """Ends what is written to the standard streams, so that nothing is left for Python to fail with; returns why stdout took not all."""
+    refused = None
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
-        except (OSError, ValueError):
-            whole = whole and descriptor != 1
+        except (OSError, ValueError) as error:
+            if descriptor == 1:
+                refused = OutputError(f"cannot write to stdout: {getattr(error, 'strerror', error)}")
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return whole
+    return refused
 
 
 def tell_error(error: object) -> None:

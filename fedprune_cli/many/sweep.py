@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import FedpruneError, out_of_memory, unknown
+from fedprune_cli.errors import explained, unknown
 from fedprune_cli.execute import end_when_orphaned
 from fedprune_cli.report.run import write_report
 from fedprune_cli.report.sweep import COMBINATION, Combination
@@ -60,8 +60,8 @@ def run_combination(config: DictConfig) -> float | list[float] | None:
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         ran, values = Combination(overrides, run_dir), objectives(experiment, names)
-    except (FedpruneError, MemoryError, RuntimeError) as raised:
-        error = raised if isinstance(raised, FedpruneError) else out_of_memory(raised)
+    except Exception as raised:
+        error = explained(raised)
         ran, values = Combination(overrides, run_dir, str(error), error.exit_code), None
         print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr, flush=True)
     with folder.writing(place):
