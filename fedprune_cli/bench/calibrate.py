@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.words import parse_numbers
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.kept import Entries, Kept, Whole
@@ -174,13 +175,7 @@ def clock_hz() -> float:
 
 def parse_ratios(text: str) -> list[float]:
     """Returns the ratios of a comma-separated list in ascending order; raises ConfigError."""
-    try:
-        ratios = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        ratios = [-1.0]
-    if not all(0 <= ratio < 1 for ratio in ratios):
-        raise ConfigError(f"--ratios {text}: must be numbers in [0, 1) joined by commas")
-    return ratios
+    return sorted(parse_numbers(text, "--ratios", lambda ratio: 0 <= ratio < 1, "in [0, 1)"))
 
 
 def fleet_yaml(calibration: Calibration) -> str:
