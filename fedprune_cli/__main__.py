@@ -1,5 +1,17 @@
-"""`python -m fedprune_cli` is `fedprune`."""
+"""`python -m fedprune_cli` is `fedprune`. Signals are heeded from here on, before anything large is imported."""
 
-from fedprune_cli.commands.app import main
+from typing import NoReturn
 
-main()
+from fedprune_cli import interrupt
+
+
+def main() -> NoReturn:
+    """Runs the command line."""
+    interrupt.heed()
+    from fedprune_cli.commands import app
+
+    app.main()
+
+
+if __name__ == "__main__":
+    main()

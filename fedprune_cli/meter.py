@@ -19,7 +19,7 @@ from fedprune_cli.allocate.problem import Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
-from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import Channel
@@ -66,15 +66,13 @@ class Load:
         return self.fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
 
 
-def build_load(
-    fleet: Fleet, ids: Array, schedules: Sequence[Sequence[Phase]], costs: Sequence[ModelCost], batch_size: int
-) -> Load:
+def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost]) -> Load:
     """Returns the load of the devices `ids`, device i following the phases schedules[i] on a model that costs costs[i]."""
     flops = np.zeros((len(schedules), 2))
     for row, schedule, cost in zip(flops, schedules, costs, strict=True):
         counted = cost.flops
         for phase in schedule:
-            row += phase.steps * batch_size * np.array(counted[phase.kind])
+            row += phase.samples * np.array(counted[phase.kind])
     return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
 
 

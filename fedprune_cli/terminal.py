@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
+import json
+import os
 import sys
 import threading
 import time
@@ -13,14 +17,64 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedprune_cli.store.record import RoundRecord
 
+from fedprune_cli.errors import OutputError
+
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 EVERY_S = 2.0  # between lines of progress where there is no terminal
 GLANCE_S = 0.5  # between looks at what others have done
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on."""
+    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout is closed."""
     _quiet.set(quiet)
+    if not quiet:
+        tell("")
+
+
+def hold_streams() -> None:
+    """Puts something in the place of standard streams that are closed, so that no file that is opened is taken for one of them.
+
+    What cannot be encoded is written in other letters.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # a stdout that refuses what is written: that it is closed is an error only for who needs it
+            opened = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+PLAIN = {"±": "+-", "−": "-", "–": "-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "·": "*", "λ": "lambda", "ρ": "rho"}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
+def let_go() -> bool:
+    """Ends what is written to the standard streams, so that nothing is left for Python to fail with; returns whether all was written."""
+    whole = True
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            whole = whole and descriptor != 1
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return whole
+
+
+def tell_error(error: object) -> None:
+    """Prints an error's line, whether or not stderr takes it."""
+    with contextlib.suppress(OSError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def show(result: Any) -> None:
@@ -28,19 +82,37 @@ def show(result: Any) -> None:
     from rich.console import Console
 
     if not _quiet.get():
-        Console(markup=False, emoji=False).print(result)  # names are the user's, and may look like markup
+        console = Console(markup=False, emoji=False)  # names are the user's, and may look like markup
+        with console.capture() as shown:
+            console.print(result)
+        tell(shown.get())
 
 
 def say(line: str) -> None:
     """Prints a line that belongs to the result."""
     if not _quiet.get():
-        print(line, flush=True)
+        tell(f"{line}\n")
+
+
+def print_json(value: object) -> None:
+    """Prints a result for programs on one line, which --quiet leaves as it is."""
+    tell(json.dumps(value) + "\n")
+
+
+def tell(text: str) -> None:
+    """Writes to stdout, at once; raises OutputError when the system refuses."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {error.strerror}") from None
 
 
 def note(line: str) -> None:
     """Prints a line about what is going on."""
     if not _quiet.get():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import least_feasible
-from fedprune_cli.allocate.problem import Limits, Problem, dense_deadline, rate
+from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.problem import Limits, Problem, rate
 
 
 def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem:

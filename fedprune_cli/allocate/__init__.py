@@ -13,9 +13,9 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "dense_equal": baselines.DenseEqual,
     "fixed": baselines.Fixed,
     "equal": baselines.Equal,
-    "uniform": baselines.Uniform,
+    "uniform": baselines.CommonRatio,
     "alternating": baselines.Alternating,
     "greedy": baselines.Greedy,
-    "random": baselines.Random,
+    "random": baselines.RandomShares,
     "cvxpy": baselines.Cvxpy,
 }

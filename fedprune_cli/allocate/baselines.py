@@ -7,28 +7,29 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import (
+from fedprune_cli.allocate.deadline import least_deadline, least_feasible
+from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.policy import (
     Policy,
-    allocate,
+    Settled,
+    as_policy,
     build_allocation,
-    least_feasible,
     listed,
-    min_latency,
-    min_max,
+    nobody,
     settle,
-    solve_p1,
+    solve_under_policy,
 )
 from fedprune_cli.allocate.problem import (
     TIGHT,
     Allocation,
     Problem,
     energy,
-    kept_fraction,
+    kept_on,
     latency,
-    least_deadline,
-    rate,
     required_bandwidth,
+    upload_s,
 )
+from fedprune_cli.allocate.variants import min_latency, min_max
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
@@ -47,7 +48,7 @@ class Allocator(Protocol):
 
 
 @dataclass(frozen=True)
-class _WithPolicy:
+class _AimsAtDeadline:
     """An allocator that aims at a deadline, and what it does when the deadline cannot be met."""
 
     name: str
@@ -55,32 +56,28 @@ class _WithPolicy:
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(
-            self.on_infeasible in ("stretch", "drop", "fail"),
-            "on_infeasible",
-            self.on_infeasible,
-            "'stretch', 'drop' or 'fail'",
-        )
+        as_policy(self.on_infeasible)
 
     @property
     def policy(self) -> Policy:
-        return self.on_infeasible  # type: ignore[return-value]  # checked above
+        """What happens to a round that cannot meet its deadline."""
+        return as_policy(self.on_infeasible)
 
 
 @dataclass(frozen=True)
-class Kkt(_WithPolicy):
+class Kkt(_AimsAtDeadline):
     """P1 exactly: the least weighted sum of ratios, with its certificate."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return allocate(problem, self.policy, solve_p1, least_feasible, exact=True)
+        return solve_under_policy(problem, self.policy, solve_p1, least_feasible, exact=True)
 
 
 @dataclass(frozen=True)
-class MinMax(_WithPolicy):
+class MinMax(_AimsAtDeadline):
     """The largest ratio as small as possible: fairness between devices."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return allocate(problem, self.policy, min_max, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, min_max, least_feasible, exact=False)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class MinLatency:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         at = replace(problem, deadline_s=min_latency(problem, self.mean_ratio))
-        return allocate(at, "stretch", solve_p1, least_feasible, exact=True)
+        return solve_under_policy(at, "stretch", solve_p1, least_feasible, exact=True)
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,8 @@ class DenseEqual:
 def _everyone(name: str, problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
     """Returns the allocation of all devices; raises InfeasibleError when it breaks a limit that this allocator does not look at."""
     if problem.limits is not None:
-        over = energy(problem, kept, bandwidth_hz) > problem.limits.energy_budget_j * (1 + TIGHT)
+        joules = energy(problem.limits, kept, upload_s(problem, kept, bandwidth_hz))
+        over = joules > problem.limits.energy_budget_j * (1 + TIGHT)
         if over.any() or bandwidth_hz.sum() > problem.bandwidth_hz * (1 + TIGHT):
             broken = (
                 f"the energy budget of devices {listed(problem.names[over])}" if over.any() else "the total bandwidth"
@@ -152,7 +150,8 @@ def _everyone(name: str, problem: Problem, kept: Array, bandwidth_hz: Array) -> 
                 f"allocator {name!r} does not choose ratios and breaks {broken}: choose an allocator that aims at a deadline, "
                 "such as kkt, or raise devices.energy_budget_j"
             )
-    return build_allocation(problem, kept, bandwidth_hz, np.ones(len(kept), dtype=bool), 0.0, None, "feasible", "")
+    everyone = Settled(problem, np.ones(len(kept), dtype=bool), "feasible", "")
+    return build_allocation(problem, everyone, kept, bandwidth_hz, 0.0, None)
 
 
 def equal_share(problem: Problem) -> Array:
@@ -172,61 +171,61 @@ def _least_equal(problem: Problem) -> float:
 
 
 @dataclass(frozen=True)
-class Equal(_WithPolicy):
+class Equal(_AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return allocate(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal, exact=False)
+        return solve_under_policy(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal, exact=False)
 
 
 @dataclass(frozen=True)
-class Uniform(_WithPolicy):
+class CommonRatio(_AimsAtDeadline):
     """Equal bandwidth and one ratio for all: the least with which the slowest device meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        feasible, admitted, status, message = settle(problem, self.policy, _least_equal)
-        if not admitted.any():
-            return build_allocation(problem, np.zeros(0), np.zeros(0), admitted, 0.0, None, status, message)
-        bandwidth_hz = equal_share(feasible)
-        kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
-        common = np.maximum(kept.min(), feasible.min_kept)  # a device with a cap of its own keeps what it must
-        return build_allocation(
-            replace(problem, deadline_s=feasible.deadline_s), common, bandwidth_hz, admitted, 0.0, None, status, message
-        )
+        settled = settle(problem, self.policy, _least_equal)
+        if not settled.admitted.any():
+            return nobody(problem, settled)
+        bandwidth_hz = equal_share(settled.feasible)
+        common = kept_on(settled.feasible, bandwidth_hz).min()
+        kept = np.maximum(common, settled.feasible.min_kept)  # a device with a cap of its own keeps what it must
+        return build_allocation(problem, settled, kept, bandwidth_hz, 0.0, None)
 
 
 @dataclass(frozen=True)
-class Alternating(_WithPolicy):
+class Alternating:
     """The literature's alternation from an equal split: fix b, solve rho; fix rho, solve b. A warning, not advice.
 
     With rho tight every b_k is forced to what it was, so only what dense devices do not need ever moves: it stalls where it starts.
     """
 
+    name: str
+    on_infeasible: str
     iterations: int
+    prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        as_policy(self.on_infeasible)
         require(1 <= self.iterations <= 10_000, "iterations", self.iterations, "in 1..10000")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return allocate(problem, self.policy, self._alternate, _least_equal, exact=False)
+        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, _least_equal, exact=False)
 
     def _alternate(self, problem: Problem) -> tuple[Array, float]:
         bandwidth_hz = equal_share(problem)
         for _ in range(self.iterations):
-            kept = np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), problem.min_kept, 1.0)
-            needed = np.minimum(required_bandwidth(problem, kept), bandwidth_hz)
+            needed = np.minimum(required_bandwidth(problem, kept_on(problem, bandwidth_hz)), bandwidth_hz)
             spare_hz = max(problem.bandwidth_hz - needed.sum(), 0.0) / len(needed)
             bandwidth_hz = np.minimum(needed + spare_hz, problem.most_hz)
         return bandwidth_hz, 0.0
 
 
 @dataclass(frozen=True)
-class Greedy(_WithPolicy):
+class Greedy(_AimsAtDeadline):
     """Best channel first: everybody gets its least, then the strongest devices get all they can use until the band is full."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return allocate(problem, self.policy, self._fill, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, self._fill, least_feasible, exact=False)
 
     def _fill(self, problem: Problem) -> tuple[Array, float]:
         floor = required_bandwidth(problem, problem.min_kept)
@@ -241,7 +240,7 @@ class Greedy(_WithPolicy):
 
 
 @dataclass(frozen=True)
-class Random(_WithPolicy):
+class RandomShares(_AimsAtDeadline):
     """Everybody gets its least and a random share of the rest, from stream (seed, "allocator", round)."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -250,7 +249,7 @@ class Random(_WithPolicy):
             share = stream(seed, "allocator", number).dirichlet(np.ones(len(floor)))
             return _within_budget(p, floor + share * max(p.bandwidth_hz - floor.sum(), 0.0)), 0.0
 
-        return allocate(problem, self.policy, shares, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, shares, least_feasible, exact=False)
 
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
@@ -262,10 +261,12 @@ def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Cvxpy(_WithPolicy):
+class Cvxpy(_AimsAtDeadline):
     """P1 by cvxpy and Clarabel: the independent reference, slower and less exact than `kkt`."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
-        return allocate(problem, self.policy, lambda p: (solve_p1_cvxpy(p)[1], 0.0), least_feasible, exact=False)
+        return solve_under_policy(
+            problem, self.policy, lambda p: (solve_p1_cvxpy(p)[1], 0.0), least_feasible, exact=False
+        )

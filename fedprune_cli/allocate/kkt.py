@@ -1,4 +1,4 @@
-"""P1 solved exactly by water-filling on the price of bandwidth, its certificate, and the problems built on it.
+"""P1 solved exactly by water-filling on the price of bandwidth, and its certificate.
 
 P1 (model.md, section 4): maximise sum w_k x_k subject to t_k <= T, sum b_k <= B, 1 - rho_max <= x_k <= 1.
 At the optimum x_k = min(1, phi_k(b_k)), and w_k phi_k'(b_k) = price wherever no bound holds. In L = ln(1 + s/b),
@@ -11,40 +11,33 @@ Where an energy budget binds too, x_k = min(1, phi_k, psi_k) with psi of phi's f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import (
+from fedprune_cli.allocate.inverse import (
     BLOCK,
     LN2,
     MAX_LOG_SNR,
-    TIGHT,
-    Allocation,
-    Certificate,
-    Problem,
-    Status,
     bandwidth_of,
-    dense_deadline,
-    kept_fraction,
-    latency,
-    least_deadline,
     log_ratio_slope,
     log_snr_for_rate,
-    rate,
     rate_slope,
-    required_bandwidth,
+)
+from fedprune_cli.allocate.problem import (
+    TIGHT,
+    Certificate,
+    Problem,
+    kept_fraction,
+    most_kept,
+    rate,
     required_rate,
     resources,
 )
-from fedprune_cli.errors import CertificateError, InfeasibleError
 from fedprune_cli.store.state import Array
 
 TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
 SAMPLE = 4_096  # devices that guess the price for a much larger number
-Policy = Literal["stretch", "drop", "fail"]
 
 
 @dataclass(frozen=True)
@@ -280,7 +273,7 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     else:
         # at no price everybody takes what there is to gain
         stationarity = float(
-            np.max((_most(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
+            np.max((most_kept(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
         )
     # the dual function is a difference of sums as large as these: its gap is relative to them
     scale = total_weight + price_per_hz * problem.bandwidth_hz
@@ -303,15 +296,9 @@ def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def _most(problem: Problem) -> Array:
-    """The most each device could keep with the whole band to itself [K]."""
-    everything = np.where(problem.payload_bits > 0, problem.most_hz, 0.0)
-    return np.minimum(1.0, kept_fraction(problem, rate(everything, problem.snr_hz)))
-
-
 def _best_response(problem: Problem, curves: _Curves, price_per_hz: float) -> tuple[Array, float]:
     """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
-    best, least_hz = _most(problem), problem.least_hz.copy()
+    best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):
         return best, 0.0
     L = curves.log_snr_at(float(np.log(price_per_hz)), np.sqrt(curves.wide * curves.narrow))
@@ -319,229 +306,3 @@ def _best_response(problem: Problem, curves: _Curves, price_per_hz: float) -> tu
     b = least_hz + curves.per_device(curves.bandwidth(L), len(best))
     best[curves.index] = np.minimum(1.0, kept_fraction(problem, rate(b, problem.snr_hz)))[curves.index]
     return best, float(b.sum())
-
-
-# --- infeasible rounds ----------------------------------------------------------------------------------------------
-
-Solve = Callable[[Problem], tuple[Array, float]]  # bandwidth [K] and price of a feasible problem
-Least = Callable[[Problem], float]  # the smallest deadline at which Solve can work
-
-
-def least_feasible(problem: Problem) -> float:
-    """Returns the smallest deadline at which every device can keep its least."""
-    return least_deadline(problem, problem.min_kept)[0]
-
-
-def has_room(problem: Problem) -> bool:
-    """Whether the devices' least bandwidths fit with room to spare: cheaper to know than the smallest feasible deadline."""
-    return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
-
-
-def settle(problem: Problem, policy: Policy, least: Least) -> tuple[Problem, Array, Status, str]:
-    """Returns a feasible problem, the admitted devices (bool [K]), the status and a message, by the policy for infeasible rounds.
-
-    `drop` admits devices in the order of least bandwidth per weight as long as they fit; the message bounds what a better set could
-    add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one, and drops only those whom no
-    deadline helps. `fail` raises InfeasibleError.
-    """
-    everyone = np.ones(len(problem.weight), dtype=bool)
-    if least is least_feasible and has_room(problem):
-        return problem, everyone, "feasible", ""
-    feasible_s = least(problem)
-    if feasible_s <= problem.deadline_s * (1 + TIGHT) and feasible_s < np.inf:
-        return problem, everyone, "feasible", ""
-    missing = _missing(problem, feasible_s)
-    if policy == "fail":
-        knobs = "the deadline, pruner.max_ratio or channel.bandwidth_mhz"
-        if problem.limits is not None:
-            knobs += ", devices.max_bandwidth_mhz or devices.energy_budget_j"
-        raise InfeasibleError(f"{missing}: raise {knobs}, or choose allocator.on_infeasible=stretch or drop")
-    if policy == "stretch" and feasible_s < np.inf:
-        stretched = replace(problem, deadline_s=feasible_s)
-        return stretched, everyone, "stretched", f"{missing}: stretched to {feasible_s:.6g} s"
-    if policy == "stretch":
-        admitted, bound = _largest_set(replace(problem, deadline_s=np.inf), least)
-    else:
-        admitted, bound = _largest_set(problem, least)
-    message = f"{missing}: {_dropped(problem, admitted, bound)}"
-    rest = problem.take(np.flatnonzero(admitted)) if admitted.any() else problem
-    if policy == "stretch" and admitted.any() and (rest_s := least(rest)) > problem.deadline_s * (1 + TIGHT):
-        return replace(rest, deadline_s=rest_s), admitted, "stretched", f"{message}; stretched to {rest_s:.6g} s"
-    return rest, admitted, "dropped", message
-
-
-def _missing(problem: Problem, feasible_s: float) -> str:
-    """Says what an infeasible round lacks."""
-    floor_hz = required_bandwidth(problem, problem.min_kept)
-    hopeless = np.flatnonzero(~np.isfinite(floor_hz))
-    missing_hz = floor_hz.sum() - problem.bandwidth_hz
-    text = f"for devices that may drop {problem.max_ratio.max():.3g} of the shared part "
-    if feasible_s < np.inf:
-        text += f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
-    else:
-        text += "no deadline is late enough"
-    if not hopeless.size:
-        return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
-    return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.names[hopeless])}"
-
-
-def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
-    """Returns the longest prefix that fits (bool [K]), cheapest least bandwidth per weight first, and the weight that no set can add."""
-    floor_hz = required_bandwidth(problem, problem.min_kept)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cost = floor_hz / problem.weight
-    order = np.argsort(np.where(np.isnan(cost), 0.0, cost), kind="stable")
-    fits, too_many = 0, len(order)  # by bisection: one more device never makes room
-    while too_many - fits > 1:
-        count = (fits + too_many) // 2
-        least_s = least(problem.take(order[:count]))
-        if least_s < np.inf and least_s <= problem.deadline_s * (1 + TIGHT):
-            fits = count
-        else:
-            too_many = count
-    admitted = np.zeros(len(order), dtype=bool)
-    admitted[order[:fits]] = True
-    next_one = order[fits]
-    if not 0 < floor_hz[next_one] < np.inf:
-        return admitted, 0.0
-    room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
-    return admitted, float(problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0))
-
-
-def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
-    return (
-        f"dropped devices {listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
-        f"no other choice admits more than {bound:.3g} more"
-    )
-
-
-def listed(devices: Array) -> str:
-    """Returns the first ten devices, and how many more there are, for a message."""
-    return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
-
-
-def allocate(problem: Problem, policy: Policy, solve: Solve, least: Least, *, exact: bool) -> Allocation:
-    """Returns the allocation that `solve` finds, under the policy; an `exact` one carries its certificate.
-
-    Every device keeps all that its bandwidth allows. Raises CertificateError when an exact solution is not what it claims.
-    """
-    feasible, admitted, status, message = settle(problem, policy, least)
-    if not admitted.any():
-        return build_allocation(problem, np.zeros(0), np.zeros(0), admitted, 0.0, None, status, message)
-    bandwidth_hz, price = solve(feasible)
-    kept = np.clip(kept_fraction(feasible, rate(bandwidth_hz, feasible.snr_hz)), feasible.min_kept, 1.0)
-    certificate = certify(feasible, kept, bandwidth_hz, price) if exact else None
-    if certificate and not max(certificate.residual, abs(certificate.gap)) <= TOLERANCE:
-        raise CertificateError(
-            f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
-        )
-    if exact and status == "feasible":
-        status = "optimal"
-    return build_allocation(
-        replace(problem, deadline_s=feasible.deadline_s),
-        kept,
-        bandwidth_hz,
-        admitted,
-        price,
-        certificate,
-        status,
-        message,
-    )
-
-
-def build_allocation(
-    problem: Problem, kept: Array, bandwidth_hz: Array, admitted: Array, price: float,
-    certificate: Certificate | None, status: Status, message: str,
-) -> Allocation:  # fmt: skip
-    """Returns the allocation of all K devices from the figures of the admitted ones."""
-    x, b = np.zeros(len(admitted)), np.zeros(len(admitted))
-    x[admitted], b[admitted] = kept, bandwidth_hz
-    binds = np.full(len(admitted), "deadline", dtype=object)
-    binds[problem.payload_bits == 0] = "compute"
-    if len(of := resources(problem)) > 1:
-        r = rate(b, problem.snr_hz)
-        binds[of[1].kept(r) < of[0].kept(r)] = "energy"
-    binds[x <= problem.min_kept + TIGHT] = "max_ratio"
-    binds[x >= 1 - TIGHT] = "dense"
-    binds[~admitted] = "dropped"
-    return Allocation(
-        prune_ratio=np.where(admitted, 1.0 - x, 1.0),
-        bandwidth_hz=b,
-        rate_bps=rate(b, problem.snr_hz),
-        latency_s=np.where(admitted, latency(problem, x, b), 0.0),
-        deadline_s=float(problem.deadline_s),
-        admitted=admitted,
-        binds=tuple(binds),
-        price_per_hz=price,
-        objective=float(problem.weight @ x),
-        certificate=certificate,
-        status=status,
-        message=message,
-    )
-
-
-# --- the other problems of model.md, section 4 ----------------------------------------------------------------------
-
-
-def min_max(problem: Problem) -> tuple[Array, float]:
-    """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
-    most = _most(problem) * (1 - TIGHT)  # of a limit its own root is the last digit too much
-
-    def needs(common: float) -> Array:
-        return required_bandwidth(
-            problem, np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
-        )
-
-    low, high = 0.0, 1.0
-    if needs(1.0).sum() > problem.bandwidth_hz:
-        while high - low > 1e-15:
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if needs(middle).sum() <= problem.bandwidth_hz else (low, middle)
-            if middle in (low, high) and high - low <= np.spacing(high):
-                break
-    else:
-        low = 1.0
-    bandwidth_hz = needs(low)
-    share = min(problem.bandwidth_hz / max(bandwidth_hz.sum(), 1e-300), 1 / TIGHT)
-    return np.minimum(bandwidth_hz * share, problem.most_hz), 0.0
-
-
-def min_latency(problem: Problem, budget: float) -> float:
-    """Returns P2's deadline: the smallest T at which the weighted mean ratio of P1 is at most `budget`.
-
-    Raises InfeasibleError when energy budgets keep the mean ratio above it at any deadline.
-    """
-    total = problem.weight.sum()
-    low, high = least_feasible(problem), dense_deadline(problem)[0]
-
-    def mean_ratio(deadline_s: float) -> float:
-        at = replace(problem, deadline_s=deadline_s)
-        b, _ = solve_p1(at)
-        kept = np.clip(kept_fraction(at, rate(b, at.snr_hz)), at.min_kept, 1.0)
-        return float(at.weight @ (1 - kept)) / total if total else 0.0
-
-    if mean_ratio(low) <= budget:
-        return low
-    if len(resources(problem)) > 1:
-        high = max(low, high) * 2**20  # only the energy budgets bind that late
-        if mean_ratio(high) > budget:
-            raise InfeasibleError(
-                f"no deadline brings the weighted mean ratio to {budget:g}: the energy budgets alone cost {mean_ratio(high):.4g}; "
-                "raise devices.energy_budget_j or allocator.mean_ratio"
-            )
-    while high - low > 1e-12 * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if mean_ratio(middle) <= budget else (middle, high)
-    return high
-
-
-def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
-    """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible."""
-    dense_s = dense_deadline(problem)[0]
-    deadlines = np.array([fraction * dense_s for fraction in fractions])
-    ratios = np.full(len(deadlines), np.nan)
-    for i, deadline_s in enumerate(deadlines):
-        at = replace(problem, deadline_s=float(deadline_s))
-        if least_feasible(at) <= deadline_s * (1 + TIGHT):
-            ratios[i] = 1 - allocate(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
-    return deadlines, ratios

@@ -22,7 +22,7 @@ class Weights(Memory, Protocol):
 
 
 @dataclass(frozen=True)
-class Samples(Forgetful):
+class BySamples(Forgetful):
     """w_k = D_k / sum(D)."""
 
     name: str
@@ -32,7 +32,7 @@ class Samples(Forgetful):
 
 
 @dataclass(frozen=True)
-class Equal(Forgetful):
+class EqualWeights(Forgetful):
     """w_k = 1 / K."""
 
     name: str
@@ -42,7 +42,7 @@ class Equal(Forgetful):
 
 
 @dataclass(frozen=True)
-class PruningError:
+class ByPruningError:
     """w_k in proportion to D_k ||u - u m_k||^2 / rho_k (model.md, section 6), measured when the device was last pruned.
 
     A device that never was counts with the mean of the others, and all count by D_k before the first measurement.
@@ -66,4 +66,4 @@ class PruningError:
         return {"error_per_ratio": cost}
 
 
-WEIGHTS: dict[str, type[Weights]] = {"samples": Samples, "uniform": Equal, "pruning_error": PruningError}
+WEIGHTS: dict[str, type[Weights]] = {"samples": BySamples, "uniform": EqualWeights, "pruning_error": ByPruningError}

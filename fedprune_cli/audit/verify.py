@@ -288,7 +288,7 @@ def meter_again(setup: Setup, record: RoundRecord, roster: Roster, training: int
         for device, still in zip(devices.tolist(), stopped, strict=True)
     ]
     costs = [setup.blueprint.cost] * len(devices)
-    load = build_load(setup.scenario.fleet, devices, schedules, costs, experiment.training.batch_size)
+    load = build_load(setup.scenario.fleet, devices, schedules, costs)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     again = measure(
         load,

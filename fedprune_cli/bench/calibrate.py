@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.kept import Entries, Kept, Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.report import figures
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.store import folder
@@ -97,7 +98,7 @@ def calibrate(experiment: Experiment, ratios: Sequence[float], turns: int, cpu_h
         )
     torch.set_num_threads(1)
     learner = build_learner(experiment, setup.scenario)
-    state, batch = setup.initial, experiment.training.batch_size
+    state = setup.initial
     masks = build_masks(experiment.pruner, state, np.array(ratios), experiment.seed, blueprint.layout)
     slices = [_task(setup, masks.kept_by(at)) for at in range(len(ratios))]
     masked = [
@@ -109,6 +110,7 @@ def calibrate(experiment: Experiment, ratios: Sequence[float], turns: int, cpu_h
         blueprint.cost.sliced(blueprint.layout.kept_params(masks.kept_units(at))) if masks.units else blueprint.cost
         for at in range(len(ratios))
     ]
+    batch = slices[0].schedule[0].batch
     flops = [batch * sum(cost.flops["both"]) for cost in costs]
     measured = [statistics.median(column) for column in columns]
     # every ratio counts the same: the median of its seconds a FLOP
@@ -138,10 +140,10 @@ def _line(flops: Array, seconds: Array) -> tuple[float, float]:
 
 def _task(setup: Setup, kept: Kept) -> Task:
     """Returns steps on both parts for the device with the most samples."""
-    device = int(np.argmax(setup.scenario.partition.train.sizes))
-    return Task(
-        "calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, (Phase("both", STEPS),)
-    )
+    sizes = setup.scenario.partition.train.sizes
+    device, batch_size = int(np.argmax(sizes)), setup.experiment.training.batch_size
+    schedule = by_steps((Phase("both", STEPS),), int(sizes[device]), batch_size)
+    return Task("calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, schedule)
 
 
 def _step_s(learner: Learner, task: Task) -> float:
@@ -159,7 +161,8 @@ def _saved_bytes(learner: Learner, task: Task) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        train(learner, Task(task.stage, 0, task.device, task.shared, task.personal, task.kept, (Phase("both", 1),)))
+        one = replace(task.schedule[0], samples=task.schedule[0].batch)
+        train(learner, replace(task, schedule=(one,)))
     return sum(saved.values())
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
 from fedprune_cli.errors import require
 from fedprune_cli.execute import Execution
@@ -31,51 +31,6 @@ from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PartitionConfig
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """The round's latency threshold T: a fraction of its latency-optimal dense time, seconds, or a share of a total budget.
-
-    last_fraction: where the fraction ends, in a straight line over the rounds; None keeps it.
-    seconds takes the place of the fraction, and total_seconds, the simulated time for the whole run, of both.
-    """
-
-    fraction: float | None
-    last_fraction: float | None
-    seconds: float | None
-    total_seconds: float | None
-
-    def __post_init__(self) -> None:
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-        require(
-            bool({*given} - {"last_fraction"}),
-            "fraction",
-            self.fraction,
-            "a number when seconds and total_seconds are null",
-        )
-        require(
-            self.last_fraction is None or self.fraction is not None,
-            "last_fraction",
-            self.last_fraction,
-            "null without a fraction",
-        )
-        for name in given:
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "> 0")
-
-    def at(self, number: int, rounds: int, elapsed_s: float, dense_s: float) -> float:
-        """Returns T of round `number` (from 0) of `rounds`, `elapsed_s` into the run, whose dense optimum takes `dense_s`.
-
-        A total budget gives each round an equal share of what is left; once it is spent T is 0 and the policy for
-        infeasible rounds decides.
-        """
-        if self.total_seconds is not None:
-            return max(self.total_seconds - elapsed_s, 0.0) / (rounds - number)
-        if self.seconds is not None:
-            return self.seconds
-        assert self.fraction is not None
-        last = self.fraction if self.last_fraction is None else self.last_fraction
-        return dense_s * (self.fraction + (last - self.fraction) * number / max(rounds - 1, 1))
 
 
 @dataclass(frozen=True)
@@ -160,6 +115,8 @@ class Experiment:
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if fields["channel"].get("gaps") == "refuse":
+            del fields["channel"]["gaps"]
         if self.branch is None:
             del fields["branch"]
         if not self.faulty:  # then they decide nothing

@@ -26,7 +26,8 @@ from fedprune_cli.learn.client import (
     send,
 )
 from fedprune_cli.learn.parts import Parts
-from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.store.state import Array
 
 MAX_PARAMS = 200_000  # of larger models the arithmetic outweighs what batching saves
 STEPS = 32  # gathered at a time, to bound memory
@@ -120,16 +121,12 @@ def _run_phase(
     steps = np.array([phase.steps for phase in phases])
     if not steps.any() or not any(rates):
         return
-    positions = [
-        learner.train[task.device][batch_positions(learner.seed, task, index, len(learner.train[task.device]), count * config.batch_size)]
-        for task, count in zip(members, steps.tolist(), strict=True)
-    ]  # fmt: skip
-    active = torch.from_numpy(steps[:, None] > np.arange(steps.max())).float()
+    tables = [_positions(learner, task, index) for task in members]
     total = torch.zeros(len(members))
     for start in range(0, int(steps.max()), STEPS):
-        x, y = _gather(learner, positions, start, min(STEPS, int(steps.max()) - start))
+        x, y, sizes = _gather(learner, tables, start, min(STEPS, int(steps.max()) - start))
         for step in range(x.shape[1]):
-            total += _step(layers, rates, x[:, step], y[:, step], active[:, start + step], config.weight_decay)
+            total += _step(layers, rates, x[:, step], y[:, step], sizes[:, step], config.weight_decay)
             if keep is not None:
                 shared *= keep
     for row, (task, phase) in enumerate(zip(members, phases, strict=True)):
@@ -139,39 +136,70 @@ def _run_phase(
             )
 
 
-def _rate(layer: _Layer, phase: Phase, config: Training) -> float:
+@dataclass(frozen=True)
+class _Positions:
+    """A member's samples, step by step: positions in the pool, int64 [steps, batch], of which the first sizes [steps] count."""
+
+    table: Array
+    sizes: Array
+
+
+def _positions(learner: Learner, task: Task, index: int) -> _Positions:
+    phase, own = task.schedule[index], learner.train[task.device]
+    sizes = np.array(phase.sizes, dtype=np.int64)
+    table = np.zeros((len(sizes), learner.training.batch_size), dtype=np.int64)
+    chosen = batch_positions(learner.seed, task, index, len(own), phase.samples)
+    table[np.arange(table.shape[1]) < sizes[:, None]] = own[chosen]
+    return _Positions(table, sizes)
+
+
+def _rate(layer: _Layer, phase: LocalPhase, config: Training) -> float:
     """Returns the step size of a layer in a phase, 0 where it is frozen."""
     frozen = phase.kind == ("shared" if layer.is_personal else "personal")
     return 0.0 if frozen else config.personal_lr if layer.is_personal else config.lr
 
 
-def _gather(learner: Learner, positions: Sequence[np.ndarray], start: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Returns inputs [members, steps, batch, features] and labels [members, steps, batch]; who has fewer steps gets any sample."""
+def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns inputs [members, steps, batch, features], labels [members, steps, batch] and how many of each batch count.
+
+    The shape is always the same: a batch that is not full, or that a member no longer has, is filled up with any sample.
+    """
     batch = learner.training.batch_size
-    chosen = np.zeros((len(positions), steps * batch), dtype=np.int64)
-    for row, own in zip(chosen, positions, strict=True):
-        part = own[start * batch : (start + steps) * batch]
-        row[: len(part)] = part
+    chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
+    sizes = np.zeros((len(members), steps), dtype=np.float32)
+    for at, own in enumerate(members):
+        part = own.table[start : start + steps]
+        chosen[at, : len(part)] = part
+        sizes[at, : len(part)] = own.sizes[start : start + steps]
     x, y = samples(learner, chosen.ravel())
-    return x.flatten(1).view(len(positions), steps, batch, -1), y.view(len(positions), steps, batch)
+    return (
+        x.flatten(1).view(len(members), steps, batch, -1),
+        y.view(len(members), steps, batch),
+        torch.from_numpy(sizes),
+    )
 
 
 def _step(
-    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, active: Tensor, weight_decay: float
+    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, sizes: Tensor, weight_decay: float
 ) -> Tensor:
-    """Takes one SGD step of every active member in place; returns its losses before it [members], 0 where inactive."""
+    """Takes one SGD step of every member in place, on the first sizes [members] of its batch; returns its losses before it.
+
+    A member of which nothing counts does not move, and has no loss.
+    """
     inputs: list[Tensor] = []
     for layer in layers:
         if inputs:
             x = torch.relu_(x)
         inputs.append(x)
         x = _linear(x, layer)
+    active, counts = (sizes > 0).float(), (torch.arange(y.shape[1]) < sizes[:, None]).float()
+    of_each = sizes.clamp(min=1.0)
     logits = torch.log_softmax(x, 2)
     target = y.unsqueeze(2)
-    loss = -logits.gather(2, target).mean((1, 2)) * active
-    # the gradient of the mean cross-entropy: softmax minus one-hot, over the batch; nothing for those that are done
+    loss = -((logits.gather(2, target) * counts[:, :, None]).sum((1, 2)) / of_each) * active
+    # the gradient of the mean cross-entropy: softmax minus one-hot, over what counts of the batch
     error = logits.exp_().scatter_add_(2, target, torch.full_like(target, -1, dtype=x.dtype))
-    error *= (active / y.shape[1])[:, None, None]
+    error *= (counts * (active / of_each)[:, None])[:, :, None]
     lowest = next(at for at, rate in enumerate(rates) if rate)
     for at in range(len(layers) - 1, lowest - 1, -1):
         layer, rate = layers[at], rates[at]

@@ -19,6 +19,7 @@ from fedprune_cli.errors import DeviceError, require
 from fedprune_cli.learn.kept import Kept
 from fedprune_cli.learn.parts import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase, by_epochs, by_steps
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array, Ragged
@@ -30,7 +31,7 @@ EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's iden
 
 @dataclass(frozen=True)
 class Training:
-    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size).
+    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by passes over a device's data.
 
     block: devices whose small models are trained side by side (`batched`); 1: one by one. device: where, `cpu` or `cuda`;
     precision: of the forward and backward pass, `float32` or `bfloat16` under autocast; parameters stay float32.
@@ -61,11 +62,14 @@ class Training:
         require(self.device in allowed, "device", self.device, here)
         require(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
 
-    def schedule(self, phases: tuple[Phase, ...], num_samples: int) -> tuple[Phase, ...]:
-        """Returns the phases with the steps (tau of model.md) that a device with `num_samples` training samples takes."""
+    def schedule(self, phases: Sequence[Phase], num_samples: int) -> tuple[LocalPhase, ...]:
+        """Returns the local schedule (tau and b_s of model.md) of a device with `num_samples` training samples D_k.
+
+        With epochs every sample is used once per pass and the last batch is what is left. No batch is larger than D_k.
+        """
         if self.epochs is None:
-            return phases
-        return tuple(Phase(phase.kind, math.ceil(self.epochs * num_samples / self.batch_size)) for phase in phases)
+            return by_steps(phases, num_samples, self.batch_size)
+        return by_epochs(phases, self.epochs, num_samples, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Task:
     shared: Array
     personal: Array
     kept: Kept
-    schedule: tuple[Phase, ...]
+    schedule: tuple[LocalPhase, ...]
     bits: int = BITS_PER_PARAM
     may_diverge: bool = False
 
@@ -185,7 +189,12 @@ def evaluate(learner: Learner, task: Task) -> Score:
 
 
 def _run_phase(
-    learner: Learner, task: Task, index: int, phase: Phase, keep: tuple[Tensor, ...] | None, previous_loss: float | None
+    learner: Learner,
+    task: Task,
+    index: int,
+    phase: LocalPhase,
+    keep: tuple[Tensor, ...] | None,
+    previous_loss: float | None,
 ) -> float | None:
     """Takes the phase's SGD steps in place; returns their mean loss, or the previous one when there was nothing to do."""
     config, parts = learner.training, learner.parts
@@ -195,10 +204,10 @@ def _run_phase(
     if phase.steps == 0 or not (shared or personal):
         return previous_loss
     set_trained(parts, shared + personal)
-    x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.steps * config.batch_size)])
+    x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.samples)])
     velocity: Tensors = ()
     total_loss = torch.zeros((), device=x.device)
-    for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
+    for xb, yb in zip(torch.split(x, phase.sizes), torch.split(y, phase.sizes), strict=True):
         with _precision(config):  # entered anew each step: it keeps cast weights until it is left
             loss = cross_entropy(parts.model(xb), yb)
         grads: Tensors = torch.autograd.grad(loss, shared + personal)
@@ -220,24 +229,26 @@ def _run_phase(
     return require_finite(float(total_loss) / phase.steps, task, phase, config, x.shape[1:])
 
 
-def require_finite(mean_loss: float, task: Task, phase: Phase, config: Training, shape: Sequence[int]) -> float | None:
+def require_finite(
+    mean_loss: float, task: Task, phase: LocalPhase, config: Training, shape: Sequence[int]
+) -> float | None:
     """Returns the loss; when it is not finite None where it may be so, else raises DeviceError saying where it came from."""
     if not math.isfinite(mean_loss):
         if task.may_diverge:
             return None
         raise DeviceError(
             f"round {task.round + 1}, device {task.device}, {task.stage}, {phase.kind} steps: the training loss is {mean_loss} "
-            f"(batches {list(shape)} of {config.batch_size}); lower training.lr={config.lr} or "
+            f"(batches {list(shape)} of {phase.batch}); lower training.lr={config.lr} or "
             f"training.personal_lr={config.personal_lr}"
         )
     return mean_loss
 
 
 def batch_positions(seed: int, task: Task, phase: int, num_samples: int, count: int) -> Array:
-    """Returns `count` positions: epoch after epoch, each a new permutation; a batch may straddle two epochs."""
+    """Returns `count` positions: pass after pass over the device's samples, each a new permutation."""
     rng = stream(seed, "batch", task.round, task.device, phase)
-    epochs = math.ceil(count / num_samples)
-    return np.concatenate([rng.permutation(num_samples) for _ in range(epochs)])[:count]
+    passes = math.ceil(count / num_samples)
+    return np.concatenate([rng.permutation(num_samples) for _ in range(passes)])[:count]
 
 
 def samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:

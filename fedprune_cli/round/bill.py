@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import Masks
+from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.meter import Load, Measurement, build_load, downlink_s, measure
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
@@ -88,8 +88,7 @@ def _broadcast_bits(setup: Setup, masks: Masks, devices: Array) -> float:
     return float(BITS_PER_PARAM * setup.blueprint.cost.shared_params + 8 * sum(map(len, codes)))
 
 
-def _load(setup: Setup, masks: Masks, devices: Array, schedules: Sequence[Sequence[Phase]]) -> tuple[Load, Array]:
+def _load(setup: Setup, masks: Masks, devices: Array, schedules: Sequence[Sequence[LocalPhase]]) -> tuple[Load, Array]:
     """Returns what the devices compute, and which share of its shared part's work counts [K]."""
     costs, share = masks.costs(setup.blueprint.layout, setup.blueprint.cost, devices)
-    fleet, batch = setup.scenario.fleet, setup.experiment.training.batch_size
-    return build_load(fleet, devices, schedules, costs, batch), share
+    return build_load(setup.scenario.fleet, devices, schedules, costs), share

@@ -9,6 +9,7 @@ from fedprune_cli.learn.client import Score, Task, evaluate
 from fedprune_cli.learn.kept import Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import Masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.store.state import State
@@ -29,9 +30,19 @@ def evaluate_round(setup: Setup, new: State, masks: Masks, workers: Executor) ->
         for device in tested_devices(setup)
     ]
     steps = (Phase("personal", evaluation.fresh_steps),)
+    batch_size, sizes = setup.experiment.training.batch_size, scenario.partition.train.sizes.tolist()
     start, diverging = setup.initial.personal.initial, setup.experiment.faulty
     fresh = [
-        Task("fresh-device test", new.round, device, new.shared, start, Whole(), steps, may_diverge=diverging)
+        Task(
+            "fresh-device test",
+            new.round,
+            device,
+            new.shared,
+            start,
+            Whole(),
+            by_steps(steps, sizes[device], batch_size),
+            may_diverge=diverging,
+        )
         for device in range(scenario.num_devices, len(scenario.partition.train))
     ]
     return {score.device: score for score in workers.map(evaluate, own + fresh)}

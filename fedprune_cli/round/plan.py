@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, rate
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Problem, rate
+from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.meter import build_load, build_problem, compress, downlink_s
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Blueprint, Setup
@@ -71,7 +73,7 @@ def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
         cpu_hz, gain = faults.estimate(setup.experiment.seed, roster.number, truth.fleet.cpu_hz, roster.gain_linear)
         believed = replace(truth, fleet=replace(truth.fleet, cpu_hz=cpu_hz), gain_linear=gain[truth.ids])
     problems = round_problems(blueprint, believed, roster.number, slots)
-    bits, allocation = choose(blueprint, problems, roster.number, slots)
+    bits, allocation = choose(setup.experiment, problems, roster.number, slots)
     reference = problems.reference
     if faults.misjudges:
         reference = round_problems(blueprint, truth, roster.number, slots).reference
@@ -92,8 +94,8 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
     """
     experiment, size, ids = blueprint.experiment, blueprint.cost.shared_params, beliefs.ids
-    schedules = [blueprint.schedule(samples) for samples in beliefs.samples.tolist()]
-    load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids), experiment.training.batch_size)
+    schedules = [blueprint.schedule(int(samples)) for samples in beliefs.samples.tolist()]
+    load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids))
     flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
     masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
     gain = beliefs.gain_linear
@@ -109,12 +111,11 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     )
 
 
-def choose(blueprint: Blueprint, problems: RoundProblems, number: int, slots: Slots) -> tuple[int, Allocation]:
+def choose(experiment: Experiment, problems: RoundProblems, number: int, slots: Slots) -> tuple[int, Allocation]:
     """Returns the bits of a value and the allocation that goes with them: of several, the one that learns most in the time.
 
     That is sum w_k x_k / (1 + omega_q / K), as `Payload` says. An allocation that had to stretch its deadline loses to one that did not.
     """
-    experiment = blueprint.experiment
     options = {
         bits: experiment.allocator.solve(problem, experiment.seed, number) for bits, problem in problems.by_bits.items()
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import dense_deadline, latency
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import latency
 from fedprune_cli.learn.client import Score, Update
 from fedprune_cli.meter import Measurement, accuracies
 from fedprune_cli.round.bill import Bill

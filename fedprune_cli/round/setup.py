@@ -11,8 +11,9 @@ from fedprune_cli.learn.client import Learner
 from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.models import Shape, build_model
 from fedprune_cli.learn.parts import Parts, split_model, to_device
-from fedprune_cli.learn.personalize import Phase, personal_only
+from fedprune_cli.learn.personalize import personal_only
 from fedprune_cli.learn.prune import least_kept
+from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout, find_channels, no_channels
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
@@ -39,11 +40,11 @@ class Blueprint:
         counted = self.experiment.meter.mask_overhead and self.experiment.allocator.prunes
         return counted and not self.experiment.pruner.derivable
 
-    def schedule(self, num_samples: int) -> tuple[Phase, ...]:
+    def schedule(self, num_samples: int) -> tuple[LocalPhase, ...]:
         """Returns the local phases and steps, per round, of a device with `num_samples` training samples."""
         return self.experiment.training.schedule(self.experiment.method.phases(), num_samples)
 
-    def personal_schedule(self, num_samples: int) -> tuple[Phase, ...]:
+    def personal_schedule(self, num_samples: int) -> tuple[LocalPhase, ...]:
         """Returns those of a frozen device, which trains its personalized part alone."""
         return self.experiment.training.schedule(personal_only(self.experiment.method.phases()), num_samples)
 
@@ -62,11 +63,11 @@ class Setup:
         """The experiment."""
         return self.blueprint.experiment
 
-    def schedule(self, device: int) -> tuple[Phase, ...]:
+    def schedule(self, device: int) -> tuple[LocalPhase, ...]:
         """Returns a device's phases and steps per round."""
         return self.blueprint.schedule(len(self.scenario.partition.train[device]))
 
-    def personal_schedule(self, device: int) -> tuple[Phase, ...]:
+    def personal_schedule(self, device: int) -> tuple[LocalPhase, ...]:
         """Returns a device's phases and steps per round once it is frozen."""
         return self.blueprint.personal_schedule(len(self.scenario.partition.train[device]))
 

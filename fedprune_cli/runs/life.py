@@ -14,7 +14,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import branch_config
 from fedprune_cli.config.experiment import Branch, Experiment
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
-from fedprune_cli.execute import executor
+from fedprune_cli.execute import executor, ready
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs.manifest import build_manifest, summarise
@@ -38,7 +38,7 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[RoundRec
         with following(experiment.tracking, run_dir) as log:
             if saved.state.round < experiment.rounds:
                 build = functools.partial(build_learner, experiment, setup.scenario)
-                with executor(experiment.execution, build) as workers:
+                with executor(experiment.execution, build, [__name__]) as workers:
                     while saved.state.round < experiment.rounds:
                         started = time.perf_counter()
                         state, record = round_step(setup, saved.state, workers)
@@ -56,7 +56,13 @@ def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     check(setup.experiment.tracking)
     if setup.experiment.branch:
         raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
+    _have_what_it_needs(setup)
     folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
+
+
+def _have_what_it_needs(setup: Setup) -> None:
+    """Raises what the rounds would raise for want of processes or temporary space, while nothing is written yet."""
+    ready(setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario))
 
 
 def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
@@ -72,6 +78,7 @@ def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
     config = DictConfig(OmegaConf.create(read_yaml(run_dir / folder.CONFIG, CheckpointError)))
     config = branch_config(config, overrides, Branch(f"{old.config_hash}-s{old.seed}", state.round))
     new = prepare(build_experiment(config))
+    _have_what_it_needs(new)
     folder.create(new.experiment.run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(new), state, run_dir)
     return new
 

@@ -11,8 +11,18 @@ from problems import draw, literature
 
 from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.baselines import Kkt
-from fedprune_cli.allocate.kkt import certify, least_feasible, solve_p1
-from fedprune_cli.allocate.problem import Allocation, Problem, dense_deadline, energy, kept_fraction, latency, rate
+from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.kkt import certify, solve_p1
+from fedprune_cli.allocate.problem import (
+    Allocation,
+    Problem,
+    energy,
+    kept_fraction,
+    kept_on,
+    latency,
+    rate,
+    upload_s,
+)
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import InfeasibleError
@@ -52,7 +62,8 @@ def test_every_allocation_is_feasible(name: str) -> None:
         assert (allocation.bandwidth_hz[admitted] >= problem.least_hz[admitted] * (1 - 1e-9)).all()
         assert (allocation.bandwidth_hz <= problem.most_hz * (1 + 1e-9)).all()
         if problem.limits is not None:
-            joules = energy(problem, 1 - allocation.prune_ratio, allocation.bandwidth_hz)
+            kept = 1 - allocation.prune_ratio
+            joules = energy(problem.limits, kept, upload_s(problem, kept, allocation.bandwidth_hz))
             assert (joules <= problem.limits.energy_budget_j * (1 + 1e-9))[admitted].all()
         if name not in ("fixed", "dense", "dense_equal"):
             assert (allocation.prune_ratio <= problem.max_ratio + 1e-9)[admitted].all()
@@ -184,7 +195,7 @@ def test_the_certificate_holds_and_would_notice() -> None:
         moved = b.copy()
         moved[giver] *= 0.99
         moved[np.arange(len(b)) != giver] += 0.01 * b[giver] / (len(b) - 1)
-        kept = np.clip(kept_fraction(feasible, rate(moved, feasible.snr_hz)), feasible.min_kept, 1.0)
+        kept = kept_on(feasible, moved)
         worse = certify(feasible, kept, moved, price)
         if worse.primal > 1e-9:  # it took from a device what that needs
             continue

@@ -10,21 +10,23 @@ from problems import draw, literature, with_limits
 from scipy.special import lambertw
 
 from fedprune_cli.allocate.baselines import Dense
-from fedprune_cli.allocate.kkt import allocate, certify, frontier, least_feasible, min_latency, solve_p1
+from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
+from fedprune_cli.allocate.kkt import certify, solve_p1
+from fedprune_cli.allocate.policy import solve_under_policy
 from fedprune_cli.allocate.problem import (
-    LN2,
     Allocation,
     Limits,
     Problem,
-    bandwidth_of,
-    dense_deadline,
     energy,
     kept_fraction,
-    log_snr_for_rate,
+    kept_on,
     rate,
     required_bandwidth,
+    upload_s,
 )
 from fedprune_cli.allocate.reference import solve_p1_cvxpy
+from fedprune_cli.allocate.variants import frontier, min_latency
 from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError
 
 
@@ -89,9 +91,11 @@ def compare_with_cvxpy(count: int, seed: int) -> None:
         least_s = least_feasible(problem)
         if at % 10 == 8:
             with pytest.raises(InfeasibleError):
-                allocate(replace(problem, deadline_s=0.9 * least_s), "fail", solve_p1, least_feasible, exact=True)
+                solve_under_policy(
+                    replace(problem, deadline_s=0.9 * least_s), "fail", solve_p1, least_feasible, exact=True
+                )
         problem = replace(problem, deadline_s=least_s if at % 10 == 9 else max(problem.deadline_s, 1.001 * least_s))
-        ours = allocate(problem, "fail", solve_p1, least_feasible, exact=True)
+        ours = solve_under_policy(problem, "fail", solve_p1, least_feasible, exact=True)
         theirs, b = solve_p1_cvxpy(problem)
         scale = problem.weight.sum()
         # where the budget is exactly tight, Clarabel's own tolerance on it is worth its price
@@ -120,7 +124,7 @@ def test_cvxpy_is_never_better_on_wild_instances() -> None:
         except CertificateError:
             continue
         solved += 1
-        never_better(allocate(problem, "fail", solve_p1, least_feasible, exact=True), problem, b)
+        never_better(solve_under_policy(problem, "fail", solve_p1, least_feasible, exact=True), problem, b)
     assert solved > 20
 
 
@@ -129,7 +133,7 @@ def certify_many(count: int, seed: int, sizes: tuple[int, ...]) -> None:
     for at in range(count):
         problem = draw(rng, int(rng.choice(sizes)), limited=at % 3 == 2)
         b, price = solve_p1(problem)
-        kept = np.clip(kept_fraction(problem, rate(b, problem.snr_hz)), problem.min_kept, 1.0)
+        kept = kept_on(problem, b)
         certificate = certify(problem, kept, b, price)
         assert np.isfinite(price), at
         assert certificate.residual <= 1e-9, (at, certificate)
@@ -150,7 +154,9 @@ def test_p2_is_the_inverse_of_p1_and_the_frontier_is_monotone() -> None:
     for budget in (0.05, 0.2, 0.5):
         deadline_s = min_latency(problem, budget)
         at = replace(problem, deadline_s=deadline_s)
-        ratio = 1 - allocate(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
+        ratio = (
+            1 - solve_under_policy(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
+        )
         assert abs(ratio - budget) < 1e-9
     assert np.isclose(min_latency(problem, 0.0), dense_deadline(problem)[0], rtol=1e-6)
     assert min_latency(problem, 1.0) == least_feasible(problem)
@@ -221,7 +227,7 @@ def test_limits_that_never_bind_change_nothing() -> None:
         none = Limits(np.zeros(size), *[np.full(size, np.inf)] * 2, *[np.ones(size)] * 3)
         generous = replace(none, energy_budget_j=np.full(size, 1e6), max_bandwidth_hz=np.full(size, 1e9))
         plain, free, wide = (
-            allocate(replace(problem, limits=limits), "fail", solve_p1, least_feasible, exact=True)
+            solve_under_policy(replace(problem, limits=limits), "fail", solve_p1, least_feasible, exact=True)
             for limits in (None, none, generous)
         )
         np.testing.assert_array_equal(plain.prune_ratio, free.prune_ratio)
@@ -237,9 +243,10 @@ def test_what_a_limit_binds_is_said_and_dense_allocators_refuse_a_budget_that_th
     nothing, endless = np.zeros(size), np.full(size, np.inf)
     budget_j = np.where(np.arange(size) == 2, half_j, np.inf)
     slow = Limits(nothing, endless, budget_j, nothing, nothing, np.full(size, 0.2))
-    allocation = allocate(replace(problem, limits=slow), "fail", solve_p1, least_feasible, exact=True)
+    allocation = solve_under_policy(replace(problem, limits=slow), "fail", solve_p1, least_feasible, exact=True)
     assert allocation.binds[2] == "energy"
-    joules = energy(replace(problem, limits=slow), 1 - allocation.prune_ratio, allocation.bandwidth_hz)
+    kept = 1 - allocation.prune_ratio
+    joules = energy(slow, kept, upload_s(problem, kept, allocation.bandwidth_hz))
     assert np.isclose(joules[2], half_j[2])
     with pytest.raises(
         InfeasibleError, match="'dense' does not choose ratios and breaks the energy budget of devices 2"

@@ -15,9 +15,10 @@ import torch
 from conftest import fedprune
 from problems import literature
 
+from fedprune_cli import bench
 from fedprune_cli.allocate.kkt import solve_p1
-from fedprune_cli.bench import all as bench
-from fedprune_cli.bench.all import Measure
+from fedprune_cli.bench import allocator, bare, baseline, rounds
+from fedprune_cli.bench.measure import Effort, Kind, Measure, Say
 from fedprune_cli.commands import app as cli
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.execute import executor
@@ -30,7 +31,7 @@ SOLVER = Measure("allocator/p1_vs_clarabel", "x Clarabel", 0.02, 0.003, "smaller
 SPEED = Measure("t2/samples_per_cpu_s", "x bare", 1.5, 0.1, "larger", "wall", 2e4)
 OBJECTIVE = Measure("allocator/objective", "sum w x", 0.55, 0.0, "larger", "exact", None)
 MEASURES = (BITS, SOLVER, SPEED, OBJECTIVE)
-LIMITS: dict[bench.Kind, float] = {"exact": 0.15, "wall": 1.0}
+LIMITS: dict[Kind, float] = {"exact": 0.15, "wall": 1.0}
 
 
 def changed(name: str, factor: float) -> tuple[Measure, ...]:
@@ -41,7 +42,7 @@ def changed(name: str, factor: float) -> tuple[Measure, ...]:
 def run_bench(monkeypatch: pytest.MonkeyPatch, measures: Sequence[Measure], *arguments: str) -> int:
     """Runs the command in this process with tasks that return made-up measures; returns its exit code."""
 
-    def task(name: str, effort: bench.Effort, say: bench.Say) -> tuple[Measure, ...]:
+    def task(name: str, effort: Effort, say: Say) -> tuple[Measure, ...]:
         say(f"{name} was easy")
         return tuple(m for m in measures if m.name.startswith(f"{name}/"))
 
@@ -146,13 +147,13 @@ def test_the_files_are_what_github_action_benchmark_reads() -> None:
 
 @pytest.mark.parametrize(("text", "share"), [("15%", 0.15), ("0.15", 0.15), ("100%", 1.0), ("2", 2.0), ("0", 0.0)])
 def test_a_limit_is_a_percentage_or_a_fraction(text: str, share: float) -> None:
-    assert bench.parse_share("--max-regression", text) == pytest.approx(share)
+    assert baseline.parse_share("--max-regression", text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "%", "15", "-5%", "-0.1", "nan", "inf", "1e3", "a lot", "15 percent", "1,5%"])
 def test_any_other_limit_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--max-regression"):
-        bench.parse_share("--max-regression", text)
+        baseline.parse_share("--max-regression", text)
 
 
 GOOD = {"schema": 1, "machine": {}, "quick": False, "measures": [MEASURES[0].__dict__]}
@@ -219,41 +220,41 @@ def test_the_bare_loops_end_where_the_real_rounds_end() -> None:
         "data=digits", "model=mlp", "model.hidden=[64]", "devices.count=20", "devices.per_round=4",
         "training.batch_size=10",
     )  # fmt: skip
-    setup = bench.fedavg_setup(*overrides)
+    setup = rounds.fedavg_setup(*overrides)
     training = setup.experiment.training
-    data = bench.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
+    data = bare.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
     build = functools.partial(build_learner, setup.experiment, setup.scenario)
     state = setup.initial
     with executor(setup.experiment.execution, build) as workers:
         for number in range(2):
-            start, (samples, weights) = bench.broadcast_params(setup, state), bench.round_samples(setup, number)
+            start, (samples, weights) = rounds.broadcast_params(setup, state), rounds.round_samples(setup, number)
             state, _ = round_step(setup, state, workers)
-            ours = bench.broadcast_params(setup, state)
-            for loop in (bench.tuned_round, bench.plain_round):
-                bare = loop(bench.bare_mlp(64), data, start, samples, weights)
-                for mine, other in zip(ours, bare, strict=True):
+            ours = rounds.broadcast_params(setup, state)
+            for loop in (bare.tuned_round, bare.plain_round):
+                plain = loop(bare.bare_mlp(64), data, start, samples, weights)
+                for mine, other in zip(ours, plain, strict=True):
                     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_the_bare_cnn_ends_where_the_real_round_ends_in_one_process_and_in_two() -> None:
-    setup = bench.fedavg_setup(*bench.CNN, "data.limit=4000", "devices.per_round=5")
+    setup = rounds.fedavg_setup(*rounds.CNN, "data.limit=4000", "devices.per_round=5")
     training = setup.experiment.training
-    data = bench.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
+    data = bare.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
     build = functools.partial(build_learner, setup.experiment, setup.scenario)
-    start, (samples, weights) = bench.broadcast_params(setup, setup.initial), bench.round_samples(setup, 0)
+    start, (samples, weights) = rounds.broadcast_params(setup, setup.initial), rounds.round_samples(setup, 0)
     with executor(setup.experiment.execution, build) as workers:
         state, _ = round_step(setup, setup.initial, workers)
-    alone = bench.tuned_round(bench.bare_cnn(), data, start, samples, weights)
-    with bench.bare_workers(setup, 2) as share_out:
+    alone = bare.tuned_round(bare.bare_cnn(), data, start, samples, weights)
+    with bare.bare_workers(setup, 2) as share_out:
         shared = share_out(start, samples, weights)
-    for ours, one, two in zip(bench.broadcast_params(setup, state), alone, shared, strict=True):
+    for ours, one, two in zip(rounds.broadcast_params(setup, state), alone, shared, strict=True):
         torch.testing.assert_close(ours, one, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(one.numpy(), two, rtol=1e-3, atol=1e-5)
 
 
 def test_the_allocators_scene_is_the_literatures_and_binds() -> None:
-    problem, other = bench.literature_problem(1000), literature(0.1, 0, 1000)
+    problem, other = allocator.literature_problem(1000), literature(0.1, 0, 1000)
     for name in ("shared_compute_s", "payload_bits", "fixed_s", "weight", "max_ratio"):
         assert getattr(problem, name).mean() == pytest.approx(getattr(other, name).mean(), rel=0.1)
     assert np.log(problem.snr_hz).mean() == pytest.approx(np.log(other.snr_hz).mean(), rel=0.02)
@@ -296,7 +297,9 @@ def test_a_slower_solver_and_a_larger_payload_are_named_by_a_real_measurement(
     against = ("--baseline", "before/bench.json")
     assert measured(*against) == (0, "")
     with monkeypatch.context() as planted:
-        planted.setattr(bench, "solve_p1", lambda problem: (solve_p1(problem), solve_p1(problem), solve_p1(problem))[0])
+        planted.setattr(
+            allocator, "solve_p1", lambda problem: (solve_p1(problem), solve_p1(problem), solve_p1(problem))[0]
+        )
         code, errors = measured(*against)
     assert code == 3
     assert errors.splitlines()[-1] == "error: 1 measure worse than before/bench.json: allocator/p1_vs_clarabel"

@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY, Line, make_setup, outcome, resign, run_to_end
 from omegaconf import OmegaConf
 
-from fedprune_cli.allocate.problem import dense_deadline
+from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, InfeasibleError

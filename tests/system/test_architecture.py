@@ -11,7 +11,7 @@ import fedprune_cli
 
 ROOT = Path(fedprune_cli.__file__).parent
 LAYERS = (  # from the ground up: a part imports from lower rows only, never from its own row
-    ("errors", "rng", "sections"),
+    ("errors", "forked", "interrupt", "rng", "sections"),
     ("store",),
     ("wire",),
     ("world", "allocate", "learn"),

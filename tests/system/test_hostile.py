@@ -232,7 +232,7 @@ def bad_table(rng: random.Random, text: bytes) -> bytes:
 
 def read_bad_table(path: Path, kind: bytes) -> None:
     if kind is TRACE:
-        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path))
+        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path), "refuse")
         trace.available(0, 3, 2)
         trace.gain(0, 1, make_setup().scenario.fleet.take(np.arange(2)))
         return

@@ -62,7 +62,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
 
     torch.set_num_threads(1)  # a process with threads cannot be forked
     context = multiprocessing.get_context("fork")
-    execute.forkserver = lambda: context  # type: ignore[assignment, return-value]
+    execute.forkserver = lambda preload: context  # type: ignore[assignment, return-value]
     execute._share = lambda build: build  # a forked worker has it in memory
 
     def process(run_dir: Path, kind: str) -> Any:
@@ -108,7 +108,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
 
 
 def in_its_own_process(tmp_path: Path, kills: int) -> None:
-    process = execute.forkserver().Process(target=kill_and_resume, args=(tmp_path, kills))
+    process = execute.forkserver([]).Process(target=kill_and_resume, args=(tmp_path, kills))
     process.start()
     process.join()
     assert process.exitcode == 0

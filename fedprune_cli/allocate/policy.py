@@ -1,0 +1,196 @@
+"""What happens to a round that cannot meet its deadline, and the allocation of one that can (model.md, section 4, "Infeasible")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.kkt import TOLERANCE, certify
+from fedprune_cli.allocate.problem import (
+    TIGHT,
+    Allocation,
+    Certificate,
+    Problem,
+    Status,
+    kept_on,
+    latency,
+    rate,
+    required_bandwidth,
+    resources,
+)
+from fedprune_cli.errors import CertificateError, InfeasibleError, require
+from fedprune_cli.store.state import Array
+
+Policy = Literal["stretch", "drop", "fail"]
+POLICIES: tuple[Policy, ...] = ("stretch", "drop", "fail")
+Solve = Callable[[Problem], tuple[Array, float]]  # bandwidth [K] and price of a feasible problem
+Least = Callable[[Problem], float]  # the smallest deadline at which Solve can work
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the policy makes of a round: a problem of the admitted devices that can be solved, who they are (bool [K]), and why.
+
+    Where nobody is admitted `feasible` is the whole problem, and nothing is to be solved.
+    """
+
+    feasible: Problem
+    admitted: Array
+    status: Status
+    message: str
+
+
+def as_policy(name: str) -> Policy:
+    """Returns the policy of that name; raises ConfigError."""
+    require(name in POLICIES, "on_infeasible", name, "'stretch', 'drop' or 'fail'")
+    return next(policy for policy in POLICIES if policy == name)
+
+
+def has_room(problem: Problem) -> bool:
+    """Whether the devices' least bandwidths fit with room to spare: cheaper to know than the smallest feasible deadline."""
+    return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
+
+
+def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
+    """Returns what the policy for infeasible rounds makes of a problem.
+
+    `drop` admits devices in the order of least bandwidth per weight as long as they fit; the message bounds what a better set could
+    add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one, and drops only those whom no
+    deadline helps. `fail` raises InfeasibleError.
+    """
+    everyone = np.ones(len(problem.weight), dtype=bool)
+    if least is least_feasible and has_room(problem):
+        return Settled(problem, everyone, "feasible", "")
+    feasible_s = least(problem)
+    if feasible_s <= problem.deadline_s * (1 + TIGHT) and feasible_s < np.inf:
+        return Settled(problem, everyone, "feasible", "")
+    missing = _missing(problem, feasible_s)
+    if policy == "fail":
+        knobs = "the deadline, pruner.max_ratio or channel.bandwidth_mhz"
+        if problem.limits is not None:
+            knobs += ", devices.max_bandwidth_mhz or devices.energy_budget_j"
+        raise InfeasibleError(f"{missing}: raise {knobs}, or choose allocator.on_infeasible=stretch or drop")
+    if policy == "stretch" and feasible_s < np.inf:
+        stretched = replace(problem, deadline_s=feasible_s)
+        return Settled(stretched, everyone, "stretched", f"{missing}: stretched to {feasible_s:.6g} s")
+    if policy == "stretch":
+        admitted, bound = _largest_set(replace(problem, deadline_s=np.inf), least)
+    else:
+        admitted, bound = _largest_set(problem, least)
+    message = f"{missing}: {_dropped(problem, admitted, bound)}"
+    rest = problem.take(np.flatnonzero(admitted)) if admitted.any() else problem
+    if policy == "stretch" and admitted.any() and (rest_s := least(rest)) > problem.deadline_s * (1 + TIGHT):
+        later = replace(rest, deadline_s=rest_s)
+        return Settled(later, admitted, "stretched", f"{message}; stretched to {rest_s:.6g} s")
+    return Settled(rest, admitted, "dropped", message)
+
+
+def _missing(problem: Problem, feasible_s: float) -> str:
+    """Says what an infeasible round lacks."""
+    floor_hz = required_bandwidth(problem, problem.min_kept)
+    hopeless = np.flatnonzero(~np.isfinite(floor_hz))
+    missing_hz = floor_hz.sum() - problem.bandwidth_hz
+    text = f"for devices that may drop {problem.max_ratio.max():.3g} of the shared part "
+    if feasible_s < np.inf:
+        text += f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
+    else:
+        text += "no deadline is late enough"
+    if not hopeless.size:
+        return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
+    return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.names[hopeless])}"
+
+
+def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
+    """Returns the longest prefix that fits (bool [K]), cheapest least bandwidth per weight first, and the weight that no set can add."""
+    floor_hz = required_bandwidth(problem, problem.min_kept)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = floor_hz / problem.weight
+    order = np.argsort(np.where(np.isnan(cost), 0.0, cost), kind="stable")
+    fits, too_many = 0, len(order)  # by bisection: one more device never makes room
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        least_s = least(problem.take(order[:count]))
+        if least_s < np.inf and least_s <= problem.deadline_s * (1 + TIGHT):
+            fits = count
+        else:
+            too_many = count
+    admitted = np.zeros(len(order), dtype=bool)
+    admitted[order[:fits]] = True
+    next_one = order[fits]
+    if not 0 < floor_hz[next_one] < np.inf:
+        return admitted, 0.0
+    room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
+    return admitted, float(problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0))
+
+
+def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
+    return (
+        f"dropped devices {listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
+        f"no other choice admits more than {bound:.3g} more"
+    )
+
+
+def listed(devices: Array) -> str:
+    """Returns the first ten devices, and how many more there are, for a message."""
+    return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
+
+
+def solve_under_policy(problem: Problem, policy: Policy, solve: Solve, least: Least, *, exact: bool) -> Allocation:
+    """Returns the allocation that `solve` finds, under the policy; an `exact` one carries its certificate.
+
+    Every device keeps all that its bandwidth allows. Raises CertificateError when an exact solution is not what it claims.
+    """
+    settled = settle(problem, policy, least)
+    if not settled.admitted.any():
+        return nobody(problem, settled)
+    feasible = settled.feasible
+    bandwidth_hz, price = solve(feasible)
+    kept = kept_on(feasible, bandwidth_hz)
+    certificate = certify(feasible, kept, bandwidth_hz, price) if exact else None
+    if certificate and not max(certificate.residual, abs(certificate.gap)) <= TOLERANCE:
+        raise CertificateError(
+            f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
+        )
+    if exact and settled.status == "feasible":
+        settled = replace(settled, status="optimal")
+    return build_allocation(problem, settled, kept, bandwidth_hz, price, certificate)
+
+
+def nobody(problem: Problem, settled: Settled) -> Allocation:
+    """Returns the allocation of a round that admits no device."""
+    return build_allocation(problem, settled, np.zeros(0), np.zeros(0), 0.0, None)
+
+
+def build_allocation(
+    problem: Problem, settled: Settled, kept: Array, bandwidth_hz: Array, price: float, certificate: Certificate | None
+) -> Allocation:
+    """Returns the allocation of all K devices from the figures of the admitted ones."""
+    admitted, deadline_s = settled.admitted, settled.feasible.deadline_s
+    x, b = np.zeros(len(admitted)), np.zeros(len(admitted))
+    x[admitted], b[admitted] = kept, bandwidth_hz
+    binds = np.full(len(admitted), "deadline", dtype=object)
+    binds[problem.payload_bits == 0] = "compute"
+    if len(of := resources(replace(problem, deadline_s=deadline_s))) > 1:
+        r = rate(b, problem.snr_hz)
+        binds[of[1].kept(r) < of[0].kept(r)] = "energy"
+    binds[x <= problem.min_kept + TIGHT] = "max_ratio"
+    binds[x >= 1 - TIGHT] = "dense"
+    binds[~admitted] = "dropped"
+    return Allocation(
+        prune_ratio=np.where(admitted, 1.0 - x, 1.0),
+        bandwidth_hz=b,
+        rate_bps=rate(b, problem.snr_hz),
+        latency_s=np.where(admitted, latency(problem, x, b), 0.0),
+        deadline_s=float(deadline_s),
+        admitted=admitted,
+        binds=tuple(binds),
+        price_per_hz=price,
+        objective=float(problem.weight @ x),
+        certificate=certificate,
+        status=settled.status,
+        message=settled.message,
+    )

@@ -1,0 +1,162 @@
+"""`train`, its sweeps, and `resume`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedprune_cli import CONF
+from fedprune_cli.commands.look import print_run, print_sweep
+from fedprune_cli.commands.options import Json, Overrides, Quiet
+from fedprune_cli.errors import FedpruneError
+from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
+from fedprune_cli.terminal import counting, note, status
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool,
+        typer.Option("-m", "--multirun", help="Run every combination of comma-separated values (Hydra's sweeper)."),
+    ] = False,
+    cfg: Annotated[
+        str | None, typer.Option("--cfg", help="Show the configuration instead of running: job, hydra or all.")
+    ] = None,
+    package: Annotated[str | None, typer.Option("-p", "--package", help="With --cfg: show only this part.")] = None,
+    resolve: Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve interpolations.")] = False,
+    info: Annotated[
+        str | None,
+        typer.Option(
+            "--info", help="Show Hydra's information: all, config, defaults, defaults-tree, plugins, searchpath."
+        ),
+    ] = None,
+    config_dir: Annotated[
+        str | None, typer.Option("--config-dir", help="A folder of further configuration files.")
+    ] = None,
+    config_name: Annotated[str | None, typer.Option("--config-name", help="Another primary configuration.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train one experiment: allocate, prune, train, aggregate, meter, record, and report.
+
+    With -m a sweep: the same command again skips its finished runs and continues the others.
+    """
+    flags = ["--resolve"] * resolve
+    for flag, value in (
+        ("--cfg", cfg),
+        ("-p", package),
+        ("--info", info),
+        ("--config-dir", config_dir),
+        ("--config-name", config_name),
+    ):
+        flags += [flag, value] if value is not None else []
+    from fedprune_cli.config.compose import check_config_dir, check_overrides
+
+    check_overrides(overrides or [])
+    if config_dir is not None:
+        check_config_dir(Path(config_dir))
+    if multirun and cfg is None and info is None:
+        _sweep(flags, overrides or [], as_json=as_json)
+        return
+    configs: list[DictConfig] = []
+    _hydra(configs.append, [*["-m"] * multirun, *flags, *(overrides or [])])
+    for config in configs:  # none when the configuration was only shown
+        _train(config, as_json=as_json)
+
+
+def _hydra(task: Callable[[DictConfig], object], arguments: list[str]) -> None:
+    """Hands the arguments to Hydra itself, so that its flags, sweepers and launchers all work; `task` gets the configurations."""
+    import hydra
+
+    from fedprune_cli.config.compose import explain
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["fedprune train", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
+    except FedpruneError:
+        raise
+    except Exception as error:
+        raise explain(error) from None
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
+    """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
+    from fedprune_cli.many import sweep
+
+    asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
+    given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
+    place = Path([asked, *given][-1].partition("=")[2])
+    overrides = overrides if given else [*overrides, asked]
+    for old in sweep.ended(place):
+        old.unlink()
+    with (
+        safe(lambda: SAME_COMMAND if place.exists() else NOTHING),
+        counting("runs ended", lambda: len(sweep.ended(place))),
+    ):
+        _hydra(sweep.run_member, ["-m", *flags, *overrides])
+    members = sweep.read_members([place])
+    failed = [member for member in members if member.error is not None]
+    if len(failed) < len(members):
+        print_sweep([place], place / "report", as_json=as_json)
+    if failed:
+        error = FedpruneError(f"{len(failed)} of {len(members)} runs of the sweep failed, see above")
+        error.exit_code = failed[0].exit_code
+        raise error
+
+
+def _train(config: DictConfig, *, as_json: bool) -> None:
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.many.one import SHOWN, resumable, run_to_end
+    from fedprune_cli.round.setup import prepare
+    from fedprune_cli.runs.life import create
+
+    experiment = build_experiment(config)
+    with status("loading data and building the world"):
+        setup = prepare(experiment)
+    with resumable(experiment.run_dir):
+        create(setup, config, experiment.run_dir)
+        page = run_to_end(setup, experiment.run_dir, SHOWN)
+        print_run(experiment.run_dir, page, as_json=as_json)
+
+
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of a branch: rounds, deadline.* and out, its own folder."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue an interrupted run; it ends with the bytes of one that was never interrupted.
+
+    With KEY=VALUE go on from where the run is as a branch, another run that says where it comes from; the first one stays as it is.
+    """
+    from fedprune_cli.many.one import SHOWN, resumable, run_to_end
+    from fedprune_cli.runs.life import branch, reopen
+
+    with resumable(run_dir):
+        with status("loading data and building the world"):
+            setup = branch(run_dir, overrides) if overrides else reopen(run_dir)
+        if overrides:
+            run_dir = setup.experiment.run_dir
+            note(f"a branch: {run_dir}")
+    with resumable(run_dir):
+        page = run_to_end(setup, run_dir, SHOWN)
+        print_run(run_dir, page, as_json=as_json)
