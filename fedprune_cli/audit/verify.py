@@ -25,7 +25,7 @@ from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.manifest import summarise
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Slots
-from fedprune_cli.store.record import FaultLog, RoundRecord
+from fedprune_cli.store.record import KINDS, FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
 from fedprune_cli.terminal import Table
 from fedprune_cli.wire.masks import encode_mask
@@ -152,7 +152,10 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
 
 def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool) -> tuple[RoundAudit, Slots]:
     """Returns what is wrong with a round, and what is remembered after it; slots: what was before; solve: also by cvxpy."""
-    experiment, number = setup.experiment, record.round - 1
+    experiment, number, num_devices = setup.experiment, record.round - 1, setup.scenario.num_devices
+    if unknown := _unknown_devices(record, num_devices):
+        known: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
+        return RoundAudit((f"device {unknown[0]} is none of the {num_devices} that train",)), known
     roster = choose_roster(setup, number, slots)
     wrong = [*sums(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
     if not len(roster.training):
@@ -184,6 +187,13 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     return _certified(
         audit, plan, Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0)), solve=solve
     ), after
+
+
+def _unknown_devices(record: RoundRecord, num_devices: int) -> list[int]:
+    """Returns the devices that a record names and that are none of the `num_devices` training ones: nothing is known of them."""
+    log = record.faults or FaultLog()
+    named = {*record.devices.id, *(device for kind in KINDS for device in log.of(kind))}
+    return sorted(device for device in named if not 0 <= device < num_devices)
 
 
 @dataclass(frozen=True)
@@ -323,6 +333,8 @@ def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -
     """Returns what in the checkpoint is not what the records lead to; `slots` is what they say that the next round knows."""
     ratios = np.zeros(len(state.personal))
     for record in records:
+        if _unknown_devices(record, len(ratios)):
+            continue
         ratios[record.devices.id] = record.devices.prune_ratio
     last = {"prune_ratio": ratios} | {name: value for name, value in slots.items() if name not in UNTOLD}
     failures = [

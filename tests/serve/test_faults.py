@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, make_experiment, make_setup, outcome, run_to_end
+from conftest import TINY, make_experiment, make_setup, outcome, results, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -50,12 +50,6 @@ ALL = (
     "failsafe.clip_norm=1", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "failsafe.quarantine_rounds=2",
     "channel.outage_enter=0.1", "rounds=8", "pruner=taylor", "payload.bits=[4,8]",
 )  # fmt: skip
-RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
-
-
-def results(run_dir: Path) -> dict[str, bytes]:
-    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
-    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
