@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import TOLERANCE, certify
-from fedprune_cli.allocate.problem import rate
+from fedprune_cli.allocate.kkt import certify
+from fedprune_cli.allocate.problem import TOLERANCE, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import build_load, downlink_s, measure
 from fedprune_cli.round.all import (
