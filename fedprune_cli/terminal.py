@@ -30,24 +30,22 @@ EVERY_S = 2.0  # between lines of progress where there is no terminal
 GLANCE_S = 0.5  # between looks at what others have done
 
 
-def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
+def be_quiet(quiet: bool) -> bool:
+    """Sets and returns whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
     _quiet.set(quiet)
     need_stdout(not quiet)
+    return quiet
 
 
-def need_stdout(needed: bool) -> None:
-    """Raises OutputError, before anything is done, when what is `needed` is there for nobody: stdout is closed or full."""
-    if not needed:
-        return
-    try:
+def need_stdout(needed: bool) -> bool:
+    """Returns whether stdout is `needed`; raises OutputError, before anything is done, when it is and is closed or full."""
+    with contextlib.suppress(ValueError, io.UnsupportedOperation):  # held in memory
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # held in memory
-        return
-    try:
-        os.write(descriptor, b"")
-    except OSError as error:
-        raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
+        try:
+            os.write(descriptor, b"") if needed else None
+        except OSError as error:
+            raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
+    return needed
 
 
 def hold_streams() -> None:
