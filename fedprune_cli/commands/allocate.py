@@ -52,13 +52,13 @@ def allocate(
     first = allocate_first_round(experiment, devices)
     problem, result = first.problem, answer(first, of_several=len(experiment.payload.bits) > 1)
     if out:
-        from fedprune_cli.report.all import write_allocation
+        from fedprune_cli.report.allocation import write_allocation
 
         write_allocation(out, result, frontier_rows(problem))
     if as_json:
         print_json(result)
         return
-    from fedprune_cli.report.all import allocation_table
+    from fedprune_cli.report.allocation import allocation_table
 
     show(allocation_table(result))
     show(price_sentence(problem, result))
@@ -95,6 +95,6 @@ def ladder(
     if as_json:
         print_json(rows)
         return
-    from fedprune_cli.report.all import ladder_table
+    from fedprune_cli.report.allocation import ladder_table
 
     show(ladder_table(rows))

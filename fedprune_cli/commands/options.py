@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedprune_cli.commands.completion import complete_override
-from fedprune_cli.terminal import be_quiet
+from fedprune_cli.terminal import be_quiet, need_stdout
 
 Overrides = Annotated[
     list[str] | None,
@@ -22,7 +22,7 @@ ConfigDir = Annotated[
     Path | None,
     typer.Option("--config-dir", help="A folder of further configuration files, such as what calibrate writes."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Json = Annotated[bool, typer.Option("--json", callback=need_stdout, help="Print JSON and nothing else on stdout.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", callback=be_quiet, help="Print nothing but errors and what --json asks for.")
 ]

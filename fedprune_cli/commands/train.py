@@ -119,19 +119,20 @@ def _hydra(task: Callable[[DictConfig], object], arguments: list[str]) -> None:
 def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
     from fedprune_cli.many import sweep
+    from fedprune_cli.report.sweep import ended, read_combinations
 
     asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
     given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
     place = Path([asked, *given][-1].partition("=")[2])
     overrides = overrides if given else [*overrides, asked]
-    for old in sweep.ended(place):
+    for old in ended(place):
         old.unlink()
     with (
         safe(lambda: SAME_COMMAND if place.exists() else NOTHING),
-        counting("runs ended", lambda: len(sweep.ended(place))),
+        counting("runs ended", lambda: len(ended(place))),
     ):
-        _hydra(sweep.run_member, ["-m", *flags, *overrides])
-    members = sweep.read_members([place])
+        _hydra(sweep.run_combination, ["-m", *flags, *overrides])
+    members = read_combinations([place])
     failed = [member for member in members if member.error is not None]
     if len(failed) < len(members):
         print_sweep([place], place / "report", as_json=as_json)
