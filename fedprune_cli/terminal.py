@@ -24,24 +24,24 @@ EVERY_S = 2.0  # between lines of progress where there is no terminal
 GLANCE_S = 0.5  # between looks at what others have done
 
 
-def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
+def be_quiet(quiet: bool) -> bool:
+    """Returns whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
     _quiet.set(quiet)
-    need_stdout(not quiet)
+    return not need_stdout(not quiet)
 
 
-def need_stdout(needed: bool) -> None:
-    """Raises OutputError, before anything is done, when what is `needed` is there for nobody: stdout is closed or full."""
-    if not needed:
-        return
+def need_stdout(needed: bool) -> bool:
+    """Returns whether stdout is `needed`; raises OutputError, before anything is done, when it is, and is closed or full."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):  # held in memory
-        return
+        return needed
     try:
-        os.write(descriptor, b"")
+        if needed:
+            os.write(descriptor, b"")
     except OSError as error:
         raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
+    return needed
 
 
 def hold_streams() -> None:
