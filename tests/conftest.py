@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from fedprune_cli.commands import app as cli
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.round.setup import Setup, prepare
+from fedprune_cli.execute import executor
+from fedprune_cli.round.setup import Setup, build_learner, prepare
+from fedprune_cli.round.step import round_step
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Outcome
-from fedprune_cli.store.record import FaultLog
+from fedprune_cli.store.record import FaultLog, RoundRecord
 from fedprune_cli.store.state import State, encode
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -56,6 +58,36 @@ def make_setup(*overrides: str) -> Setup:
 Line = dict[str, Any]  # of rounds.jsonl, as JSON has it
 
 
+RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
+
+
+def results(run_dir: Path) -> dict[str, bytes]:
+    """Returns the files of a run that must be the same wherever and however it ran."""
+    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
+    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A round: its state before and after it, and its record."""
+
+    before: State
+    record: RoundRecord
+    after: State
+
+
+def steps_of(setup: Setup, count: int) -> list[Step]:
+    """Returns the first rounds of an experiment, in memory."""
+    state, steps = setup.initial, []
+    build = functools.partial(build_learner, setup.experiment, setup.scenario)
+    with executor(setup.experiment.execution, build) as workers:
+        for _ in range(count):
+            before = state
+            state, record = round_step(setup, state, workers)
+            steps.append(Step(before, record, state))
+    return steps
+
+
 def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     """Returns the lines of rounds.jsonl of a tiny run in its own folder."""
     setup = make_setup(*overrides)
@@ -79,9 +111,9 @@ def read_lines(run_dir: Path) -> list[Line]:
 
 
 PRELOADED = [
-    "cvxpy", "fedprune_cli.report.all", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
-    "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "torch._dynamo",
-    "torch.fx", "torch.onnx",
+    "cvxpy", "fedprune_cli.report.comparison_page", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats",
+    "sklearn.datasets", "torch._dynamo", "torch.fx", "torch.onnx",
 ]  # fmt: skip
 
 

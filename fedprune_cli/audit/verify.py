@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import TOLERANCE, certify
-from fedprune_cli.allocate.problem import Certificate, rate
+from fedprune_cli.allocate.kkt import certify
+from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
 from fedprune_cli.round.memory import next_slots
@@ -26,14 +25,12 @@ from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.manifest import summarise
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Slots
-from fedprune_cli.store.record import FaultLog, RoundRecord
+from fedprune_cli.store.record import KINDS, FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
+from fedprune_cli.terminal import Table
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
 from fedprune_cli.world.faults import Moment
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
 METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
@@ -65,31 +62,34 @@ class Findings:
 
     def table(self) -> Table:
         """Returns the findings for the terminal."""
-        from rich.table import Table
-
-        table = Table("check", "result")
         state = "finished" if self.finished else "NOT FINISHED: what there is was checked; there is no summary yet"
-        table.add_row("rounds", f"{self.rounds} of {self.planned}, {state}")
         files = "all" if self.finished else "config.yaml, manifest.json, records, state and personal parts"
-        table.add_row("checksums", f"{files} as written")
-        table.add_row("state and summary against the records", "the last round's clock, ratios and sums")
-        followed = f"{self.rounds - self.inherited}" + (
+        elsewhere = (
             f"; {self.inherited} more are of the run it branches from: verify that one" if self.inherited else ""
         )
-        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", followed)
-        table.add_row(
-            "seconds, joules and bytes of a device's round, metered again",
-            f"{self.metered}, {self.bounded} of them within bounds only",
-        )
-        table.add_row("rounds with a certificate, recomputed", str(self.certified))
-        table.add_row("largest KKT residual", f"{self.residual:.2e}")
-        table.add_row("largest duality gap", f"{self.gap:.2e}")
-        table.add_row(
-            "rounds solved again by cvxpy (Clarabel)", f"{self.solved_again}, {self.unsolved} more it could not solve"
-        )
-        table.add_row("largest difference of the objective", f"{self.difference:.2e}")
-        table.add_row("verdict", "sound" if not self.failures else f"{len(self.failures)} failures")
-        return table
+        facts = [
+            ("rounds", f"{self.rounds} of {self.planned}, {state}"),
+            ("checksums", f"{files} as written"),
+            ("state and summary against the records", "the last round's clock, ratios and sums"),
+            (
+                "rounds whose recorded ratios and bandwidths follow from the configuration",
+                f"{self.rounds - self.inherited}{elsewhere}",
+            ),
+            (
+                "seconds, joules and bytes of a device's round, metered again",
+                f"{self.metered}, {self.bounded} of them within bounds only",
+            ),
+            ("rounds with a certificate, recomputed", str(self.certified)),
+            ("largest KKT residual", f"{self.residual:.2e}"),
+            ("largest duality gap", f"{self.gap:.2e}"),
+            (
+                "rounds solved again by cvxpy (Clarabel)",
+                f"{self.solved_again}, {self.unsolved} more it could not solve",
+            ),
+            ("largest difference of the objective", f"{self.difference:.2e}"),
+            ("verdict", "sound" if not self.failures else f"{len(self.failures)} failures"),
+        ]
+        return Table.of_facts("audit", facts, ["check", "result"])
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
 
 def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool) -> tuple[RoundAudit, Slots]:
     """Returns what is wrong with a round, and what is remembered after it; slots: what was before; solve: also by cvxpy."""
-    experiment, number = setup.experiment, record.round - 1
+    experiment, number, num_devices = setup.experiment, record.round - 1, setup.scenario.num_devices
+    if unknown := _unknown_devices(record, num_devices):
+        known: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
+        return RoundAudit((f"device {unknown[0]} is none of the {num_devices} that train",)), known
     roster = choose_roster(setup, number, slots)
     wrong = [*sums(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
     if not len(roster.training):
@@ -184,6 +187,13 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     return _certified(
         audit, plan, Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0)), solve=solve
     ), after
+
+
+def _unknown_devices(record: RoundRecord, num_devices: int) -> list[int]:
+    """Returns the devices that a record names and that are none of the `num_devices` training ones: nothing is known of them."""
+    log = record.faults or FaultLog()
+    named = {*record.devices.id, *(device for kind in KINDS for device in log.of(kind))}
+    return sorted(device for device in named if not 0 <= device < num_devices)
 
 
 @dataclass(frozen=True)
@@ -323,6 +333,8 @@ def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -
     """Returns what in the checkpoint is not what the records lead to; `slots` is what they say that the next round knows."""
     ratios = np.zeros(len(state.personal))
     for record in records:
+        if _unknown_devices(record, len(ratios)):
+            continue
         ratios[record.devices.id] = record.devices.prune_ratio
     last = {"prune_ratio": ratios} | {name: value for name, value in slots.items() if name not in UNTOLD}
     failures = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,10 @@ Overrides = Annotated[
         help="Hydra overrides, such as data=fmnist partition.alpha=0.3.",
         autocompletion=complete_override,
     ),
+]
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option("--config-dir", help="A folder of further configuration files, such as what calibrate writes."),
 ]
 Json = Annotated[bool, typer.Option("--json", callback=need_stdout, help="Print JSON and nothing else on stdout.")]
 Quiet = Annotated[

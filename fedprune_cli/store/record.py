@@ -178,6 +178,7 @@ def parse_record(value: object) -> RoundRecord | None:
     whole = rows.keys() == {"id"} if bare else rows.keys() == _DEVICES.keys() and fits(rows, _DEVICES)
     logged = log is None or (fits(log, _LOG) and log.keys() == _LOG.keys())
     known = value.keys() <= set(ORDER) and fits(value.get("frozen"), _ROUND["frozen"])
+    known = known and all(value[key] is not None for key in _OPTIONAL if key in value)
     if not (aligned and whole and logged and known) or min(ids, default=0) < 0:
         return None
     parts = {"devices": DeviceRows(**rows), "faults": None if log is None else FaultLog(**log)}

@@ -57,7 +57,7 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
     found = {}
 
     def keys(record: Line) -> list[tuple[str, ...]]:
-        columns = [key for key in record["devices"] if key not in ("id", "pruning_error", "train_loss", "accuracy")]
+        columns = [key for key in record["devices"] if key not in ("pruning_error", "train_loss", "accuracy")]
         known = ("simulated_s", "latency_s", "bytes_up", "bytes_down", "joules", "flops")
         return [*((key,) for key in known), *(("devices", key) for key in columns)]
 
@@ -73,6 +73,7 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
         forge(changed, records=forged)
         found[path] = audit(changed).failures
         assert found[path], path
+    assert found["devices", "id"][0] == "round 2: device 4 is none of the 4 that train"
     assert "round 2: device 0: compute_s is" in "".join(found["devices", "compute_s"])
     assert "round 2: device 0 sent" in "".join(found["devices", "bytes_up"])
 

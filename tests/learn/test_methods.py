@@ -7,32 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_setup
+from conftest import make_setup, steps_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedprune_cli.execute import Execution, executor
 from fedprune_cli.learn.client import Task, train
 from fedprune_cli.learn.kept import Entries, Whole
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import Setup, build_learner, build_parts
-from fedprune_cli.round.step import round_step
 from fedprune_cli.serve.aggregate import Contribution, Mean
-from fedprune_cli.store.record import RoundRecord
-from fedprune_cli.store.state import State
 
 each_method = pytest.mark.parametrize("name", METHODS)
-
-
-def rounds(setup: Setup, count: int) -> list[tuple[State, RoundRecord]]:
-    """Returns the first states and records of an experiment."""
-    steps, state = [], setup.initial
-    with executor(Execution("serial", None), lambda: build_learner(setup.experiment, setup.scenario)) as workers:
-        for _ in range(count):
-            state, record = round_step(setup, state, workers)
-            steps.append((state, record))
-    return steps
 
 
 @each_method
@@ -46,18 +32,18 @@ def test_training_learns_and_only_moves_what_it_should(name: str) -> None:
         "training.personal_lr=0.1",
     )
     assert setup.blueprint.cost.shared_params + setup.blueprint.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
-    (first, before), *_, (last, after) = rounds(setup, 5)
-    assert after.train_loss < before.train_loss
-    assert after.accuracy > before.accuracy
-    for state in (first, last):
+    first, *_, last = steps_of(setup, 5)
+    assert last.record.train_loss < first.record.train_loss
+    assert last.record.accuracy > first.record.accuracy
+    for state in (first.after, last.after):
         assert np.isfinite(state.shared).all()
         assert np.isfinite(np.stack(list(state.personal))).all()
     if setup.blueprint.cost.shared_params == 0:
-        assert after.bytes_up == 0
-        assert after.simulated_s > 0
+        assert last.record.bytes_up == 0
+        assert last.record.simulated_s > 0
     else:
-        assert (first.shared != setup.initial.shared).any()
-        assert after.bytes_up > 0
+        assert (first.after.shared != setup.initial.shared).any()
+        assert last.record.bytes_up > 0
 
 
 @each_method
@@ -110,14 +96,14 @@ def test_nothing_personal_and_nothing_pruned_is_fedavg_to_the_bit() -> None:
         ("method=proposed", "model.personal=none", "allocator=dense"),
     ):
         setup = make_setup(*overrides, "training.block=1")  # side by side, the last digits differ
-        (state, record) = rounds(setup, 3)[-1]
-        assert record.max_ratio == 0
-        np.testing.assert_array_equal(state.shared, reference_fedavg(setup, 3))
+        last = steps_of(setup, 3)[-1]
+        assert last.record.max_ratio == 0
+        np.testing.assert_array_equal(last.after.shared, reference_fedavg(setup, 3))
 
 
 def test_one_device_is_centralised_sgd() -> None:
     setup = make_setup("method=fedavg", "devices.count=1", "partition=iid", "training.block=1")
-    np.testing.assert_array_equal(rounds(setup, 3)[-1][0].shared, reference_fedavg(setup, 3))
+    np.testing.assert_array_equal(steps_of(setup, 3)[-1].after.shared, reference_fedavg(setup, 3))
 
 
 def test_everything_personal_is_local_training() -> None:
@@ -126,14 +112,14 @@ def test_everything_personal_is_local_training() -> None:
         make_setup("method=local"),
         make_setup("method=proposed", "model.personal=all", "training.shared_steps=0"),
     )
-    for (a, _), (b, _) in zip(rounds(few, 2), rounds(many, 2), strict=True):
-        np.testing.assert_array_equal(list(a.personal), list(b.personal))
-    assert rounds(few, 1)[0][1].bytes_up == 0
+    for a, b in zip(steps_of(few, 2), steps_of(many, 2), strict=True):
+        np.testing.assert_array_equal(list(a.after.personal), list(b.after.personal))
+    assert steps_of(few, 1)[0].record.bytes_up == 0
 
 
 def test_fedper_is_fedsim_with_a_personal_head() -> None:
     a, b = make_setup("method=fedper"), make_setup("method=fedsim", "model.personal=head")
-    np.testing.assert_array_equal(rounds(a, 2)[-1][0].shared, rounds(b, 2)[-1][0].shared)
+    np.testing.assert_array_equal(steps_of(a, 2)[-1].after.shared, steps_of(b, 2)[-1].after.shared)
 
 
 def test_batched_masks_of_ones_change_no_bit() -> None:

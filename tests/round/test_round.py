@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import random
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Line, make_setup, outcome, resign, run_to_end
+from conftest import TINY, make_setup, outcome, resign, results, run_to_end, steps_of
 from omegaconf import OmegaConf
 
 from fedprune_cli.allocate.deadline import dense_deadline
@@ -28,20 +27,12 @@ from fedprune_cli.execute import executor
 from fedprune_cli.round.evaluate import tested_devices as devices_tested
 from fedprune_cli.round.plan import Beliefs, round_problems
 from fedprune_cli.round.roster import choose_roster
-from fedprune_cli.round.setup import Setup, build_learner
+from fedprune_cli.round.setup import build_learner
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs import life
 from fedprune_cli.serve.participation import Participation
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.memory import Sizes
-from fedprune_cli.store.state import State
-
-RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
-
-
-def results(run_dir: Path) -> dict[str, bytes]:
-    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
-    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
 
 
 def test_serial_and_processes_give_the_same_bytes(tmp_path: Path) -> None:
@@ -175,26 +166,14 @@ PAYLOAD = ("payload.bits=[4,8]",)
 FREEZE = ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02")
 
 
-def steps_of(setup: Setup, count: int) -> list[tuple[State, Line]]:
-    """Returns the state before each round and the line of it."""
-    state, steps = setup.initial, []
-    with executor(
-        setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)
-    ) as workers:
-        for _ in range(count):
-            before = state
-            state, record = round_step(setup, state, workers)
-            steps.append((before, record.as_json()))
-    return [*steps, (state, {})]
-
-
 @pytest.mark.parametrize("method", ["proposed", "fedsim", "pruned"])
 def test_frozen_devices_send_nothing_and_never_come_back(method: str) -> None:
     """Some freeze, the others go on; who is frozen trains its own part alone, and nothing at all when it has none."""
     setup = make_setup(*FREEZE, f"method={method}", "channel.outage_enter=0.2", "channel.outage_leave=0.5")
     steps, band_hz = steps_of(setup, 8), setup.experiment.channel.bandwidth_hz
     mixed = 0
-    for (before, record), (after, _) in itertools.pairwise(steps):
+    for step in steps:
+        before, record, after = step.before, step.record.as_json(), step.after
         frozen = {*np.flatnonzero(before.slots["frozen"]).tolist()}
         assert frozen <= {*np.flatnonzero(after.slots["frozen"]).tolist()}
         assert record["frozen"] == after.slots["frozen"].sum()
@@ -331,9 +310,9 @@ def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run")
     with (
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
         pytest.raises(CheckpointError, match="another process"),
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
     ):
         pass
 
