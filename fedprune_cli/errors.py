@@ -164,6 +164,9 @@ def _loading(error: BaseException) -> str | None:
         module = str(frame.f_globals.get("__name__")).partition(".")[0]
         if frame.f_code.co_name == "<module>" and module not in (OWN, "__main__", "__mp_main__"):
             return module
+    if isinstance(error, SyntaxError) and error.filename and f"{os.sep}{OWN}{os.sep}" not in error.filename:
+        path = error.filename.removesuffix(".py").removesuffix(f"{os.sep}__init__")
+        return path.rpartition("site-packages" + os.sep)[2].partition(os.sep)[0] or os.path.basename(path)
     named = error.name if isinstance(error, ImportError) else None
     return named.partition(".")[0] if named and not named.startswith(OWN) else None
 
@@ -180,13 +183,6 @@ def _details(error: BaseException) -> str:
             continue
         return f"a defect of fedprune; details are in {path}"
     return "a defect of fedprune; no file could be written for the details"
-
-
-def out_of_memory(error: MemoryError | RuntimeError) -> DeviceError:
-    """Returns a refusal of memory, NumPy's or PyTorch's, as an error of one line; raises every other one again."""
-    if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-        raise error
-    return DeviceError(f"out of memory ({str(error) or 'refused by the system'}); finished rounds are safe")
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from types import TracebackType
 
 
@@ -11,5 +12,6 @@ def _say_nothing(kind: type[BaseException], error: BaseException, where: Traceba
     """In place of a traceback: the one who asked gets no answer, and says so in one line."""
 
 
+warnings.filterwarnings("ignore", module=rf"(?!{__name__.partition('.')[0]})")  # as the command line does
 sys.excepthook = _say_nothing
 logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # says where its fonts are cached, when that is not at home

@@ -111,9 +111,9 @@ def read_lines(run_dir: Path) -> list[Line]:
 
 
 PRELOADED = [
-    "cvxpy", "fedprune_cli.report.all", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
-    "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "torch._dynamo",
-    "torch.fx", "torch.onnx",
+    "cvxpy", "fedprune_cli.report.comparison_page", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats",
+    "sklearn.datasets", "torch._dynamo", "torch.fx", "torch.onnx",
 ]  # fmt: skip
 
 

@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import TOLERANCE, certify
-from fedprune_cli.allocate.problem import Certificate, rate
+from fedprune_cli.allocate.kkt import certify
+from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
 from fedprune_cli.round.memory import next_slots
@@ -28,12 +27,10 @@ from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Slots
 from fedprune_cli.store.record import KINDS, FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
+from fedprune_cli.terminal import Table
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
 from fedprune_cli.world.faults import Moment
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
 METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
@@ -65,31 +62,34 @@ class Findings:
 
     def table(self) -> Table:
         """Returns the findings for the terminal."""
-        from rich.table import Table
-
-        table = Table("check", "result")
         state = "finished" if self.finished else "NOT FINISHED: what there is was checked; there is no summary yet"
-        table.add_row("rounds", f"{self.rounds} of {self.planned}, {state}")
         files = "all" if self.finished else "config.yaml, manifest.json, records, state and personal parts"
-        table.add_row("checksums", f"{files} as written")
-        table.add_row("state and summary against the records", "the last round's clock, ratios and sums")
-        followed = f"{self.rounds - self.inherited}" + (
+        elsewhere = (
             f"; {self.inherited} more are of the run it branches from: verify that one" if self.inherited else ""
         )
-        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", followed)
-        table.add_row(
-            "seconds, joules and bytes of a device's round, metered again",
-            f"{self.metered}, {self.bounded} of them within bounds only",
-        )
-        table.add_row("rounds with a certificate, recomputed", str(self.certified))
-        table.add_row("largest KKT residual", f"{self.residual:.2e}")
-        table.add_row("largest duality gap", f"{self.gap:.2e}")
-        table.add_row(
-            "rounds solved again by cvxpy (Clarabel)", f"{self.solved_again}, {self.unsolved} more it could not solve"
-        )
-        table.add_row("largest difference of the objective", f"{self.difference:.2e}")
-        table.add_row("verdict", "sound" if not self.failures else f"{len(self.failures)} failures")
-        return table
+        facts = [
+            ("rounds", f"{self.rounds} of {self.planned}, {state}"),
+            ("checksums", f"{files} as written"),
+            ("state and summary against the records", "the last round's clock, ratios and sums"),
+            (
+                "rounds whose recorded ratios and bandwidths follow from the configuration",
+                f"{self.rounds - self.inherited}{elsewhere}",
+            ),
+            (
+                "seconds, joules and bytes of a device's round, metered again",
+                f"{self.metered}, {self.bounded} of them within bounds only",
+            ),
+            ("rounds with a certificate, recomputed", str(self.certified)),
+            ("largest KKT residual", f"{self.residual:.2e}"),
+            ("largest duality gap", f"{self.gap:.2e}"),
+            (
+                "rounds solved again by cvxpy (Clarabel)",
+                f"{self.solved_again}, {self.unsolved} more it could not solve",
+            ),
+            ("largest difference of the objective", f"{self.difference:.2e}"),
+            ("verdict", "sound" if not self.failures else f"{len(self.failures)} failures"),
+        ]
+        return Table.of_facts("audit", facts, ["check", "result"])
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
-from fedprune_cli.report.page import terminal_table
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import parse_json, read_bytes, read_json
 from fedprune_cli.store.record import RoundRecord, parse_record
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 LOOK_S = 1.0  # between looks at the folder
 ABANDONED_S = 5.0  # without a process that holds an unfinished run, until it is taken for interrupted
@@ -132,16 +128,15 @@ class Look:
             for key, (title, form) in KPIS.items()
         ]
         state = "finished" if self.finished else "running" if self.held else "not running"
-        return terminal_table(
-            f"round {len(self.rows)} of {self.wanted_rounds}, {state}", ["figure", "now", "limit"], cells
-        )
+        title = f"round {len(self.rows)} of {self.wanted_rounds}, {state}"
+        return replace(Table.of_facts(title, cells, ["figure", "now", "limit"]), elsewhere="on your command line")
 
 
 def look(run_dir: Path, prices: Prices) -> Look:
     """Returns what a run's folder shows now; a line that is being written is not seen yet. Raises CheckpointError."""
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
-    held = folder.is_held(run_dir)
-    finished = (run_dir / folder.SUMMARY).exists()
+    held = lock.is_held(run_dir)
+    finished = folder.is_finished(run_dir)
     path = run_dir / folder.RECORDS
     lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.words import parse_numbers
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.kept import Entries, Kept, Whole
@@ -30,9 +31,7 @@ from fedprune_cli.report import figures
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import Array
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 STEPS = 5  # of a timed call
 
@@ -176,13 +175,7 @@ def clock_hz() -> float:
 
 def parse_ratios(text: str) -> list[float]:
     """Returns the ratios of a comma-separated list in ascending order; raises ConfigError."""
-    try:
-        ratios = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        ratios = [-1.0]
-    if not all(0 <= ratio < 1 for ratio in ratios):
-        raise ConfigError(f"--ratios {text}: must be numbers in [0, 1) joined by commas")
-    return ratios
+    return sorted(parse_numbers(text, "--ratios", lambda ratio: 0 <= ratio < 1, "in [0, 1)"))
 
 
 def fleet_yaml(calibration: Calibration) -> str:
@@ -214,14 +207,23 @@ def write(out: Path, calibration: Calibration) -> None:
 
 def table(calibration: Calibration) -> Table:
     """Returns the calibration for the terminal."""
-    from rich.table import Table
-
     title = f"{calibration.model}: {calibration.cycles_per_flop:.3g} cycles a FLOP at {calibration.cpu_hz / 1e9:.3g} GHz, one thread"
-    grid = Table("ratio", "kept", "MFLOP", "weights kB", "saved kB", "measured ms", "modelled ms", "off by", "masks only ms",
-                 title=title, title_justify="left")  # fmt: skip
-    for p in calibration.points:
-        grid.add_row(
-            f"{p.ratio:g}", f"{p.kept:.3f}", f"{p.flops / 1e6:.4g}", f"{p.param_bytes / 1e3:.4g}", f"{p.saved_bytes / 1e3:.4g}",
-            f"{1e3 * p.measured_s:.3g}", f"{1e3 * p.modelled_s:.3g}", f"{100 * p.error:+.0f} %", f"{1e3 * p.masked_s:.3g}",
-        )  # fmt: skip
-    return grid
+    headers = [
+        "ratio",
+        "measured ms",
+        "modelled ms",
+        "off by",
+        "masks only ms",
+        "kept",
+        "MFLOP",
+        "weights kB",
+        "saved kB",
+    ]
+    rows = [
+        [
+            f"{p.ratio:g}", f"{1e3 * p.measured_s:.3g}", f"{1e3 * p.modelled_s:.3g}", f"{100 * p.error:+.0f} %", f"{1e3 * p.masked_s:.3g}",
+            f"{p.kept:.3f}", f"{p.flops / 1e6:.4g}", f"{p.param_bytes / 1e3:.4g}", f"{p.saved_bytes / 1e3:.4g}",
+        ]
+        for p in calibration.points
+    ]  # fmt: skip
+    return Table.of(title, headers, rows, elsewhere="in --json")

@@ -44,6 +44,7 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
             logging.CRITICAL
         )  # says where its fonts are cached, when that is not at home
         try:
+            _check_here()
             command(*args, **options)
         except FedpruneError:
             raise
@@ -53,6 +54,16 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
             raise explained(error) from error
 
     return run
+
+
+def _check_here() -> None:
+    """Raises OutputError when the folder that relative paths start from was removed: libraries end the process over it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OutputError(
+            f"cannot use the current folder: {error.strerror}; it was removed, or may not be read"
+        ) from None
 
 
 for command in (
@@ -83,7 +94,10 @@ def main() -> NoReturn:
     code = _run()
     if interrupt.signalled():  # whatever was made of it on the way up
         interrupt.leave()
-    raise SystemExit(code if let_go() else OutputError.exit_code)
+    if (refused := let_go()) and code == 0:
+        tell_error(refused)
+        code = refused.exit_code
+    raise SystemExit(code)
 
 
 def _run() -> int:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedprune_cli.commands.look import print_comparison
-from fedprune_cli.commands.options import Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
 from fedprune_cli.errors import ConfigError, FedpruneError
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import note, status, tell_error
 
 if TYPE_CHECKING:
+    from fedprune_cli.config.experiment import Experiment
     from fedprune_cli.many.side_by_side import Failure, Member
 
 
@@ -36,6 +37,7 @@ def compare(
         int | None,
         typer.Option(min=1, help="Runs at the same time, each on one core; 1: one by one; default: the cores."),
     ] = None,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,11 +45,12 @@ def compare(
 
     Finished runs are read and not run again; interrupted ones are continued. A run that fails is named, and the rest go on.
     """
+    from fedprune_cli.config.words import parse_seeds
     from fedprune_cli.execute import usable_cores
 
-    members = _members(overrides or [], methods, _seeds(seeds))
+    members = _members(overrides or [], config_dir, methods, parse_seeds(seeds))
     with safe(lambda: SAME_COMMAND if any(member.run_dir.exists() for member in members) else NOTHING):
-        unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
+        unfinished = [member for member in members if not member.finished]
         if len(unfinished) < len(members):
             note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
         failures = _run_members(unfinished, min(jobs or usable_cores(), len(unfinished)))
@@ -70,18 +73,7 @@ def compare(
         raise error
 
 
-def _seeds(text: str) -> list[int]:
-    """Returns the seeds of --seeds; raises ConfigError for what is none, and for one that is there twice."""
-    words = text.split(",")
-    if not all(word.isascii() and word.isdigit() for word in words):
-        raise ConfigError(f"--seeds {text}: must be whole numbers joined by commas, such as 0,1,2")
-    seeds = [int(word) for word in words]
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {text}: each at most once")
-    return seeds
-
-
-def _members(overrides: list[str], methods: str | None, seeds: Sequence[int]) -> list[Member]:
+def _members(overrides: list[str], config_dir: Path | None, methods: str | None, seeds: Sequence[int]) -> list[Member]:
     """Returns what is compared, each configuration checked before the first one runs."""
     from omegaconf import OmegaConf
 
@@ -91,14 +83,25 @@ def _members(overrides: list[str], methods: str | None, seeds: Sequence[int]) ->
 
     if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides):
         raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
-    arms = _arms(overrides, methods)
+    arms = _arms(overrides, config_dir, methods)
     chosen = [(arm, seed) for seed in seeds for arm in arms]
-    configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"]) for arm, seed in chosen]
-    run_dirs = [build_experiment(config).run_dir for config in configs]
+    configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"], config_dir) for arm, seed in chosen]
+    experiments = [build_experiment(config) for config in configs]
     return [
-        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), run_dir)
-        for (arm, seed), config, run_dir in zip(chosen, configs, run_dirs, strict=True)
+        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), experiment.run_dir, _finished(experiment))
+        for (arm, seed), config, experiment in zip(chosen, configs, experiments, strict=True)
     ]
+
+
+def _finished(experiment: Experiment) -> bool:
+    """Whether a member has nothing left to do; a damaged one has, and says so when it is begun."""
+    from fedprune_cli.errors import CheckpointError
+    from fedprune_cli.runs.life import is_done
+
+    try:
+        return is_done(experiment)
+    except CheckpointError:
+        return False
 
 
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
@@ -121,15 +124,19 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     return failures
 
 
-def _arms(overrides: list[str], methods: str | None) -> dict[str, list[str]]:
+def _arms(overrides: list[str], config_dir: Path | None, methods: str | None) -> dict[str, list[str]]:
     """Returns what to compare, name -> overrides: the methods named, else the experiment's arms, else the two of the headline."""
-    from omegaconf import OmegaConf
-
     from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.config.plain import plain
+    from fedprune_cli.config.words import parse_names
 
-    arms = OmegaConf.to_container(compose_config(overrides).arms or OmegaConf.create({}))
+    values = plain(compose_config(overrides, config_dir))
+    arms = (values.get("arms") if isinstance(values, dict) else None) or {}
     if methods is not None or not arms:
-        return {name: [f"method={name}"] for name in (methods or "proposed,personalized").split(",")}
+        return {
+            name: [f"method={name}"]
+            for name in parse_names("proposed,personalized" if methods is None else methods, "--methods")
+        }
     if not isinstance(arms, dict) or not all(isinstance(of, list) for of in arms.values()):
         raise ConfigError("arms: must map each name to a list of overrides, such as {tight: [deadline.fraction=0.3]}")
-    return {str(name): [str(override) for override in of] for name, of in arms.items()}
+    return {str(name): [str(override) for override in of] for name, of in arms.items() if isinstance(of, list)}

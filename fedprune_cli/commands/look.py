@@ -25,8 +25,8 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Draw the report of a run or of a sweep, or compare several runs."""
-    from fedprune_cli.many.sweep import ended
-    from fedprune_cli.report.all import write_report
+    from fedprune_cli.report.run import write_report
+    from fedprune_cli.report.sweep import ended
 
     if any(ended(path) for path in run_dirs):
         print_sweep(run_dirs, out or run_dirs[0] / "report", as_json=as_json)
@@ -137,7 +137,8 @@ def completion() -> None:
 
 def print_run(run_dir: Path, page: Path, *, as_json: bool) -> None:
     """Prints a run's figures and where its report is."""
-    from fedprune_cli.report.all import read_run, run_json, run_table
+    from fedprune_cli.report.read import read_run
+    from fedprune_cli.report.run import run_json, run_table
 
     run = read_run(run_dir)
     if as_json:
@@ -149,17 +150,17 @@ def print_run(run_dir: Path, page: Path, *, as_json: bool) -> None:
 
 def print_sweep(folders: list[Path], out: Path, *, as_json: bool) -> None:
     """Writes the report of sweeps, and prints its table, its answer and what runs the best again."""
-    from fedprune_cli.many import sweep
+    from fedprune_cli.report import sweep
 
-    members = sweep.read_members(folders)
-    groups = sweep.group(members)
+    members = sweep.read_combinations(folders)
+    groups = sweep.build_groups(members)
     with status("drawing the report"):
         page = sweep.write_sweep(members, groups, out)
     if as_json:
-        print_json(sweep.to_json(members, groups, page))
+        print_json(sweep.sweep_json(members, groups, page))
         return
     show(sweep.sweep_table(groups))
-    show(sweep.answer(members, groups))
+    show(sweep.sweep_headline(members, groups))
     say(f"again: {sweep.best_of(groups).command}")
     say(f"report: {page}")
 
@@ -174,14 +175,16 @@ def print_comparison(
     as_json: bool,
 ) -> None:
     """Writes the comparison of finished runs and prints its table and its answer."""
-    from fedprune_cli.report import all as reports
+    from fedprune_cli.report import comparison_page as reports
+    from fedprune_cli.report.comparison import compare, headline
+    from fedprune_cli.report.read import read_run
 
-    comparison = reports.compare([reports.read_run(path) for path in run_dirs], labels)
+    comparison = compare([read_run(path) for path in run_dirs], labels)
     with status("drawing the comparison"):
         page = reports.write_comparison(comparison, out, command, missing)
     if as_json:
         print_json(reports.comparison_json(comparison, page, missing))
         return
     show(reports.comparison_table(comparison))
-    show(reports.headline(comparison))
+    show(headline(comparison))
     say(f"report: {page}")

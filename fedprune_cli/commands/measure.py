@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedprune_cli.commands.options import Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.terminal import note, print_json, say, show, status
 
@@ -62,6 +62,7 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for calibration.json, calibration.svg and devices/calibrated.yaml.")
     ] = None,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +74,7 @@ def calibrate(
     chosen = calibration.parse_ratios(ratios)
     if cpu_ghz is not None and not 1e-6 <= cpu_ghz <= 1e6:
         raise ConfigError(f"--cpu-ghz {cpu_ghz}: must be in [1e-06, 1e+06]")
-    experiment = build_experiment(compose_config([*(overrides or []), "pruner.granularity=channel"]))
+    experiment = build_experiment(compose_config([*(overrides or []), "pruner.granularity=channel"], config_dir))
     clock = calibration.clock_hz() if cpu_ghz is None else cpu_ghz * 1e9
     with status("measuring steps"):
         result = calibration.calibrate(experiment, chosen, turns, clock)

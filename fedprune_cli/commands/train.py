@@ -12,13 +12,17 @@ import typer
 
 from fedprune_cli import CONF
 from fedprune_cli.commands.look import print_run, print_sweep
-from fedprune_cli.commands.options import Json, Overrides, Quiet
-from fedprune_cli.errors import FedpruneError
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.errors import ConfigError, FedpruneError, unknown
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import counting, note, status
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+SHOWN_BY_CFG = ("job", "hydra", "all")
+SHOWN_BY_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def train(
@@ -38,9 +42,7 @@ def train(
             "--info", help="Show Hydra's information: all, config, defaults, defaults-tree, plugins, searchpath."
         ),
     ] = None,
-    config_dir: Annotated[
-        str | None, typer.Option("--config-dir", help="A folder of further configuration files.")
-    ] = None,
+    config_dir: ConfigDir = None,
     config_name: Annotated[str | None, typer.Option("--config-name", help="Another primary configuration.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -49,20 +51,27 @@ def train(
 
     With -m a sweep: the same command again skips its finished runs and continues the others.
     """
+    from fedprune_cli.config.compose import check_config_dir, check_overrides
+    from fedprune_cli.config.words import parse_choice
+
+    for option, word, allowed in (("--cfg", cfg, SHOWN_BY_CFG), ("--info", info, SHOWN_BY_INFO)):
+        if word is not None:
+            parse_choice(word, option, allowed)
+    check_overrides(overrides or [], sweep=multirun, config_dir=config_dir)
+    if config_dir is not None:
+        check_config_dir(config_dir)
+    if package is not None:
+        _check_package(package, cfg, [] if multirun else overrides or [], config_dir)
     flags = ["--resolve"] * resolve
-    for flag, value in (
+    given: tuple[tuple[str, str | Path | None], ...] = (
         ("--cfg", cfg),
         ("-p", package),
         ("--info", info),
         ("--config-dir", config_dir),
         ("--config-name", config_name),
-    ):
-        flags += [flag, value] if value is not None else []
-    from fedprune_cli.config.compose import check_config_dir, check_overrides
-
-    check_overrides(overrides or [])
-    if config_dir is not None:
-        check_config_dir(Path(config_dir))
+    )
+    for flag, value in given:
+        flags += [flag, str(value)] if value is not None else []
     if multirun and cfg is None and info is None:
         _sweep(flags, overrides or [], as_json=as_json)
         return
@@ -70,6 +79,18 @@ def train(
     _hydra(configs.append, [*["-m"] * multirun, *flags, *(overrides or [])])
     for config in configs:  # none when the configuration was only shown
         _train(config, as_json=as_json)
+
+
+def _check_package(package: str, cfg: str | None, overrides: list[str], config_dir: Path | None) -> None:
+    """Raises ConfigError when `--cfg` has no such part to show."""
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.config.plain import leaves, plain
+
+    if cfg is None:
+        raise ConfigError(f"-p {package}: shows a part of the configuration, with --cfg job")
+    keys = leaves(plain(compose_config(overrides, config_dir)))
+    if package not in ("_global_", *keys) and (cfg == "job" or not package.startswith("hydra")):
+        raise unknown("part of the configuration", package, [key for key in keys if "." not in key])
 
 
 def _hydra(task: Callable[[DictConfig], object], arguments: list[str]) -> None:
@@ -98,19 +119,20 @@ def _hydra(task: Callable[[DictConfig], object], arguments: list[str]) -> None:
 def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     """Runs every combination of a sweep and reports them; the failures' exit code is the first one's."""
     from fedprune_cli.many import sweep
+    from fedprune_cli.report.sweep import ended, read_combinations
 
     asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
     given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
     place = Path([asked, *given][-1].partition("=")[2])
     overrides = overrides if given else [*overrides, asked]
-    for old in sweep.ended(place):
+    for old in ended(place):
         old.unlink()
     with (
         safe(lambda: SAME_COMMAND if place.exists() else NOTHING),
-        counting("runs ended", lambda: len(sweep.ended(place))),
+        counting("runs ended", lambda: len(ended(place))),
     ):
-        _hydra(sweep.run_member, ["-m", *flags, *overrides])
-    members = sweep.read_members([place])
+        _hydra(sweep.run_combination, ["-m", *flags, *overrides])
+    members = read_combinations([place])
     failed = [member for member in members if member.error is not None]
     if len(failed) < len(members):
         print_sweep([place], place / "report", as_json=as_json)
@@ -127,6 +149,8 @@ def _train(config: DictConfig, *, as_json: bool) -> None:
     from fedprune_cli.runs.life import create
 
     experiment = build_experiment(config)
+    if config.get("arms"):
+        note("arms are for compare: train runs the experiment without them")
     with status("loading data and building the world"):
         setup = prepare(experiment)
     with resumable(experiment.run_dir):

@@ -6,9 +6,10 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 
 from fedprune_cli import CONF
 from fedprune_cli.errors import ConfigError, unknown
@@ -21,10 +22,12 @@ MINUS = str.maketrans("−–—", "---")
 PAIRS = {"[": "]", "{": "}"}
 
 
-def check_overrides(overrides: Sequence[str], *, sweep: bool = True) -> None:
+def check_overrides(overrides: Sequence[str], *, sweep: bool = True, config_dir: Path | None = None) -> None:
     """Raises ConfigError for what Hydra would refuse in its own words, or run; `sweep`: several values joined by commas are allowed."""
     for override in overrides:
-        parse_override(override, sweep=sweep)
+        parsed = parse_override(override, sweep=sweep)
+        if parsed.value_type in (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP):
+            _check_choices(parsed, config_dir)
 
 
 def parse_override(text: str, *, sweep: bool = False) -> Override:
@@ -78,6 +81,16 @@ def _check_choice(parsed: Override, key: str) -> None:
     options = [path.stem for path in folder.glob("*.yaml")]
     if options:
         raise unknown(f"{key} option", "null" if value is None else str(value), options)
+
+
+def _check_choices(parsed: Override, config_dir: Path | None) -> None:
+    """Raises ConfigError where a sweep over a group names an option that is in no folder, before any of its runs begins."""
+    key = parsed.key_or_group
+    folders = [root / key for root in (CONF, config_dir) if root is not None and (root / key).is_dir()]
+    options = [path.stem for folder in folders for path in folder.glob("*.yaml")]
+    for name in parsed.sweep_string_iterator() if options else ():
+        if name not in options and "[" not in name:
+            raise unknown(f"{key} option", name, options)
 
 
 def _why(text: str) -> str:

@@ -12,7 +12,7 @@ import matplotlib.backends.backend_agg  # noqa: F401  # reports are drawn with i
 
 from fedprune_cli import terminal
 from fedprune_cli.interrupt import NOTHING, safe
-from fedprune_cli.report.all import write_report
+from fedprune_cli.report.run import write_report
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.life import run
 from fedprune_cli.store.record import RoundRecord

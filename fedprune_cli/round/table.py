@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
-from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import Allocation, Limits, Problem
-from fedprune_cli.allocate.variants import frontier
+from fedprune_cli.allocate.variants import deadlines_at, frontier
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model
@@ -192,11 +193,14 @@ def frontier_rows(problem: Problem) -> list[dict[str, float]]:
 def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[dict[str, Any]]:
     """Returns the weighted mean and the largest ratio of every allocator at deadlines that are fractions of the dense optimum.
 
-    An allocator that cannot meet a deadline has null there: nobody's round is stretched to look feasible.
+    An allocator that cannot meet a deadline has null there: nobody's round is stretched to look feasible. Raises ConfigError naming a
+    fraction that is none, and InfeasibleError naming the devices that no deadline helps.
     """
-    rows, weight = [], problem.weight / problem.weight.sum()
-    for fraction in fractions:
-        at = replace(problem, deadline_s=fraction * dense_deadline(problem)[0])
+    deadlines = deadlines_at(problem, fractions)
+    settle(replace(problem, deadline_s=math.inf), "fail", least_feasible)  # names whom no deadline helps
+    rows, weight = [], problem.weight / (problem.weight.sum() or 1.0)
+    for fraction, deadline_s in zip(fractions, deadlines.tolist(), strict=True):
+        at = replace(problem, deadline_s=deadline_s)
         row: dict[str, Any] = {"fraction": fraction, "deadline_s": at.deadline_s}
         for name, allocator in allocators.items():
             allocation = allocator.solve(at, 0, 0)

@@ -169,6 +169,11 @@ def test_a_sweep_takes_several_values_and_nothing_else_that_is_wrong() -> None:
     check_overrides(["seed=1,2", "data=digits,mnist", "training.lr=choice(0.1,0.2)", "seed=range(0,3)"])
     with pytest.raises(ConfigError, match="an item between commas is empty: type seed=1,2"):
         check_overrides(["seed=1,2,"])
+    with pytest.raises(ConfigError, match=r"unknown data option 'digit'\. Did you mean 'digits'"):
+        check_overrides(["data=digit,mnist"])
+    Path("conf/data").mkdir(parents=True)
+    Path("conf/data/digit.yaml").write_text("")
+    check_overrides(["data=digit,mnist"], config_dir=Path("conf"))
     with pytest.raises(ConfigError, match="several values are for"):
         check_overrides(["seed=1,2"], sweep=False)
 

@@ -24,7 +24,8 @@ from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train
 from fedprune_cli.learn.prune import Masks
-from fedprune_cli.report import all as report
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.run import fault_sections, write_report
 from fedprune_cli.round.plan import Beliefs, round_problems
 from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import build_learner
@@ -460,9 +461,9 @@ def test_bad_values_are_one_line() -> None:
 
 def test_the_report_counts_what_went_wrong_and_says_what_was_done(tmp_path: Path) -> None:
     run_to_end(tmp_path / "plain")
-    assert report._fault_sections({"plain": [report.read_run(tmp_path / "plain")]}) == []
+    assert fault_sections({"plain": [read_run(tmp_path / "plain")]}) == []
     records = run_to_end(tmp_path / "run", "faults.die=0.5", "failsafe.late=drop", "failsafe.quarantine_after=2")
-    page = report.write_report(tmp_path / "run")
+    page = write_report(tmp_path / "run")
     text, died = page.read_text(), sum(len(record["faults"]["died"]) for record in records)
     assert died
     assert f"died in mid-round: nothing arrived</td><td>{died}</td>" in text.replace('<td class="n">', "<td>")
