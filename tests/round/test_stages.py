@@ -16,9 +16,10 @@ from fedprune_cli.execute import executor
 from fedprune_cli.round.bill import Bill, charge
 from fedprune_cli.round.plan import Plan, choose, plan_round, round_problems
 from fedprune_cli.round.plan import _truth as truth_of
+from fedprune_cli.round.receive import _contribution as contribution
 from fedprune_cli.round.roster import Roster, choose_roster
 from fedprune_cli.round.setup import Setup, build_learner
-from fedprune_cli.round.step import contribution, round_step
+from fedprune_cli.round.step import round_step
 from fedprune_cli.round.work import Results, Work, assign, train_round
 from fedprune_cli.serve.deliver import Arrival
 from fedprune_cli.store.state import Array, State
