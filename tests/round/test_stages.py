@@ -26,9 +26,10 @@ from fedprune_cli.store.state import Array, State
 from fedprune_cli.wire.masks import encode_mask
 
 HARD = (
-    "devices.count=8", "devices.fresh=3", "devices.per_round=4", "rounds=8", "pruner=taylor", "faults.clock_error=0.5",
+    "devices.count=8", "devices.fresh=3", "devices.per_round=5", "rounds=8", "pruner=taylor", "faults.clock_error=0.5",
     "faults.channel_error=0.5", "faults.die=0.4", "participation.freeze_below=0.3", "participation.freeze_window=1",
     "training.lr=0.02", "partition.alpha=0.2", "allocator.on_infeasible=drop", "payload.bits=[8]", "failsafe.safe_ratio=true",
+    "deadline.fraction=0.3", "pruner.max_ratio=0.5",
 )  # fmt: skip
 
 
@@ -48,8 +49,11 @@ class Stages:
 
 @functools.cache
 def stages() -> Stages:
-    """Returns the first round in which some devices train, some are frozen and somebody dies."""
+    """Returns the first round in which some devices train, some are frozen, somebody dies and somebody before it is turned away."""
     setup = make_setup(*HARD)
+    fleet = setup.scenario.fleet  # no two radios are equal
+    fleet = dataclasses.replace(fleet, tx_power_w=fleet.tx_power_w * np.linspace(0.5, 2, len(fleet.tx_power_w)))
+    setup = dataclasses.replace(setup, scenario=dataclasses.replace(setup.scenario, fleet=fleet))
     build = functools.partial(build_learner, setup.experiment, setup.scenario)
     with executor(setup.experiment.execution, build) as workers:
         for step in steps_of(setup, 8):
@@ -58,7 +62,8 @@ def stages() -> Stages:
                 continue
             plan = plan_round(setup, roster, step.before.slots)
             work = assign(setup, step.before, roster, plan)
-            if not work.fates.died.any() or work.fates.died.all():
+            died, behind = work.fates.died, plan.devices != roster.training[: len(plan.devices)]
+            if died.all() or not (died & behind).any():
                 continue
             results = train_round(setup, work, workers)
             bill = charge(setup, roster, plan, work, results)
@@ -167,8 +172,9 @@ def test_the_plan_is_by_belief_and_its_rates_are_true() -> None:
         truth, fleet=dataclasses.replace(truth.fleet, cpu_hz=cpu_hz), gain_linear=believed_gain[ids]
     )
     reference = round_problems(of.setup.blueprint, believed, of.state.round, slots).reference
-    assert of.plan.problem.deadline_s == pytest.approx(0.5 * dense_deadline(reference)[0])
+    assert of.plan.problem.deadline_s == pytest.approx(0.3 * dense_deadline(reference)[0])
     kept = np.setdiff1d(np.arange(8), of.plan.devices)
+    assert slots["prune_ratio"][of.roster.frozen].any()  # who is frozen goes on with what it kept last
     np.testing.assert_array_equal(of.plan.ratios[kept], slots["prune_ratio"][kept])
     np.testing.assert_array_equal(of.plan.ratios[of.plan.devices], allocation.prune_ratio[of.plan.taking])
 
@@ -286,3 +292,20 @@ def test_the_tested_model_is_the_devices_own(options: tuple[str, ...]) -> None:
         assert last.record.fresh_accuracy != pytest.approx(np.mean(before))  # after steps of their own
     else:
         assert last.record.fresh_accuracy == pytest.approx(np.mean(before))
+
+
+def test_whoever_was_asked_hears_the_broadcast_also_when_it_is_turned_away() -> None:
+    setup = make_setup(
+        "devices.count=8", "rounds=4", "deadline.fraction=0.35", "pruner.max_ratio=0.3", "allocator.on_infeasible=drop"
+    )
+    told = 0
+    for step in steps_of(setup, 4):
+        asked = choose_roster(setup, step.before.round, step.before.slots).training
+        gain, ids = setup.scenario.at(step.before.round).gain_linear, step.record.devices.id
+        channel, size = setup.scenario.channel, setup.blueprint.cost.shared_params
+        snr = channel.bs_power_w * gain[asked].min() / (channel.noise_w_per_hz * channel.bandwidth_hz)
+        np.testing.assert_allclose(
+            step.record.devices.downlink_s, 32 * size / (channel.bandwidth_hz * np.log2(1 + snr))
+        )
+        told += bool(ids) and gain[ids].min() > gain[asked].min()
+    assert told
