@@ -67,7 +67,7 @@ def outcome_of_record(record: RoundRecord, slots: Slots) -> Outcome:
         number=record.round - 1,
         simulated_s=record.simulated_s,
         bits=record.bits or 0,
-        rounding_error=record.rounding_error,
+        rounding_error=None if record.rounding_error is None else float(record.rounding_error),
         devices=np.array(rows.id[:training], dtype=int),
         prune_ratio=np.array(rows.prune_ratio[:training]),
         pruning_error=np.array(rows.pruning_error[:training]),
