@@ -105,18 +105,17 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
     assert b.sum() <= problem.bandwidth_hz * (1 + 1e-9)
     assert (b <= problem.most_hz * (1 + 1e-9)).all()
     assert (b >= problem.least_hz * (1 - 1e-9))[admitted].all()
-    # x is known to one part in 1e16 of the model, certified to one in 1e9, and from a conic solver to one in 1e6
+    # x is known to one part in 1e16 of the model, certified to one in 1e9, and from a conic solver to one in 1e4
     sent_s = np.divide(problem.payload_bits, allocation.rate_bps, out=np.zeros(len(b)), where=allocation.rate_bps > 0)
-    exact_to = {"cvxpy": 1e-6, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
+    exact_to = {"cvxpy": 1e-4, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
     slack_s = loose * allocation.deadline_s + exact_to * (sent_s + problem.shared_compute_s)
     t = latency(problem, kept, b)
     assert (t <= allocation.deadline_s + slack_s)[admitted].all()
     if problem.limits is not None:
         joules = energy(problem.limits, kept, upload_s(problem, kept, b))
         budget_j = problem.limits.energy_budget_j
-        slack_j = loose * np.where(np.isinf(budget_j), 0.0, budget_j) + 1e-9 * (
-            problem.limits.tx_power_w * sent_s + problem.limits.shared_energy_j
-        )
+        spent_j = problem.limits.tx_power_w * np.minimum(sent_s, 1e200) + problem.limits.shared_energy_j
+        slack_j = loose * np.where(np.isinf(budget_j), 0.0, budget_j) + 1e-9 * spent_j
         assert (joules <= budget_j + slack_j)[admitted].all()
     if name not in ("dense", "dense_equal", "fixed"):
         assert (kept >= problem.min_kept - 1e-9)[admitted].all()
