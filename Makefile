@@ -2,10 +2,12 @@
 PYTHON ?= python3
 DATA ?= digits
 ARGS ?=
+BASE ?= HEAD
+ALLOW ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run lint type test test-all bench-ci bench-baseline clean
+.PHONY: help install run lint type test test-all reference docs bench-ci bench-baseline same shape clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,12 +36,29 @@ test: .venv/installed ## the default tests, under five minutes on two cores; als
 test-all: .venv/installed lint type ## everything, with the slow proofs
 	$(BIN)/python -m pytest -n 2 --junitxml=outputs/tests.xml
 
+reference: .venv/installed ## write docs/reference/ from the program itself
+	$(BIN)/python .ci/reference.py
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: .venv/docs ## the documentation as a site, strictly, in outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .ci/mkdocs.yml
+	@echo "written: outputs/site/index.html"
+
 bench-ci: .venv/installed ## what nightly CI runs: measure, and fail (exit code 3) where it got worse than .ci/bench.json
 	$(BIN)/fedprune bench --quick --baseline .ci/bench.json --out outputs/bench
 
 bench-baseline: .venv/installed ## measure .ci/bench.json anew, after a change that is meant to cost or save something
 	$(BIN)/fedprune bench --quick --out outputs/bench
 	cp outputs/bench/bench.json .ci/bench.json
+
+same: .venv/installed ## do the runs of this tree have the bytes of a commit's? BASE=main, ALLOW=NAME for what is meant to differ
+	$(BIN)/python .ci/same.py $(BASE) --allow '$(ALLOW)'
+
+shape: ## longest module, widest functions, imports that point up: what the code's form is allowed, and what it is
+	$(PYTHON) .ci/shape.py
 
 clean: ## remove what was installed and cached; outputs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,23 @@
 """Errors as part of the interface: one line each, and an exit code of its own.
 
-A plug-in checks its own numbers with `require`; config.py adds where the number was written.
+A plug-in checks its own numbers with `require`; config/build.py adds where the number was written. What the system refuses, a library that
+cannot be loaded and what nobody foresaw become errors of one line here too, by `explained`.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import resource
+import sys
+import tempfile
+import traceback
 from collections.abc import Iterable
 
+OWN = __name__.partition(".")[0]
 MAX_MESSAGE = 1000  # characters
+MAX_TEXT = 300  # of them for what somebody else's error says
 
 
 def one_line(text: str) -> str:
@@ -67,13 +76,13 @@ class DataError(FedpruneError):
 
 
 class DeviceError(FedpruneError):
-    """The work of one simulated device failed; names round, device and stage."""
+    """This machine cannot do the work: memory, processes, shared memory, a library, or a simulated device whose work failed."""
 
     exit_code = 7
 
 
 class OutputError(FedpruneError):
-    """Results cannot be written (full disk, read-only folder)."""
+    """Results cannot be written (full disk, read-only folder, closed stdout)."""
 
     exit_code = 8
 
@@ -84,11 +93,96 @@ class LimitError(FedpruneError):
     exit_code = 9
 
 
-def out_of_memory(error: MemoryError | RuntimeError) -> DeviceError:
-    """Returns a refusal of memory, NumPy's or PyTorch's, as an error of one line; raises every other one again."""
-    if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-        raise error
-    return DeviceError(f"out of memory ({str(error) or 'refused by the system'}); finished rounds are safe")
+class UnforeseenError(FedpruneError):
+    """What nobody foresaw: a defect. The message names the error, and the file that holds the details."""
+
+    exit_code = 10
+
+
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EPIPE,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
+LIMITS = {
+    errno.EMFILE: (resource.RLIMIT_NOFILE, "n"),
+    errno.EAGAIN: (resource.RLIMIT_NPROC, "u"),
+    errno.ENOMEM: (resource.RLIMIT_AS, "v"),
+}
+
+
+def explained(error: BaseException) -> FedpruneError:
+    """Returns any error as one of one line with an exit code: what the system refused, what cannot be loaded, or what nobody foresaw."""
+    if isinstance(error, FedpruneError):
+        return error
+    if library := _loading(error):
+        reason = str(error) if isinstance(error, ImportError | OSError) else f"{type(error).__name__}: {error}"
+        short = isinstance(error, MemoryError) or "map segment" in reason or "allocate memory" in reason
+        number = errno.ENOMEM if short else error.errno if isinstance(error, OSError) else None
+        return DeviceError(
+            f"cannot load {library} ({' '.join(reason.split())[:MAX_TEXT]}){_limit(number) or '; install it again'}"
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return DeviceError(f"out of memory ({str(error) or 'refused by the system'}); finished rounds are safe")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return DeviceError(f"the system refuses a thread{_limit(errno.EAGAIN)}; finished rounds are safe")
+    if isinstance(error, OSError):
+        return _refused(error)
+    name, text = type(error).__name__, " ".join(str(error).split())
+    return UnforeseenError(f"unforeseen {name}{': ' * bool(text)}{text[:MAX_TEXT]}; {_details(error)}")
+
+
+def _refused(error: OSError) -> FedpruneError:
+    """Returns the system's refusal, which nobody closer to it has explained: by what is refused, and of which file."""
+    reason, name = error.strerror or str(error) or type(error).__name__, error.filename
+    if error.errno in CANNOT_WRITE:
+        return OutputError(
+            f"cannot use {os.fsdecode(name)}: {reason}" if isinstance(name, str | bytes) else f"cannot write: {reason}"
+        )
+    if error.errno in GONE and isinstance(name, str | bytes):
+        return CheckpointError(f"{os.fsdecode(name)}: {reason}; another process may have removed or replaced it")
+    return DeviceError(f"the system refuses what is needed: {reason}{_limit(error.errno)}; finished rounds are safe")
+
+
+def _limit(number: int | None) -> str:
+    """Returns the limit behind a refusal as the shell shows it, nothing where there is none."""
+    kind, letter = LIMITS.get(number or 0, (None, ""))
+    soft = resource.RLIM_INFINITY if kind is None else resource.getrlimit(kind)[0]
+    return "" if soft == resource.RLIM_INFINITY else f" (ulimit -{letter} {soft // 1024 if letter == 'v' else soft})"
+
+
+def _loading(error: BaseException) -> str | None:
+    """Returns the library that could not be imported, None when the error is of another kind."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and module not in (OWN, "__main__", "__mp_main__"):
+            return module
+    if isinstance(error, SyntaxError) and error.filename and f"{os.sep}{OWN}{os.sep}" not in error.filename:
+        path = error.filename.removesuffix(".py").removesuffix(f"{os.sep}__init__")
+        return path.rpartition("site-packages" + os.sep)[2].partition(os.sep)[0] or os.path.basename(path)
+    named = error.name if isinstance(error, ImportError) else None
+    return named.partition(".")[0] if named and not named.startswith(OWN) else None
+
+
+def _details(error: BaseException) -> str:
+    """Writes the traceback to a new file, in the temporary folder or else here; returns where it is, in words."""
+    text = "".join(traceback.format_exception(error))
+    for folder in (None, "."):
+        try:
+            descriptor, path = tempfile.mkstemp(".txt", "fedprune-error-", folder, text=True)
+            with open(descriptor, "w", errors="backslashreplace") as file:
+                file.write(f"{sys.argv}\n{text}")
+        except OSError:
+            continue
+        return f"a defect of fedprune; details are in {path}"
+    return "a defect of fedprune; no file could be written for the details"
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:

@@ -3,8 +3,7 @@
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
-    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band;
-               of a pruned broadcast, most important entries first, device k waits for the masks and its own entries.
+    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
 Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
@@ -20,9 +19,9 @@ from fedprune_cli.allocate.problem import Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
-from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
-from fedprune_cli.wire.quantize import BITS_PER_PARAM, QUANTIZED_BITS
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.devices import Fleet
 
@@ -37,18 +36,6 @@ class Meter:
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What travels: the candidate `bits` of an uplink value."""
-
-    bits: list[int]
-
-    def __post_init__(self) -> None:
-        allowed = (*QUANTIZED_BITS, BITS_PER_PARAM)
-        valid = bool(self.bits) and len(set(self.bits)) == len(self.bits) and set(self.bits) <= set(allowed)
-        require(valid, "bits", self.bits, f"a list of different values out of {allowed}")
 
 
 @dataclass(frozen=True)
@@ -79,15 +66,13 @@ class Load:
         return self.fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
 
 
-def build_load(
-    fleet: Fleet, ids: Array, plans: Sequence[Sequence[Phase]], costs: Sequence[ModelCost], batch_size: int
-) -> Load:
-    """Returns the load of the devices `ids`, device i following the phases plans[i] on a model that costs costs[i]."""
-    flops = np.zeros((len(plans), 2))
-    for row, plan, cost in zip(flops, plans, costs, strict=True):
+def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost]) -> Load:
+    """Returns the load of the devices `ids`, device i following the phases schedules[i] on a model that costs costs[i]."""
+    flops = np.zeros((len(schedules), 2))
+    for row, schedule, cost in zip(flops, schedules, costs, strict=True):
         counted = cost.flops
-        for phase in plan:
-            row += phase.steps * batch_size * np.array(counted[phase.kind])
+        for phase in schedule:
+            row += phase.samples * np.array(counted[phase.kind])
     return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
 
 

@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from fedprune_cli.errors import CheckpointError, ConfigError, require
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import read_json
+from fedprune_cli.store.record import RoundRecord
 
-Record = Mapping[str, Any]
-Log = Callable[[Record], None]
+Log = Callable[[RoundRecord], None]
 FOLDER = "tracking"  # in the run's folder
 PARAMS_A_BATCH = 100  # MLflow's limit
 
@@ -65,9 +65,9 @@ class TensorBoard:
         manifest, records = read(run_dir)
         with SummaryWriter(str(fresh(run_dir / FOLDER / self.name))) as writer:
 
-            def log(record: Record) -> None:
+            def log(record: RoundRecord) -> None:
                 for key, value in figures(record).items():
-                    writer.add_scalar(key, value, record["round"], walltime=record["simulated_s"])
+                    writer.add_scalar(key, value, record.round, walltime=record.simulated_s)
                 writer.flush()
 
             of_run = {"method": manifest["method"], "seed": manifest["seed"]}
@@ -110,9 +110,9 @@ class WandB:
         )
         first, exit_code = run.step if run.resumed else 0, 1
 
-        def log(record: Record) -> None:
-            if record["round"] >= first:
-                run.log(figures(record), step=record["round"], commit=True)
+        def log(record: RoundRecord) -> None:
+            if record.round >= first:
+                run.log(figures(record), step=record.round, commit=True)
 
         try:
             for record in records:
@@ -150,8 +150,8 @@ class MLflow:
         at = run.info.run_id
         done = {(key, metric.step) for key in run.data.metrics for metric in client.get_metric_history(at, key)}
 
-        def log(record: Record) -> None:
-            clock_ms, step = round(1000 * record["simulated_s"]), record["round"]
+        def log(record: RoundRecord) -> None:
+            clock_ms, step = round(1000 * record.simulated_s), record.round
             new = {key: value for key, value in figures(record).items() if (key, step) not in done}
             if new:
                 client.log_batch(at, metrics=[Metric(key, value, clock_ms, step) for key, value in new.items()])
@@ -208,7 +208,7 @@ def following(tracking: Tracking, run_dir: Path) -> Iterator[Log]:
                 print(f"warning: tracking={tracking.name} stopped: {reason}; {again}", file=sys.stderr, flush=True)
             broken = True
 
-    def show(record: Record) -> None:
+    def show(record: RoundRecord) -> None:
         if log and not broken:
             with guard():
                 log(record)
@@ -232,7 +232,7 @@ def following(tracking: Tracking, run_dir: Path) -> Iterator[Log]:
 # --- what trackers are told -----------------------------------------------------------------------------------------
 
 
-def read(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read(run_dir: Path) -> tuple[dict[str, Any], list[RoundRecord]]:
     """Returns the run's manifest, and the records of its finished rounds."""
     return read_json(run_dir / folder.MANIFEST, CheckpointError), folder.read_records(run_dir)
 
@@ -242,9 +242,9 @@ def run_id(manifest: Mapping[str, Any]) -> str:
     return f"{manifest['config_hash']}-s{manifest['seed']}"
 
 
-def figures(record: Record) -> dict[str, int | float]:
+def figures(record: RoundRecord) -> dict[str, int | float]:
     """Returns the record's numbers by key: not the round's, nor what is null, text or by device."""
-    return {key: value for key, value in record.items() if isinstance(value, int | float) and key != "round"}
+    return {key: value for key, value in record.figures().items() if isinstance(value, int | float) and key != "round"}
 
 
 def parameters(manifest: Mapping[str, Any]) -> dict[str, str | int | float]:

@@ -13,10 +13,12 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -24,8 +26,13 @@ from fedprune_cli.commands import app as cli
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.round import all as run
+from fedprune_cli.execute import executor
+from fedprune_cli.round.setup import Setup, build_learner, prepare
+from fedprune_cli.round.step import round_step
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
+from fedprune_cli.store.memory import Outcome
+from fedprune_cli.store.record import FaultLog, RoundRecord
 from fedprune_cli.store.state import State, encode
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -43,22 +50,70 @@ def make_experiment(*overrides: str) -> Experiment:
 
 
 @functools.cache
-def make_setup(*overrides: str) -> run.Setup:
+def make_setup(*overrides: str) -> Setup:
     """Returns the setup of a tiny experiment, built once."""
-    return run.prepare(make_experiment(*overrides))
+    return prepare(make_experiment(*overrides))
 
 
-def run_to_end(run_dir: Path, *overrides: str) -> list[run.Record]:
-    """Returns the records of a tiny run in its own folder."""
+Line = dict[str, Any]  # of rounds.jsonl, as JSON has it
+
+
+RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
+
+
+def results(run_dir: Path) -> dict[str, bytes]:
+    """Returns the files of a run that must be the same wherever and however it ran."""
+    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
+    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A round: its state before and after it, and its record."""
+
+    before: State
+    record: RoundRecord
+    after: State
+
+
+def steps_of(setup: Setup, count: int) -> list[Step]:
+    """Returns the first rounds of an experiment, in memory."""
+    state, steps = setup.initial, []
+    build = functools.partial(build_learner, setup.experiment, setup.scenario)
+    with executor(setup.experiment.execution, build) as workers:
+        for _ in range(count):
+            before = state
+            state, record = round_step(setup, state, workers)
+            steps.append(Step(before, record, state))
+    return steps
+
+
+def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
+    """Returns the lines of rounds.jsonl of a tiny run in its own folder."""
     setup = make_setup(*overrides)
-    run.create(setup, compose_config([*TINY, *overrides]), run_dir)
-    return list(run.run(setup, run_dir))
+    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    return [record.as_json() for record in life.run(setup, run_dir)]
+
+
+def outcome(devices: Sequence[int] = (), number: int = 0, **facts: Any) -> Outcome:
+    """Returns the facts of round `number` in which `devices` trained the shared part, with some of them given."""
+    ids, ones = np.array(devices, dtype=int), np.ones(len(devices))
+    plain: dict[str, Any] = {
+        "simulated_s": 0.0, "bits": 32, "rounding_error": None, "prune_ratio": 0 * ones, "pruning_error": 0 * ones,
+        "latency_s": ones, "train_loss": ones.tolist(), "deadline_s": 1.0, "log": FaultLog(),
+    }  # fmt: skip
+    return Outcome(number=number, devices=ids, **plain | facts)
+
+
+def read_lines(run_dir: Path) -> list[Line]:
+    """Returns the lines of a run's rounds.jsonl, checked."""
+    return [record.as_json() for record in folder.read_records(run_dir)]
 
 
 PRELOADED = [
-    "cvxpy", "fedprune_cli.report.all", "fedprune_cli.round.all", "hydra", "hydra._internal.hydra", "matplotlib.backends.backend_pdf",
-    "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "torch._dynamo",
-    "torch.fx", "torch.onnx",
+    "cvxpy", "fedprune_cli.report.comparison_page", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats",
+    "sklearn.datasets", "torch._dynamo", "torch.fx", "torch.onnx",
 ]  # fmt: skip
 
 
@@ -104,7 +159,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         home = tmp_path_factory.mktemp("overlay")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
         own = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
-        source = Path(run.__file__).parent.parent.parent  # an editable installation is not seen through a .pth file
+        source = Path(life.__file__).parent.parent.parent  # an editable installation is not seen through a .pth file
         (Path(own) / "base.pth").write_text(f"{sysconfig.get_path('purelib')}\n{source}\n")
         python = home / "bin" / "python"
         install = [str(python), "-m", "pip", "install", "--quiet", *packages]
@@ -124,12 +179,12 @@ def resign(run_dir: Path) -> None:
 
 def forge(
     run_dir: Path,
-    records: list[run.Record] | None = None,
+    records: list[Line] | None = None,
     state: State | None = None,
-    summary: run.Record | None = None,
+    summary: Line | None = None,
 ) -> None:
     """Replaces a finished run's records, state or summary, with every checksum as it would be."""
-    records = folder.read_records(run_dir) if records is None else records
+    records = read_lines(run_dir) if records is None else records
     lines = [json.dumps(record).encode() + b"\n" for record in records]
     saved = folder.read_state(run_dir)
     saved = replace(saved, state=state or saved.state, records=functools.reduce(folder.link, lines, ""))

@@ -20,29 +20,29 @@ def build(big: np.ndarray, small: np.ndarray) -> Context:
     return big, small
 
 
-def scaled(context: Context, unit: int) -> float:
-    return float(context[0].sum()) * unit + float(context[1][0])
+def scaled(context: Context, task: int) -> float:
+    return float(context[0].sum()) * task + float(context[1][0])
 
 
-def die_once(context: Context, unit: tuple[int, str]) -> int:
-    """Kills its worker the first time that unit 3 is worked on."""
-    number, marker = unit
+def die_once(context: Context, task: tuple[int, str]) -> int:
+    """Kills its worker the first time that task 3 is worked on."""
+    number, marker = task
     if number == 3 and not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number * 10
 
 
-def die(context: Context, unit: int) -> int:
+def die(context: Context, task: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
-    return unit
+    return task
 
 
-def fail(context: Context, unit: int) -> int:
-    raise DeviceError(f"unit {unit} is bad")
+def fail(context: Context, task: int) -> int:
+    raise DeviceError(f"task {task} is bad")
 
 
-def mapped_bytes(context: Context, unit: int) -> tuple[bool, bool]:
+def mapped_bytes(context: Context, task: int) -> tuple[bool, bool]:
     """Whether the big array is read-only and lies in a file that is mapped, not in this process's own memory."""
     address = context[0].__array_interface__["data"][0]
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -81,7 +81,7 @@ def test_work_that_always_kills_its_worker_ends_in_one_line(context: functools.p
 
 def test_an_error_of_the_work_is_the_work_s_own(context: functools.partial[Context]) -> None:
     with executor(Execution("processes", 2), context) as workers:
-        with pytest.raises(DeviceError, match="unit 4 is bad"):
+        with pytest.raises(DeviceError, match="task 4 is bad"):
             workers.map(fail, [4, 5])
         assert workers.map(scaled, [0]) == [7.0]
 

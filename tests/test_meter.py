@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fedprune_cli.learn.client import Score
 from fedprune_cli.meter import accuracies, build_load, downlink_s, measure
-from fedprune_cli.round import all as run
 from fedprune_cli.wire.masks import decode_mask, encode_mask
 
 
@@ -30,7 +29,7 @@ def test_a_sparse_mask_is_cheap() -> None:
 def test_seconds_joules_and_flops_by_hand() -> None:
     setup = make_setup()
     ids = np.array([0, 2])
-    load = build_load(setup.scenario.fleet, ids, [run.plan(setup, k) for k in ids], [setup.cost] * 2, 8)
+    load = build_load(setup.scenario.fleet, ids, [setup.schedule(k) for k in ids], [setup.blueprint.cost] * 2, 8)
     kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])
     result = measure(
         load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=np.full(len(kept), 0.25)
@@ -61,10 +60,10 @@ def test_the_downlink_runs_at_the_worst_devices_rate() -> None:
 
 
 def test_only_masks_that_devices_cannot_derive_are_sent() -> None:
-    assert not run.sends_masks(make_setup())
-    assert run.sends_masks(make_setup("pruner=taylor"))
-    assert not run.sends_masks(make_setup("pruner=taylor", "method=personalized"))
-    assert not run.sends_masks(make_setup("pruner=taylor", "meter=paper"))
+    assert not make_setup().blueprint.sends_masks
+    assert make_setup("pruner=taylor").blueprint.sends_masks
+    assert not make_setup("pruner=taylor", "method=personalized").blueprint.sends_masks
+    assert not make_setup("pruner=taylor", "meter=paper").blueprint.sends_masks
 
 
 def test_accuracies_are_weighted_unweighted_and_low() -> None:

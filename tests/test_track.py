@@ -20,8 +20,10 @@ from conftest import TINY, extra, make_setup, run_to_end
 
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
+from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.track import TRACKERS, Log, MLflow, TensorBoard, WandB, figures, parameters
 
 REAL = ("tensorboard", "wandb", "mlflow")
@@ -41,9 +43,9 @@ class Planted:
 
     @contextlib.contextmanager
     def follow(self, run_dir: Path) -> Iterator[Log]:
-        def log(record: run.Record) -> None:
-            print("round", record["round"])
-            if self.fails == f"round {record['round']}":
+        def log(record: RoundRecord) -> None:
+            print("round", record.round)
+            if self.fails == f"round {record.round}":
                 raise ValueError("no more\nroom")
 
         if self.fails == "start":
@@ -55,9 +57,14 @@ class Planted:
             raise RuntimeError
 
 
-def planted(fails: str) -> run.Setup:
+def tracked_by(tracking: Any) -> Setup:
     setup = make_setup()
-    return replace(setup, experiment=replace(setup.experiment, tracking=Planted("none", fails)))
+    experiment = replace(setup.experiment, tracking=tracking)
+    return replace(setup, blueprint=replace(setup.blueprint, experiment=experiment))
+
+
+def planted(fails: str) -> Setup:
+    return tracked_by(Planted("none", fails))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +75,8 @@ def test_a_tracker_that_fails_is_one_warning_and_no_byte(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str, rounds: int, reason: str
 ) -> None:
     run_to_end(tmp_path / "plain")
-    run.create(planted(fails), compose_config(TINY), tmp_path / "run")
-    assert len(list(run.run(planted(fails), tmp_path / "run"))) == 3
+    life.create(planted(fails), compose_config(TINY), tmp_path / "run")
+    assert len(list(life.run(planted(fails), tmp_path / "run"))) == 3
     output = capsys.readouterr()
     told = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
     warnings = [line for line in output.err.splitlines() if line not in told]
@@ -80,17 +87,17 @@ def test_a_tracker_that_fails_is_one_warning_and_no_byte(
 
 
 def test_an_interrupted_run_tells_each_round_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.create(planted("never"), compose_config(TINY), tmp_path / "run")
-    records = run.run(planted("never"), tmp_path / "run")
+    life.create(planted("never"), compose_config(TINY), tmp_path / "run")
+    records = life.run(planted("never"), tmp_path / "run")
     next(records)
     records.close()
-    list(run.run(planted("never"), tmp_path / "run"))
+    list(life.run(planted("never"), tmp_path / "run"))
     assert capsys.readouterr().err.split() == ["round", "1", "round", "1", "round", "2", "round", "3"]
 
 
 def test_an_error_of_the_run_is_not_the_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.create(planted("end"), compose_config(TINY), tmp_path / "run")
-    records = run.run(planted("end"), tmp_path / "run")
+    life.create(planted("end"), compose_config(TINY), tmp_path / "run")
+    records = life.run(planted("end"), tmp_path / "run")
     next(records)
     with pytest.raises(KeyError, match="the run's"):
         records.throw(KeyError("the run's"))
@@ -106,11 +113,10 @@ def test_a_missing_package_is_said_before_anything_is_written(
     for name in REAL:
         (tmp_path / "path" / name).mkdir(parents=True)  # as wandb leaves one behind: a folder, not the package
     monkeypatch.setattr(sys, "path", [str(tmp_path / "path")])
-    setup = make_setup()
-    setup = replace(setup, experiment=replace(setup.experiment, tracking=tracking))
+    setup = tracked_by(tracking)
     expected = rf"^tracking={tracking.name} needs its extra: pip install 'fedprune\[{tracking.name}\]'$"
     with pytest.raises(ConfigError, match=expected):
-        run.create(setup, compose_config(TINY), tmp_path / "run")
+        life.create(setup, compose_config(TINY), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -122,7 +128,7 @@ def test_training_imports_no_tracker_unless_asked(tmp_path: Path) -> None:
     for name in REAL:
         (tmp_path / f"{name}.py").touch()  # can be imported, so that an import would show
     code = (
-        "import atexit, sys; from fedprune_cli.cli import main; "
+        "import atexit, sys; from fedprune_cli.commands.app import main; "
         f"atexit.register(lambda: print('imported', sorted(set({REAL}) & set(sys.modules)))); main()"
     )
     command = [sys.executable, "-c", code, "train", *TINY, "rounds=1"]
@@ -151,14 +157,14 @@ def test_a_server_that_has_some_rounds_is_sent_the_others(tmp_path: Path, monkey
     wandb.init, wandb.Settings = init, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     overrides = ("tracking=wandb", "tracking.mode=online")
-    run.create(make_setup(*overrides), compose_config([*TINY, *overrides]), tmp_path / "run")
-    records = run.run(make_setup(*overrides), tmp_path / "run")
+    life.create(make_setup(*overrides), compose_config([*TINY, *overrides]), tmp_path / "run")
+    records = life.run(make_setup(*overrides), tmp_path / "run")
     next(records)
     next(records)
     records.close()
     del sent[2]  # lost on its way
-    list(run.run(run.reopen(tmp_path / "run"), tmp_path / "run"))
-    assert sent == {record["round"]: figures(record) for record in folder.read_records(tmp_path / "run")}
+    list(life.run(life.reopen(tmp_path / "run"), tmp_path / "run"))
+    assert sent == {record.round: figures(record) for record in folder.read_records(tmp_path / "run")}
     assert exits == [1, 0]
 
 
@@ -167,13 +173,15 @@ def test_a_server_that_has_some_rounds_is_sent_the_others(tmp_path: Path, monkey
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedprune_cli import run
-from fedprune_cli.config import build_experiment, compose_config
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.round.setup import prepare
+from fedprune_cli.runs import life
 config = compose_config(sys.argv[1:])
-setup = run.prepare(build_experiment(config))
-run.create(setup, config, Path("run"))
-for record in run.run(setup, Path("run")):
-    if record["round"] == 2:
+setup = prepare(build_experiment(config))
+life.create(setup, config, Path("run"))
+for record in life.run(setup, Path("run")):
+    if record.round == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -254,7 +262,7 @@ def test_each_tracker_holds_each_round_once(
     run_to_end(tmp_path / "plain", "seed=1")
     assert same_bytes(Path("run"), tmp_path / "plain")
     records = folder.read_records(Path("run"))
-    expected = sorted((key, record["round"], value) for record in records for key, value in figures(record).items())
+    expected = sorted((key, record.round, value) for record in records for key, value in figures(record).items())
     method, seed, lr, rows = json.loads(succeed("-c", READERS[name]).stdout)
     assert [(key, step) for key, step, _ in sorted(rows)] == [(key, step) for key, step, _ in expected]
     np.testing.assert_allclose([row[2] for row in sorted(rows)], [row[2] for row in expected], rtol=1e-6)

@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.report.page import percent, seconds, terminal_table
-from fedprune_cli.store import folder
+from fedprune_cli.report.page import percent, seconds
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import read_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 Status = Literal["finished", "pruned", "running", "interrupted", "damaged"]
 
@@ -55,19 +53,19 @@ def _look(path: Path) -> Listed:
     try:
         folder.check(path, folder.MANIFEST)
         manifest, records = read_json(path / folder.MANIFEST, CheckpointError), folder.read_records(path)
-        accuracies = [record["accuracy"] for record in records if record["accuracy"] is not None]
+        accuracies = [record.accuracy for record in records if record.accuracy is not None]
         return Listed(
             str(path), _status(path), manifest["method"], manifest["seed"], len(records), manifest["config"]["rounds"],
-            accuracies[-1] if accuracies else None, records[-1]["simulated_s"] if records else None, size,
+            accuracies[-1] if accuracies else None, records[-1].simulated_s if records else None, size,
         )  # fmt: skip
     except (CheckpointError, KeyError, TypeError):
         return Listed(str(path), "damaged", "", None, 0, None, None, None, size)
 
 
 def _status(path: Path) -> Status:
-    if folder.is_held(path):
+    if lock.is_held(path):
         return "running"
-    if not (path / folder.SUMMARY).exists():
+    if not folder.is_finished(path):
         return "interrupted"
     return "pruned" if folder.is_pruned(path) else "finished"
 
@@ -78,14 +76,15 @@ def runs_table(runs: Sequence[Listed]) -> Table:
         [
             run.path,
             run.status if run.status != "interrupted" else f"round {run.rounds} of {run.wanted_rounds}",
-            run.method,
             percent(run.accuracy),
             "-" if run.simulated_s is None else seconds(run.simulated_s),
+            run.method,
             f"{run.size_bytes / 1e6:.1f} MB",
         ]
         for run in runs
     ]
-    return terminal_table("runs", ["run", "status", "method", "accuracy", "simulated", "size"], rows, folds_first=True)
+    headers = ["run", "status", "accuracy", "simulated", "method", "size"]
+    return Table.of("runs", headers, rows, folding=["status", "method"], elsewhere="in --json")
 
 
 # --- space ----------------------------------------------------------------------------------------------------------
@@ -115,5 +114,5 @@ def prune(paths: Sequence[Path]) -> None:
             with folder.writing(path):
                 shutil.rmtree(path)
     for run_dir in dict.fromkeys(path.parent for path in paths if path.name == folder.STATE):
-        with folder.locked(run_dir):
+        with lock.locked(run_dir):
             folder.drop_checkpoint(run_dir)

@@ -7,47 +7,34 @@ and how long the masks were that were sent; both are held to what they can be at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedprune_cli.allocate.kkt import certify
-from fedprune_cli.allocate.problem import TOLERANCE, rate
+from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
-from fedprune_cli.meter import build_load, downlink_s, measure
-from fedprune_cli.round.all import (
-    Record,
-    Setup,
-    allocate,
-    estimate,
-    frozen_devices,
-    participants,
-    plan,
-    round_problems,
-    rounding_scale,
-    sends_masks,
-    summarise,
-)
+from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
+from fedprune_cli.round.memory import next_slots
+from fedprune_cli.round.plan import Plan, plan_round
+from fedprune_cli.round.record import outcome_of_record
+from fedprune_cli.round.roster import Roster, choose_roster
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs.manifest import summarise
 from fedprune_cli.store import folder
+from fedprune_cli.store.memory import Slots
+from fedprune_cli.store.record import KINDS, FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
+from fedprune_cli.terminal import Table
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.world.faults import Moment
 
 CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
-LEARNED = (
-    "simulated_s",
-    "frozen",
-    "recent_loss",
-    "rounding",
-    "error_per_ratio",
-)  # of the state's slots, what records tell
 METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
+UNTOLD = ("gradient", "way_device", "way_sent", "way_due", "way_mask", "way_change")  # slots that no record tells
 
 
 @dataclass(frozen=True)
@@ -75,53 +62,50 @@ class Findings:
 
     def table(self) -> Table:
         """Returns the findings for the terminal."""
-        from rich.table import Table
-
-        table = Table("check", "result")
         state = "finished" if self.finished else "NOT FINISHED: what there is was checked; there is no summary yet"
-        table.add_row("rounds", f"{self.rounds} of {self.planned}, {state}")
         files = "all" if self.finished else "config.yaml, manifest.json, records, state and personal parts"
-        table.add_row("checksums", f"{files} as written")
-        table.add_row("state and summary against the records", "the last round's clock, ratios and sums")
-        followed = f"{self.rounds - self.inherited}" + (
+        elsewhere = (
             f"; {self.inherited} more are of the run it branches from: verify that one" if self.inherited else ""
         )
-        table.add_row("rounds whose recorded ratios and bandwidths follow from the configuration", followed)
-        table.add_row(
-            "seconds, joules and bytes of a device's round, metered again",
-            f"{self.metered}, {self.bounded} of them within bounds only",
-        )
-        table.add_row("rounds with a certificate, recomputed", str(self.certified))
-        table.add_row("largest KKT residual", f"{self.residual:.2e}")
-        table.add_row("largest duality gap", f"{self.gap:.2e}")
-        table.add_row(
-            "rounds solved again by cvxpy (Clarabel)", f"{self.solved_again}, {self.unsolved} more it could not solve"
-        )
-        table.add_row("largest difference of the objective", f"{self.difference:.2e}")
-        table.add_row("verdict", "sound" if not self.failures else f"{len(self.failures)} failures")
-        return table
+        facts = [
+            ("rounds", f"{self.rounds} of {self.planned}, {state}"),
+            ("checksums", f"{files} as written"),
+            ("state and summary against the records", "the last round's clock, ratios and sums"),
+            (
+                "rounds whose recorded ratios and bandwidths follow from the configuration",
+                f"{self.rounds - self.inherited}{elsewhere}",
+            ),
+            (
+                "seconds, joules and bytes of a device's round, metered again",
+                f"{self.metered}, {self.bounded} of them within bounds only",
+            ),
+            ("rounds with a certificate, recomputed", str(self.certified)),
+            ("largest KKT residual", f"{self.residual:.2e}"),
+            ("largest duality gap", f"{self.gap:.2e}"),
+            (
+                "rounds solved again by cvxpy (Clarabel)",
+                f"{self.solved_again}, {self.unsolved} more it could not solve",
+            ),
+            ("largest difference of the objective", f"{self.difference:.2e}"),
+            ("verdict", "sound" if not self.failures else f"{len(self.failures)} failures"),
+        ]
+        return Table.of_facts("audit", facts, ["check", "result"])
 
 
-def next_slots(setup: Setup, slots: Mapping[str, Array], record: Record) -> dict[str, Array]:
-    """Returns what the next round's problem needs to know, from a round's record."""
-    ids, ratio, error, loss = (
-        record["devices"].get(key, []) for key in ("id", "prune_ratio", "pruning_error", "train_loss")
-    )
-    training = sum(not slots["frozen"][device] for device in ids) if "frozen" in slots else len(ids)  # they come first
-    devices = np.array(ids[:training], dtype=int)
-    learned = setup.experiment.weights.next_slots(
-        slots, devices, np.array(ratio[:training]), np.array(error[:training])
-    )
-    stopped = setup.experiment.participation.next_slots(slots, devices, loss[:training])
-    if "faults" in record:
-        latency_s = np.array(record["devices"].get("latency_s", [])[:training])
-        guarded = setup.experiment.failsafe.next_slots(
-            slots, record["round"] - 1, devices, latency_s, record["deadline_s"], record["faults"]
-        )
-        learned |= guarded
-    if "rounding" in slots and record["rounding_error"] is not None:
-        learned["rounding"] = rounding_scale(record["bits"], record["rounding_error"])
-    return {**slots, **learned, **stopped, "simulated_s": np.array(record["simulated_s"])}
+@dataclass(frozen=True)
+class RoundAudit:
+    """What the audit of one round found. metered: device-rounds computed again, of which `bounded` were held to bounds only;
+
+    proof: the certificate computed again, where there is one; difference: how far cvxpy's optimum is off, None where it was not asked
+    or, `unsolved`, had no answer.
+    """
+
+    failures: tuple[str, ...]
+    metered: int = 0
+    bounded: int = 0
+    proof: Certificate | None = None
+    difference: float | None = None
+    unsolved: bool = False
 
 
 def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
@@ -129,8 +113,6 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
 
     Raises CheckpointError when a file is not what its checksum says: then nothing in it says anything.
     """
-    from fedprune_cli.allocate.reference import solve_p1_cvxpy
-
     experiment = setup.experiment
     folder.check(run_dir)
     if folder.is_pruned(run_dir):
@@ -140,158 +122,204 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         folder.read_records(run_dir),
         folder.read_summary(run_dir),
     )
-    failures: list[str] = []
-    residual = gap = difference = 0.0
-    certified = solved = unsolved = metered = bounded = 0
-    slots = dict(setup.initial.slots)
-    begun = experiment.branch.round if experiment.branch else 0
-    for number, record in enumerate(records):
-        conditions = setup.scenario.at(number)
-        ids = participants(setup, conditions, number, slots)
-        frozen = frozen_devices(setup, conditions, slots)
-        wrong = sums(record, float(slots["simulated_s"]), frozen, waits=experiment.failsafe.late == "wait")
-        failures += [f"round {record['round']}: {what}" for what in wrong]
-        if not len(ids):
-            slots["simulated_s"] = np.array(record["simulated_s"])
-            if record["devices"]["id"] != frozen.tolist():
-                failures.append(f"round {record['round']}: the recorded devices are not what the configuration gives")
-                continue
-            metered += len(frozen)
-            failures += [
-                f"round {record['round']}: {what}" for what in meter_again(setup, record, number, 0, ids, frozen)
-            ]
-            continue
-        if number < begun:  # allocated under another configuration: the run it branches from
-            slots = next_slots(setup, slots, record)
-            continue
-        believed, gain = estimate(setup, conditions.gain_linear, number)
-        problems = round_problems(believed, ids, gain[ids], number, slots)
-        bits, allocation = allocate(experiment, problems, number, slots)
-        problem = problems.by_bits[bits]
-        slots = next_slots(setup, slots, record)
-        taking = np.flatnonzero(allocation.admitted)
-        recorded = np.array([record["devices"][key][: len(taking)] for key in ("prune_ratio", "bandwidth_hz")])
-        recomputed = np.array([allocation.prune_ratio[taking], allocation.bandwidth_hz[taking]])
-        if record["devices"]["id"] != [*ids[taking].tolist(), *frozen.tolist()] or not np.array_equal(
-            recorded, recomputed
-        ):
-            failures.append(f"round {record['round']}: the recorded allocation is not what the configuration gives")
-            continue
-        again = meter_again(setup, record, number, taking.size, ids, frozen)
-        failures += [f"round {record['round']}: {what}" for what in again]
-        metered += len(record["devices"]["id"])
-        bounded += len(record["devices"]["id"]) if setup.layout is not None else 0
-        if allocation.certificate is None or not len(taking):
-            continue
-        certified += 1
-        at = replace(problem.take(taking), deadline_s=allocation.deadline_s)
-        proof = certify(at, 1 - recorded[0], recorded[1], float(record["price_per_hz"]))
-        residual, gap = max(residual, proof.residual), max(gap, abs(proof.gap))
-        if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
-            failures.append(
-                f"round {record['round']}: residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
-            )
-        if every > 0 and (number + 1) % every == 0:
-            try:
-                objective, _ = solve_p1_cvxpy(at)
-            except CertificateError:
-                unsolved += 1
-                continue
-            solved += 1
-            apart = abs(objective - float(at.weight @ (1 - recorded[0]))) / float(at.weight.sum())
-            difference = max(difference, apart)
-            if apart > CVXPY_TOLERANCE:
-                failures.append(f"round {record['round']}: cvxpy's optimum differs by {apart:.2e}")
+    slots, audits, failures = setup.initial.slots, list[RoundAudit](), list[str]()
+    for record in records:
+        audit, slots = audit_round(setup, slots, record, solve=every > 0 and record.round % every == 0)
+        failures += [f"round {record.round}: {what}" for what in audit.failures]
+        audits.append(audit)
     failures += state_failures(state, records, slots)
     if summary is not None and summary != summarise(experiment, run_dir):
         failures.append("summary.json is not what the records and the state give")
+    proofs = [audit.proof for audit in audits if audit.proof is not None]
+    differences = [audit.difference for audit in audits if audit.difference is not None]
+    begun = experiment.branch.round if experiment.branch else 0
     return Findings(
-        len(records), min(begun, len(records)), experiment.rounds, summary is not None, metered, bounded, certified,
-        residual, gap, solved, unsolved, difference, tuple(failures),
-    )  # fmt: skip
+        rounds=len(records),
+        inherited=min(begun, len(records)),
+        planned=experiment.rounds,
+        finished=summary is not None,
+        metered=sum(audit.metered for audit in audits),
+        bounded=sum(audit.bounded for audit in audits),
+        certified=len(proofs),
+        residual=max((proof.residual for proof in proofs), default=0.0),
+        gap=max((abs(proof.gap) for proof in proofs), default=0.0),
+        solved_again=len(differences),
+        unsolved=sum(audit.unsolved for audit in audits),
+        difference=max(differences, default=0.0),
+        failures=tuple(failures),
+    )
 
 
-def sums(record: Record, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
+def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool) -> tuple[RoundAudit, Slots]:
+    """Returns what is wrong with a round, and what is remembered after it; slots: what was before; solve: also by cvxpy."""
+    experiment, number, num_devices = setup.experiment, record.round - 1, setup.scenario.num_devices
+    if unknown := _unknown_devices(record, num_devices):
+        known: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
+        return RoundAudit((f"device {unknown[0]} is none of the {num_devices} that train",)), known
+    roster = choose_roster(setup, number, slots)
+    wrong = [*sums(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
+    if not len(roster.training):
+        after: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
+        if record.devices.id != roster.frozen.tolist():
+            return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
+        again = meter_again(setup, record, roster, 0)
+        return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
+    after = next_slots(experiment, slots, outcome_of_record(record, slots))
+    if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
+        return RoundAudit(tuple(wrong)), after
+    plan = plan_round(setup, roster, slots)
+    ratio, bandwidth_hz = (
+        np.array(column[: len(plan.devices)]) for column in (record.devices.prune_ratio, record.devices.bandwidth_hz)
+    )
+    admitted = plan.allocation.admitted
+    follows = (
+        record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
+        and np.array_equal(ratio, plan.allocation.prune_ratio[admitted])
+        and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
+    )
+    if not follows:
+        return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
+    wrong += meter_again(setup, record, roster, len(plan.devices))
+    count = len(record.devices.id)
+    audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
+    if plan.allocation.certificate is None or not len(plan.devices):
+        return audit, after
+    return _certified(
+        audit, plan, Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0)), solve=solve
+    ), after
+
+
+def _unknown_devices(record: RoundRecord, num_devices: int) -> list[int]:
+    """Returns the devices that a record names and that are none of the `num_devices` training ones: nothing is known of them."""
+    log = record.faults or FaultLog()
+    named = {*record.devices.id, *(device for kind in KINDS for device in log.of(kind))}
+    return sorted(device for device in named if not 0 <= device < num_devices)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An allocation as recorded: what each device keeps [A], its bandwidth [A], and the price."""
+
+    kept: Array
+    bandwidth_hz: Array
+    price_per_hz: float
+
+
+def _certified(audit: RoundAudit, plan: Plan, answer: Answer, *, solve: bool) -> RoundAudit:
+    """Returns the audit with the certificate of a recorded answer, computed from its numbers alone; solve: also by cvxpy."""
+    at = replace(plan.problem.take(plan.taking), deadline_s=plan.allocation.deadline_s)
+    proof = certify(at, answer.kept, answer.bandwidth_hz, answer.price_per_hz)
+    audit = replace(audit, proof=proof)
+    if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
+        above = f"residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
+        audit = replace(audit, failures=(*audit.failures, above))
+    if not solve:
+        return audit
+    from fedprune_cli.allocate.reference import solve_p1_cvxpy
+
+    try:
+        objective, _ = solve_p1_cvxpy(at)
+    except CertificateError:
+        return replace(audit, unsolved=True)
+    apart = abs(objective - float(at.weight @ answer.kept)) / float(at.weight.sum())
+    if apart > CVXPY_TOLERANCE:
+        audit = replace(audit, failures=(*audit.failures, f"cvxpy's optimum differs by {apart:.2e}"))
+    return replace(audit, difference=apart)
+
+
+def sums(record: RoundRecord, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
     """Yields what is wrong with the sums of a round that began at `before_s`; waits: whether the server waits for late updates."""
-    devices, log = record["devices"], record.get("faults", {})
-    columns = {key: devices.get(key) or [0.0] for key in ("latency_s", "bytes_up", "joules", "prune_ratio")}
-    missing = {
-        device for kind in ("died", "lost", "delayed", *([] if waits else ["late"])) for device in log.get(kind, ())
-    }
-    of_device = list(zip(devices["id"], columns["latency_s"], strict=False))
+    rows, log = record.devices, record.faults or FaultLog()
+    missing = {*log.died, *log.lost, *log.delayed, *(() if waits else log.late)}
+    of_device = list(zip(rows.id, rows.latency_s, strict=False))
     arrived_s = max((took for device, took in of_device if device not in missing and device not in frozen), default=0.0)
     frozen_s = max((took for device, took in of_device if device in frozen), default=0.0)
     expected = {
-        "latency_s": max(arrived_s + log.get("waited_s", 0.0), frozen_s),
-        "bytes_up": sum(columns["bytes_up"]),
-        "joules": math.fsum(columns["joules"]),
-        "simulated_s": before_s + record["latency_s"],
+        "latency_s": max(arrived_s + log.waited_s, frozen_s),
+        "bytes_up": sum(rows.bytes_up),
+        "joules": math.fsum(rows.joules),
+        "simulated_s": before_s + record.latency_s,
     }
     for key, value in expected.items():
-        if not math.isclose(record[key], value, rel_tol=METER_TOLERANCE):
-            yield f"{key} is {record[key]!r}, its devices give {value!r}"
+        if not math.isclose(getattr(record, key), value, rel_tol=METER_TOLERANCE):
+            yield f"{key} is {getattr(record, key)!r}, its devices give {value!r}"
     for key in ("accuracy", "accuracy_mean", "accuracy_p10", "fresh_accuracy", "mean_ratio", "max_ratio"):
-        if record[key] is not None and not 0 <= record[key] <= 1:
-            yield f"{key} is {record[key]!r}, must be in [0, 1]"
+        share = getattr(record, key)
+        if share is not None and not 0 <= share <= 1:
+            yield f"{key} is {share!r}, must be in [0, 1]"
 
 
-def meter_again(setup: Setup, record: Record, number: int, training: int, ids: Array, frozen: Array) -> Iterator[str]:
-    """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes; the frozen devices stand last."""
-    experiment, size, rows = setup.experiment, setup.cost.shared_params, record["devices"]
-    devices, gain = np.array(rows["id"], dtype=int), setup.scenario.at(number).gain_linear
+def meter_again(setup: Setup, record: RoundRecord, roster: Roster, training: int) -> Iterator[str]:
+    """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes.
+
+    The first `training` devices of the record trained u, the others are frozen.
+    """
+    experiment, size, slices = setup.experiment, setup.blueprint.cost.shared_params, setup.blueprint.layout.slices
+    devices = np.array(record.devices.id, dtype=int)
     if not len(devices):
         return
     stopped = np.arange(len(devices)) >= training
-    sent = np.array(rows["bytes_up"], dtype=float)
-    kept = np.rint((1 - np.array(rows["prune_ratio"])) * size)
-    coded = code_bytes(kept, record["bits"] or BITS_PER_PARAM)
-    fates = experiment.faults.draw(
-        experiment.seed, number, experiment.rounds, setup.scenario.num_devices, devices[:training]
-    )
-    work = np.append(fates.work, np.ones(len(devices) - training))  # below 1 for who died in mid-round
-    at_most = work < 1 if setup.layout is None else np.ones(len(devices), dtype=bool)
-    wrong = (sent > np.where(stopped, 0, coded)) | (~at_most & (sent != np.where(stopped, 0, coded)))
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        yield f"device {devices[at]} sent {sent[at]:.0f} bytes, its ratio gives {'' if setup.layout is None else 'at most '}{coded[at]:.0f}"
-    if setup.layout is not None and record["bits"] == BITS_PER_PARAM:
-        kept = np.where(stopped, kept, sent / 4)
-    share = kept / max(size, 1)
-    masks = 8 * record["bytes_down"] - BITS_PER_PARAM * size  # what was broadcast beside u
-    units = size if setup.layout is None else sum(group.units for group in setup.layout.groups)
-    most = 8 * len(devices) * len(encode_mask(np.arange(units) % 2 == 0)) if sends_masks(setup) else 0
-    exact = setup.layout is None
-    if not -1 <= masks <= most + 8 and (exact or masks > most + 8):
-        yield f"{record['bytes_down']} bytes were broadcast, of which {masks / 8:.0f} would be masks: must be in 0..{most // 8}"
-    if not exact or (stopped.any() and sends_masks(setup)):
+    moment = Moment(experiment.seed, roster.number, experiment.rounds, setup.scenario.num_devices, devices[:training])
+    work = np.append(
+        experiment.faults.draw(moment).work, np.ones(len(devices) - training)
+    )  # below 1 for who died in mid-round
+    kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
+    coded = code_bytes(kept, record.bits or BITS_PER_PARAM)
+    yield from _bytes_failures(record, np.where(stopped, 0, coded), (work < 1) | slices, at_most=slices)
+    masks_bits = 8 * record.bytes_down - BITS_PER_PARAM * size  # what was broadcast beside u
+    sends_masks = setup.blueprint.sends_masks
+    flags = np.arange(setup.blueprint.layout.flags(size)) % 2 == 0
+    most = 8 * len(devices) * len(encode_mask(flags)) if sends_masks else 0
+    if not -1 <= masks_bits <= most + 8 and (not slices or masks_bits > most + 8):
+        yield f"{record.bytes_down} bytes were broadcast, of which {masks_bits / 8:.0f} would be masks: must be in 0..{most // 8}"
+    if slices or (stopped.any() and sends_masks):
         return
-    bits_down = np.where(stopped, 8.0 * record["bytes_down"], BITS_PER_PARAM * size + max(masks, 0.0))
-    hears = {False: gain[ids], True: gain[np.concatenate([ids, frozen])]}
-    plans = [plan(setup, device, frozen=bool(still)) for device, still in zip(devices, stopped, strict=True)]
-    load = build_load(setup.scenario.fleet, devices, plans, [setup.cost] * len(devices), experiment.training.batch_size)
-    snr_hz = load.fleet.tx_power_w * gain[devices] / experiment.channel.noise_w_per_hz
+    hears = {
+        False: roster.gain_linear[roster.training],
+        True: roster.gain_linear[np.concatenate([roster.training, roster.frozen])],
+    }
+    heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0), True: 8.0 * record.bytes_down}
+    wait_s = {
+        still: downlink_s(experiment.meter, experiment.channel, hears[still], heard_bits[still])
+        for still in {*stopped.tolist()}
+    }
+    schedules = [
+        setup.personal_schedule(device) if still else setup.schedule(device)
+        for device, still in zip(devices.tolist(), stopped, strict=True)
+    ]
+    costs = [setup.blueprint.cost] * len(devices)
+    load = build_load(setup.scenario.fleet, devices, schedules, costs)
+    snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     again = measure(
         load,
-        rate_bps=rate(np.array(rows["bandwidth_hz"]), snr_hz),
-        kept=share,
-        payload_bytes=np.where(work < 1, coded, sent),
+        rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),
+        kept=kept / max(size, 1),
+        payload_bytes=np.where(work < 1, coded, np.array(record.devices.bytes_up, dtype=float)),
         bits_down=0.0,
-        t_down_s=np.array(
-            [
-                downlink_s(experiment.meter, experiment.channel, hears[bool(still)], bits)
-                for bits, still in zip(bits_down, stopped, strict=True)
-            ]
-        ),
+        t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    again = again.cut_short(work, load.fleet.tx_power_w)
+    yield from _meter_failures(record, again.cut_short(work, load.fleet.tx_power_w))
+
+
+def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:
+    """Yields the first device whose bytes are not those of its ratio [K], or more than them where they are only bounded, bool [K]."""
+    sent = np.array(record.devices.bytes_up, dtype=float)
+    wrong = (sent > coded) | (~bounded & (sent != coded))
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        bound = "at most " if at_most else ""
+        yield f"device {record.devices.id[at]} sent {sent[at]:.0f} bytes, its ratio gives {bound}{coded[at]:.0f}"
+
+
+def _meter_failures(record: RoundRecord, again: Measurement) -> Iterator[str]:
     for key in ("compute_s", "uplink_s", "downlink_s", "latency_s", "joules", "bytes_up"):
-        recorded, computed = np.array(rows[key], dtype=float), getattr(again, key)
+        recorded, computed = np.array(getattr(record.devices, key), dtype=float), getattr(again, key)
         apart = ~np.isclose(recorded, computed, rtol=METER_TOLERANCE, atol=0)
         if apart.any():
             at = int(np.flatnonzero(apart)[0])
-            yield f"device {devices[at]}: {key} is {recorded[at]!r}, the meter gives {computed[at]!r}"
-    if not math.isclose(record["flops"], again.flops.sum(), rel_tol=METER_TOLERANCE):
-        yield f"flops is {record['flops']!r}, the meter gives {again.flops.sum()!r}"
+            yield f"device {record.devices.id[at]}: {key} is {recorded[at]!r}, the meter gives {computed[at]!r}"
+    if not math.isclose(record.flops, again.flops.sum(), rel_tol=METER_TOLERANCE):
+        yield f"flops is {record.flops!r}, the meter gives {again.flops.sum()!r}"
 
 
 def code_bytes(kept: Array, bits: int) -> Array:
@@ -301,14 +329,14 @@ def code_bytes(kept: Array, bits: int) -> Array:
     return 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
 
 
-def state_failures(state: State, records: list[Record], slots: Mapping[str, Array]) -> list[str]:
+def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -> list[str]:
     """Returns what in the checkpoint is not what the records lead to; `slots` is what they say that the next round knows."""
-    last: dict[str, Any] = {
-        "prune_ratio": np.zeros(len(state.personal)),
-        **{k: v for k, v in slots.items() if k in LEARNED},
-    }
+    ratios = np.zeros(len(state.personal))
     for record in records:
-        last["prune_ratio"][record["devices"]["id"]] = record["devices"].get("prune_ratio", [])
+        if _unknown_devices(record, len(ratios)):
+            continue
+        ratios[record.devices.id] = record.devices.prune_ratio
+    last = {"prune_ratio": ratios} | {name: value for name, value in slots.items() if name not in UNTOLD}
     failures = [
         f"the state's {name} is not what the records lead to"
         for name, value in last.items()
@@ -316,7 +344,7 @@ def state_failures(state: State, records: list[Record], slots: Mapping[str, Arra
     ]
     if state.round != len(records):
         failures.append(f"the state is of round {state.round}, there are {len(records)} records")
-    trained = {device for record in records for device in record["devices"]["id"]}
+    trained = {device for record in records for device in record.devices.id}
     if len(state.personal.initial) and trained != {*np.flatnonzero(state.personal.place >= 0).tolist()}:
         failures.append("the state's personal parts are not those of the devices that trained")
     return failures

@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
-from fedprune_cli.report.page import terminal_table
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import parse_json, read_bytes, read_json
+from fedprune_cli.store.record import RoundRecord, parse_record
+from fedprune_cli.terminal import Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Record = dict[str, Any]
 LOOK_S = 1.0  # between looks at the folder
 ABANDONED_S = 5.0  # without a process that holds an unfinished run, until it is taken for interrupted
 
@@ -87,13 +83,14 @@ def parse_limit(text: str) -> Limit:
     return Limit(kpi, sign == "<=", number, None if since is None else int(since))
 
 
-def kpis(records: Sequence[Record], prices: Prices) -> list[dict[str, float | None]]:
+def kpis(records: Sequence[RoundRecord], prices: Prices) -> list[dict[str, float | None]]:
     """Returns the watched figures after each round; accuracies are None in a round that was not tested."""
     sent, joules, rows = 0.0, 0.0, []
     for record in records:
-        sent, joules = sent + record["bytes_up"], joules + record["joules"]
+        sent, joules = sent + record.bytes_up, joules + record.joules
         cost = sent / 1e9 * prices.per_gigabyte + joules / 3.6e6 * prices.per_kwh
-        row = {key: record[key] for key in ("latency_s", "simulated_s", "accuracy", "accuracy_p10", "fresh_accuracy")}
+        shown = ("latency_s", "simulated_s", "accuracy", "accuracy_p10", "fresh_accuracy")
+        row: dict[str, float | None] = {key: getattr(record, key) for key in shown}
         rows.append(row | {"bytes_up": sent, "joules": joules, "cost": cost})
     return rows
 
@@ -131,23 +128,25 @@ class Look:
             for key, (title, form) in KPIS.items()
         ]
         state = "finished" if self.finished else "running" if self.held else "not running"
-        return terminal_table(
-            f"round {len(self.rows)} of {self.wanted_rounds}, {state}", ["figure", "now", "limit"], cells
-        )
+        title = f"round {len(self.rows)} of {self.wanted_rounds}, {state}"
+        return replace(Table.of_facts(title, cells, ["figure", "now", "limit"]), elsewhere="on your command line")
 
 
 def look(run_dir: Path, prices: Prices) -> Look:
     """Returns what a run's folder shows now; a line that is being written is not seen yet. Raises CheckpointError."""
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
-    held = folder.is_held(run_dir)
-    finished = (run_dir / folder.SUMMARY).exists()
+    held = lock.is_held(run_dir)
+    finished = folder.is_finished(run_dir)
     path = run_dir / folder.RECORDS
     lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:
-        rows = kpis([parse_json(line) for line in lines], prices)
-        return Look(rows, int(manifest["config"]["rounds"]), finished, held)
+        records = [record for line in lines if (record := parse_record(parse_json(line)))]
+        wanted = int(manifest["config"]["rounds"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: damaged (not a run's records)") from None
+        records = []
+    if len(records) < len(lines):
+        raise CheckpointError(f"{path}: damaged (not a run's records)")
+    return Look(kpis(records, prices), wanted, finished, held)
 
 
 def watch(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedprune_cli.errors import DeviceError
-from fedprune_cli.round.all import Setup
+from fedprune_cli.round.setup import Setup
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets import Dataset
 

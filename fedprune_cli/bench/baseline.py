@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import platform
@@ -14,15 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from fedprune_cli.bench.measure import Better, Kind, Measure, available_cores
 from fedprune_cli.errors import ConfigError, RegressionError
 from fedprune_cli.store.files import MAX_JSON_BYTES, parse_json, read_bytes
 from fedprune_cli.store.folder import writing
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 SCHEMA = 1
 
@@ -165,16 +162,13 @@ def check(found: Sequence[Regression], path: Path) -> None:
 
 
 def table(measures: Sequence[Measure]) -> Table:
-    """Returns the measures as a rich table."""
-    from rich.table import Table
-
-    grid = Table(title="bench")
-    for heading in ("task", "measure", "value", "unit", "spread", "bare"):
-        number = heading in ("value", "spread", "bare")
-        grid.add_column(heading, justify="right" if number else "left", no_wrap=heading != "unit")
-    for name, group in itertools.groupby(measures, key=lambda measure: measure.name.split("/")[0]):
-        for m in group:
-            spread = "exact" if m.kind == "exact" else f"{m.spread:.2g}"
-            bare = "-" if m.bare is None else f"{m.bare:.4g}"
-            grid.add_row(name, m.name.split("/", 1)[1], f"{m.value:.4g}", m.unit, spread, bare)
-    return grid
+    """Returns the measures for the terminal."""
+    headers = ["task", "measure", "value", "unit", "spread", "bare"]
+    rows = [
+        [
+            *m.name.split("/", 1), f"{m.value:.4g}", m.unit, "exact" if m.kind == "exact" else f"{m.spread:.2g}",
+            "-" if m.bare is None else f"{m.bare:.4g}",
+        ]
+        for m in measures
+    ]  # fmt: skip
+    return Table.of("bench", headers, rows, folding=["measure", "unit"], elsewhere="in --json")

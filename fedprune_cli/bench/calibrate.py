@@ -12,25 +12,26 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.words import parse_numbers
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.learn.client import Learner, Unit, train
+from fedprune_cli.learn.client import Learner, Task, train
+from fedprune_cli.learn.kept import Entries, Kept, Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.report import figures
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import Array
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fedprune_cli.terminal import Table
 
 STEPS = 5  # of a timed call
 
@@ -88,31 +89,37 @@ def calibrate(experiment: Experiment, ratios: Sequence[float], turns: int, cpu_h
 
     experiment: with pruner.granularity=channel. The ratios take turns, so that a busy spell of the machine meets them all.
     """
-    setup = run.prepare(experiment)
-    if setup.layout is None:
+    setup = prepare(experiment)
+    blueprint = setup.blueprint
+    if not blueprint.layout.slices:
         raise ConfigError(
             f"calibrate: method {experiment.method.name!r} never prunes; choose one that does, such as method=proposed"
         )
     torch.set_num_threads(1)
-    learner = run.build_learner(experiment, setup.scenario)
-    state, batch = setup.initial, experiment.training.batch_size
-    masks = build_masks(experiment.pruner, state, np.array(ratios), experiment.seed, setup.layout)
-    slices = [_unit(setup, run.kept_of(masks, at)) for at in range(len(ratios))]
-    masked = [_unit(setup, None if masks[at].all() else np.packbits(masks[at])) for at in range(len(ratios))]
-    seconds = [[_step_s(learner, unit) for unit in (*slices, *masked)] for _ in range(turns + 1)][1:]
+    learner = build_learner(experiment, setup.scenario)
+    state = setup.initial
+    masks = build_masks(experiment.pruner, state, np.array(ratios), experiment.seed, blueprint.layout)
+    slices = [_task(setup, masks.kept_by(at)) for at in range(len(ratios))]
+    masked = [
+        _task(setup, Whole() if masks[at].all() else Entries(np.packbits(masks[at]))) for at in range(len(ratios))
+    ]
+    seconds = [[_step_s(learner, task) for task in (*slices, *masked)] for _ in range(turns + 1)][1:]
     columns = list(zip(*seconds, strict=True))
     costs = [
-        setup.cost.sliced(setup.layout.kept_params(masks.kept_units(at))) if masks.units else setup.cost
+        blueprint.cost.sliced(blueprint.layout.kept_params(masks.kept_units(at))) if masks.units else blueprint.cost
         for at in range(len(ratios))
     ]
+    batch = slices[0].schedule[0].batch
     flops = [batch * sum(cost.flops["both"]) for cost in costs]
     measured = [statistics.median(column) for column in columns]
     # every ratio counts the same: the median of its seconds a FLOP
     seconds_per_flop = statistics.median(s / f for s, f in zip(measured[: len(ratios)], flops, strict=True))
     points = []
     for at, ratio in enumerate(ratios):
-        kept = setup.layout.kept_params(masks.kept_units(at)) if masks.units else np.ones(len(setup.layout.shapes))
-        sizes = [int(np.prod(shape)) for shape in setup.layout.shapes.values()]
+        kept = (
+            blueprint.layout.kept_params(masks.kept_units(at)) if masks.units else np.ones(len(blueprint.layout.shapes))
+        )
+        sizes = [int(np.prod(shape)) for shape in blueprint.layout.shapes.values()]
         points.append(
             Point(
                 ratio, float(masks[at].mean()), flops[at], 4 * round(float(kept @ sizes)), _saved_bytes(learner, slices[at]),
@@ -130,21 +137,21 @@ def _line(flops: Array, seconds: Array) -> tuple[float, float]:
     return float(fit[0]), float(np.abs(columns @ fit - 1).max())
 
 
-def _unit(setup: run.Setup, kept: Array | tuple[Array, ...] | None) -> Unit:
+def _task(setup: Setup, kept: Kept) -> Task:
     """Returns steps on both parts for the device with the most samples."""
-    device = int(np.argmax(setup.scenario.partition.train.sizes))
-    return Unit(
-        "calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, (Phase("both", STEPS),)
-    )
+    sizes = setup.scenario.partition.train.sizes
+    device, batch_size = int(np.argmax(sizes)), setup.experiment.training.batch_size
+    schedule = by_steps((Phase("both", STEPS),), int(sizes[device]), batch_size)
+    return Task("calibration", 0, device, setup.initial.shared, setup.initial.personal[0], kept, schedule)
 
 
-def _step_s(learner: Learner, unit: Unit) -> float:
+def _step_s(learner: Learner, task: Task) -> float:
     started = time.perf_counter()
-    train(learner, unit)
+    train(learner, task)
     return (time.perf_counter() - started) / STEPS
 
 
-def _saved_bytes(learner: Learner, unit: Unit) -> int:
+def _saved_bytes(learner: Learner, task: Task) -> int:
     """Returns the bytes that autograd saves in a forward pass of one batch, each storage once."""
     saved: dict[int, int] = {}
 
@@ -153,7 +160,8 @@ def _saved_bytes(learner: Learner, unit: Unit) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        train(learner, Unit(unit.stage, 0, unit.device, unit.shared, unit.personal, unit.kept, (Phase("both", 1),)))
+        one = replace(task.schedule[0], samples=task.schedule[0].batch)
+        train(learner, replace(task, schedule=(one,)))
     return sum(saved.values())
 
 
@@ -167,13 +175,7 @@ def clock_hz() -> float:
 
 def parse_ratios(text: str) -> list[float]:
     """Returns the ratios of a comma-separated list in ascending order; raises ConfigError."""
-    try:
-        ratios = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        ratios = [-1.0]
-    if not all(0 <= ratio < 1 for ratio in ratios):
-        raise ConfigError(f"--ratios {text}: must be numbers in [0, 1) joined by commas")
-    return ratios
+    return sorted(parse_numbers(text, "--ratios", lambda ratio: 0 <= ratio < 1, "in [0, 1)"))
 
 
 def fleet_yaml(calibration: Calibration) -> str:
@@ -205,14 +207,23 @@ def write(out: Path, calibration: Calibration) -> None:
 
 def table(calibration: Calibration) -> Table:
     """Returns the calibration for the terminal."""
-    from rich.table import Table
-
     title = f"{calibration.model}: {calibration.cycles_per_flop:.3g} cycles a FLOP at {calibration.cpu_hz / 1e9:.3g} GHz, one thread"
-    grid = Table("ratio", "kept", "MFLOP", "weights kB", "saved kB", "measured ms", "modelled ms", "off by", "masks only ms",
-                 title=title, title_justify="left")  # fmt: skip
-    for p in calibration.points:
-        grid.add_row(
-            f"{p.ratio:g}", f"{p.kept:.3f}", f"{p.flops / 1e6:.4g}", f"{p.param_bytes / 1e3:.4g}", f"{p.saved_bytes / 1e3:.4g}",
-            f"{1e3 * p.measured_s:.3g}", f"{1e3 * p.modelled_s:.3g}", f"{100 * p.error:+.0f} %", f"{1e3 * p.masked_s:.3g}",
-        )  # fmt: skip
-    return grid
+    headers = [
+        "ratio",
+        "measured ms",
+        "modelled ms",
+        "off by",
+        "masks only ms",
+        "kept",
+        "MFLOP",
+        "weights kB",
+        "saved kB",
+    ]
+    rows = [
+        [
+            f"{p.ratio:g}", f"{1e3 * p.measured_s:.3g}", f"{1e3 * p.modelled_s:.3g}", f"{100 * p.error:+.0f} %", f"{1e3 * p.masked_s:.3g}",
+            f"{p.kept:.3f}", f"{p.flops / 1e6:.4g}", f"{p.param_bytes / 1e3:.4g}", f"{p.saved_bytes / 1e3:.4g}",
+        ]
+        for p in calibration.points
+    ]  # fmt: skip
+    return Table.of(title, headers, rows, elsewhere="in --json")

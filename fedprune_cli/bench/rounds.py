@@ -19,7 +19,10 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.execute import Execution, Executor, executor
 from fedprune_cli.rng import stream
-from fedprune_cli.round.all import Record, Setup, build_learner, build_parts, participants, plan, prepare, round_step
+from fedprune_cli.round.roster import choose_roster
+from fedprune_cli.round.setup import Setup, build_learner, build_parts, prepare
+from fedprune_cli.round.step import round_step
+from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.state import Array, State
 
 
@@ -33,12 +36,14 @@ def broadcast_params(setup: Setup, state: State) -> list[Tensor]:
 def round_samples(setup: Setup, number: int) -> tuple[list[Array], list[float]]:
     """Returns, for each device of round `number`, its samples in the order of its batches, and its share of the mean."""
     experiment, train = setup.experiment, setup.scenario.partition.train
-    ids = participants(setup, setup.scenario.at(number), number, setup.initial.slots).tolist()
+    ids = choose_roster(setup, number, setup.initial.slots).training.tolist()
     samples = []
     for device in ids:
         # the personal phase has nothing to train, and its batches another stream
-        phase, steps = next((i, phase.steps) for i, phase in enumerate(plan(setup, device)) if phase.kind == "shared")
-        own, count = train[device], steps * experiment.training.batch_size
+        phase, count = next(
+            (i, phase.samples) for i, phase in enumerate(setup.schedule(device)) if phase.kind == "shared"
+        )
+        own = train[device]
         rng = stream(experiment.seed, "batch", number, device, phase)
         order = np.concatenate([rng.permutation(len(own)) for _ in range(math.ceil(count / len(own)))])
         samples.append(own[order[:count]])
@@ -56,7 +61,7 @@ class Turns:
     ours_s: list[float]
     bare_s: list[float]
     samples: list[int]
-    first: Record
+    first: RoundRecord
 
 
 def take_turns(
@@ -103,12 +108,12 @@ def cpu_efficiency(name: str, setup: Setup, model: nn.Module, loop: BareRound, r
     return ratio(f"{name}/samples_per_cpu_s", "x bare", "larger", turns.bare_s, turns.ours_s, figure), turns
 
 
-def modelled(name: str, record: Record) -> tuple[Measure, ...]:
+def modelled(name: str, record: RoundRecord) -> tuple[Measure, ...]:
     """Returns a round's modelled figures; its seconds are simulated ones."""
     return (
-        exact(f"{name}/flops", "FLOP", record["flops"]),
-        exact(f"{name}/bits_up", "bit", 8 * record["bytes_up"]),
-        exact(f"{name}/simulated_s", "s", record["latency_s"]),
+        exact(f"{name}/flops", "FLOP", record.flops),
+        exact(f"{name}/bits_up", "bit", 8 * record.bytes_up),
+        exact(f"{name}/simulated_s", "s", record.latency_s),
     )
 
 
@@ -148,7 +153,7 @@ def measure_channel_pruning(effort: Effort, say: Say) -> tuple[Measure, ...]:
         for value in ratios
     ]
     setup = prepare(chosen[0])
-    setups = [replace(setup, experiment=experiment) for experiment in chosen]
+    setups = [replace(setup, blueprint=replace(setup.blueprint, experiment=experiment)) for experiment in chosen]
     states, records, wall_s = [setup.initial for _ in setups], [], []
     with executor(chosen[0].execution, functools.partial(build_learner, chosen[0], setup.scenario)) as workers:
         for _ in range(effort.repeats + 1):

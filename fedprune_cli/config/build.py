@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,21 +14,28 @@ from omegaconf.errors import OmegaConfBaseException
 from fedprune_cli.allocate import ALLOCATORS
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS
-from fedprune_cli.config.experiment import Branch, Evaluation, Experiment, Participation
+from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
+from fedprune_cli.config.plain import plain
+from fedprune_cli.config.refusals import reason
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import Training
 from fedprune_cli.learn.models import MODELS
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.learn.prune import PRUNERS
-from fedprune_cli.meter import Meter, Payload
+from fedprune_cli.meter import Meter
 from fedprune_cli.serve.failsafe import Failsafe
+from fedprune_cli.serve.participation import Participation
+from fedprune_cli.store.files import Plain
 from fedprune_cli.track import TRACKERS
+from fedprune_cli.wire.payload import Payload
 from fedprune_cli.world.channel import CHANNELS
 from fedprune_cli.world.datasets import DATASETS
 from fedprune_cli.world.devices import FLEETS
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PARTITIONS
+
+T = TypeVar("T")
 
 # A group is a folder of conf/ whose `name` picks the class; a section is a fixed class.
 GROUPS: dict[str, Mapping[str, type]] = {
@@ -64,13 +72,13 @@ UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 
 
-def _to_si(values: Any, where: str) -> Any:
+def _to_si(values: Plain, where: str) -> Plain:
     """Returns nested `values` with human units converted, and the keys renamed."""
     if isinstance(values, list):
         return [_to_si(value, f"{where}[{i}]") for i, value in enumerate(values)]
     if not isinstance(values, dict):
         return values
-    converted = {}
+    converted: dict[str, Plain] = {}
     for key, value in values.items():
         suffix, si, convert = next((unit for unit in UNITS if str(key).endswith(unit[0])), ("", "", lambda x: x))
         if suffix and isinstance(value, int | float) and not isinstance(value, bool):
@@ -82,16 +90,18 @@ def _to_si(values: Any, where: str) -> Any:
     return converted
 
 
-def _yaml_key(key: str, values: Mapping[str, Any]) -> str:
+def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
     """Returns the key as the user wrote it for the SI name `key`."""
     spellings = [key.removesuffix(si) + suffix for suffix, si, _ in UNITS if key.endswith(si)]
     return next((spelling for spelling in spellings if spelling in values), key)
 
 
-def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
     """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
-    si = _to_si(values, where)
-    names = [field.name for field in dataclasses.fields(cls)]
+    si = _to_si(dict(values), where)
+    assert isinstance(si, dict)
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key, name in zip(values, si, strict=True):
         if name not in names:
             raise unknown(f"key {where!r} has", str(key), names)
@@ -106,13 +116,14 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
         key = _yaml_key(error.key, values)
         raise ConfigError(f"{where}.{key}={values.get(key)}: {_without_value(error)}") from None
     except OmegaConfBaseException as error:
-        key = _yaml_key(str(error.full_key or "").split(".")[0].split("[")[0], values)
-        reason = str(error).splitlines()[0]
-        if "is not a ListConfig" in reason:
-            reason = f"must be a list, such as {where}.{key}=[{values.get(key)}]"
-        raise ConfigError(f"{where}.{key}: {reason}") from None
+        found = re.match(r"\w+", str(error.full_key or ""))
+        name = found[0] if found and found[0] in hints else ""
+        key = _yaml_key(name, values)
+        at = f"{where}.{key}={values.get(key)}" if name else where
+        raise ConfigError(f"{at}: {reason(error, hints.get(name))}") from None
     except OverflowError as error:
         raise ConfigError(f"{where}: {error}".splitlines()[0]) from None
+    assert isinstance(instance, cls)
     return instance
 
 
@@ -121,22 +132,46 @@ def _without_value(error: ConfigError) -> str:
     return str(error).split(" is not allowed: ")[-1]
 
 
-def build_experiment(config: DictConfig) -> Experiment:
-    """Returns the checked experiment; raises ConfigError naming the key, its value and what is allowed."""
-    try:
-        values: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+def _missing(values: Plain, at: str = "") -> Iterator[str]:
+    """Yields the keys, dotted, whose value is still to be given: `???`."""
+    if values == "???":
+        yield at
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield from _missing(value, f"{at}.{key}" if at else str(key))
+
+
+def _values(config: DictConfig) -> dict[str, Plain]:
+    """Returns the configuration with every key of an Experiment and no other; raises ConfigError."""
+    fields = [field.name for field in dataclasses.fields(Experiment)]
+    values = plain(config)
+    assert isinstance(values, dict)
     for key in ("hydra", "arms", "objectives"):  # how runs are launched and compared, not what one of them is
         values.pop(key, None)
-    fields = [field.name for field in dataclasses.fields(Experiment)]
     for key in values:
+        if key == "experiment":  # where a file's values land that does not say where they belong
+            raise ConfigError("experiment: the first line of an experiment's file must be `# @package _global_`")
         if key not in fields:
             raise unknown("configuration key", str(key), fields)
     for key in fields:
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
-    parts = {}
+        if key in SECTIONS and not isinstance(values[key], dict):  # seen before others refer to what is in it
+            raise ConfigError(f"{key}={values[key]}: must be a group of values, such as {key}.KEY=VALUE")
+    try:
+        resolved = plain(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {reason(error)}") from None
+    assert isinstance(resolved, dict)
+    values = {key: resolved[key] for key in values}
+    if missing := next(_missing(values), None):
+        raise ConfigError(f"{missing}: missing value, type {missing}=VALUE")
+    return values
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """Returns the checked experiment; raises ConfigError naming the key, its value and what is allowed."""
+    values = _values(config)
+    parts: dict[str, object] = {}
     for group, table in GROUPS.items():
         chosen = values[group]
         name = str(chosen.get("name") if isinstance(chosen, dict) else chosen)
@@ -144,24 +179,25 @@ def build_experiment(config: DictConfig) -> Experiment:
             raise unknown(group, name, table)
         parts[group] = _construct(table[name], chosen, group)
     for section, cls in SECTIONS.items():
-        if not isinstance(values[section], dict):
-            raise ConfigError(f"{section}={values[section]}: must be a group of values, such as {section}.KEY=VALUE")
-        parts[section] = _construct(cls, values[section], section)
+        chosen = values[section]
+        assert isinstance(chosen, dict)
+        parts[section] = _construct(cls, chosen, section)
     branch = values["branch"]
     if branch is not None and not isinstance(branch, dict):
         raise ConfigError(f"branch={branch}: must be null; `fedprune resume RUN_DIR KEY=VALUE` makes branches")
     parts["branch"] = None if branch is None else _construct(Branch, branch, "branch")
+    build: Callable[..., Experiment] = Experiment  # whose parts are of the classes of GROUPS and SECTIONS
     scalars = {key: value for key, value in values.items() if key not in parts}
-    checked = OmegaConf.structured(_Scalars)
     try:
-        merged = OmegaConf.merge(checked, scalars)
-        scalars = OmegaConf.to_container(merged, throw_on_missing=True)  # type: ignore[assignment]
+        checked = plain(OmegaConf.merge(OmegaConf.structured(_Scalars), scalars))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        key = str(error.full_key)
+        raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None
+    assert isinstance(checked, dict)
     try:
-        return Experiment(**scalars, **parts)
+        return build(**checked, **parts)
     except ConfigError as error:
-        raise ConfigError(f"{error.key}={values.get(error.key)}: {_without_value(error)}") from None
+        raise ConfigError(f"{error.key}={values.get(str(error.key))}: {_without_value(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -7,68 +7,35 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
+from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, read_input
 from fedprune_cli.errors import require
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import ModelConfig
 from fedprune_cli.learn.personalize import Method
 from fedprune_cli.learn.prune import Pruner
-from fedprune_cli.meter import Meter, Payload
+from fedprune_cli.meter import Meter
 from fedprune_cli.serve.failsafe import Failsafe
-from fedprune_cli.store.state import Array
+from fedprune_cli.serve.participation import Participation
 from fedprune_cli.track import Tracking
+from fedprune_cli.wire.payload import Payload
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PartitionConfig
 
-
-@dataclass(frozen=True)
-class Participation:
-    """When a device stops training the shared part.
-
-    freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
-    never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
-    """
-
-    freeze_below: float | None
-    freeze_window: int
-
-    def __post_init__(self) -> None:
-        below = self.freeze_below
-        require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
-        require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
-
-    def slots(self, num_devices: int) -> dict[str, Array]:
-        """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known."""
-        if self.freeze_below is None:
-            return {}
-        losses = np.full((num_devices, self.freeze_window + 1), np.nan)
-        return {"frozen": np.zeros(num_devices, dtype=np.uint8), "recent_loss": losses}
-
-    def next_slots(self, slots: Mapping[str, Array], ids: Array, losses: Sequence[float | None]) -> dict[str, Array]:
-        """Returns what is remembered after a round in which the devices `ids` [K] trained the shared part, with these losses."""
-        if self.freeze_below is None:
-            return {}
-        frozen, recent = slots["frozen"].copy(), slots["recent_loss"].copy()
-        recent[ids] = np.column_stack([recent[ids, 1:], np.array(losses, dtype=float)])
-        time = np.arange(self.freeze_window + 1) - self.freeze_window / 2
-        fall = -(recent[ids] * time).sum(1) * self.freeze_window / np.square(time).sum()
-        first = recent[ids].mean(1) + fall / 2  # where the line begins
-        frozen[ids] = fall <= self.freeze_below * first  # False for NaN
-        return {"frozen": frozen, "recent_loss": recent}
+ARITHMETIC = (
+    2  # raised by a change that gives a configuration other numbers; 1: a batch could be larger than a device's data
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +71,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run, complete and checked. What `execution`, `tracking`, `out` and `data.root` say does not change its numbers."""
+    """One run, complete and checked. What `execution`, `tracking` and `out` say does not change its numbers, nor where its files lie."""
 
     name: str
     seed: int
@@ -147,12 +114,27 @@ class Experiment:
         return not (self.faults.none and self.failsafe.none)
 
     @functools.cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The tables that the run reads; raises DataError when one cannot be read."""
+        parts = {key: getattr(self, key.split(".")[0]) for key in TABLES}
+        return tuple(read_input(key, part.file) for key, part in parts.items() if hasattr(part, "file"))
+
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
+        """Everything that decides the run's numbers, apart from the seed: the configuration, what it reads, and the numerics.
+
+        What is read stands there by the SHA-256 of its content. Raises DataError when it cannot be read.
+        """
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if sha256 := dataset_sha256(self.data):
+            fields["data"]["sha256"] = sha256
+        for one in self.inputs:
+            fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
+        if fields["channel"].get("gaps") == "refuse":
+            del fields["channel"]["gaps"]
         if self.branch is None:
             del fields["branch"]
         if not self.faulty:  # then they decide nothing
@@ -161,6 +143,7 @@ class Experiment:
             "torch": version("torch"),
             "threads": 1,
             "evaluation_batch": EVALUATION_BATCH,
+            "arithmetic": ARITHMETIC,
         }
         return fields | {"numerics": numerics}
 

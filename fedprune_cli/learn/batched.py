@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from fedprune_cli.learn.client import (
     Learner,
+    Task,
     Training,
-    Unit,
     Update,
     batch_positions,
-    make_whole,
     require_finite,
     samples,
     send,
 )
 from fedprune_cli.learn.parts import Parts
-from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.store.state import Array
 
 MAX_PARAMS = 200_000  # of larger models the arithmetic outweighs what batching saves
 STEPS = 32  # gathered at a time, to bound memory
@@ -55,45 +55,42 @@ def batches(parts: Parts, training: Training) -> bool:
     return training.block > 1 and plain and in_turn and alternating and small
 
 
-def blocks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
-    """Returns the units in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
-    ordered = sorted(units, key=lambda unit: (unit.steps, unit.device))
+def blocks(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Returns the tasks in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
+    ordered = sorted(tasks, key=lambda task: (task.steps, task.device))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
 
-def train_block(learner: Learner, units: Sequence[Unit]) -> list[Update]:
+def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     """Returns each device's update after its local steps from (u * m_k, v_k), as `client.train` does one by one.
 
     Raises DeviceError when a loss is not finite.
     """
-    make_whole(learner)
-    members = [*units, *[units[0]] * (learner.training.block - len(units))]
-    shared = torch.from_numpy(np.stack([unit.shared for unit in members]))
-    personal = torch.from_numpy(np.stack([unit.personal for unit in members]))
+    learner.parts.make_whole()
+    members = [*tasks, *[tasks[0]] * (learner.training.block - len(tasks))]
+    shared = torch.from_numpy(np.stack([task.shared for task in members]))
+    personal = torch.from_numpy(np.stack([task.personal for task in members]))
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
     layers = _layers(learner.parts, shared, personal)
     losses: list[float | None] = [None] * len(members)
-    for index in range(len(units[0].phases)):
+    for index in range(len(tasks[0].schedule)):
         _run_phase(learner, members, index, layers, shared, keep, losses)
     updates = []
-    for row, (unit, loss) in enumerate(zip(units, losses, strict=False)):
+    for row, (task, loss) in enumerate(zip(tasks, losses, strict=False)):
         mask = None if keep is None else keep[row].numpy() > 0
-        updates.append(send(learner.seed, unit, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
+        updates.append(send(learner.seed, task, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
     return updates
 
 
-def _masks(members: Sequence[Unit], size: int) -> Tensor | None:
+def _masks(members: Sequence[Task], size: int) -> Tensor | None:
     """Returns the masks, float32 [members, U], or None when all keep everything."""
-    if all(unit.kept is None for unit in members):
+    kept = [task.kept.mask(size) for task in members]
+    if all(mask is None for mask in kept):
         return None
-    masks = np.ones((len(members), size), dtype=np.float32)
-    for row, unit in zip(masks, members, strict=True):
-        if unit.kept is not None:
-            assert isinstance(unit.kept, np.ndarray)
-            row[:] = np.unpackbits(unit.kept, count=size)
-    return torch.from_numpy(masks)
+    rows = [np.ones(size, dtype=bool) if mask is None else mask for mask in kept]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
@@ -115,67 +112,94 @@ def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
 
 
 def _run_phase(
-    learner: Learner, members: Sequence[Unit], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
+    learner: Learner, members: Sequence[Task], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
     losses: list[float | None],
 ) -> None:  # fmt: skip
     """Takes one phase's SGD steps of all members in place, and notes their mean losses."""
-    config, phases = learner.training, [unit.phases[index] for unit in members]
+    config, phases = learner.training, [task.schedule[index] for task in members]
     rates = [_rate(layer, phases[0], config) for layer in layers]
     steps = np.array([phase.steps for phase in phases])
     if not steps.any() or not any(rates):
         return
-    positions = [
-        learner.train[unit.device][batch_positions(learner.seed, unit, index, len(learner.train[unit.device]), count * config.batch_size)]
-        for unit, count in zip(members, steps.tolist(), strict=True)
-    ]  # fmt: skip
-    active = torch.from_numpy(steps[:, None] > np.arange(steps.max())).float()
+    tables = [_positions(learner, task, index) for task in members]
     total = torch.zeros(len(members))
     for start in range(0, int(steps.max()), STEPS):
-        x, y = _gather(learner, positions, start, min(STEPS, int(steps.max()) - start))
+        x, y, sizes = _gather(learner, tables, start, min(STEPS, int(steps.max()) - start))
         for step in range(x.shape[1]):
-            total += _step(layers, rates, x[:, step], y[:, step], active[:, start + step], config.weight_decay)
+            total += _step(layers, rates, x[:, step], y[:, step], sizes[:, step], config.weight_decay)
             if keep is not None:
                 shared *= keep
-    for row, (unit, phase) in enumerate(zip(members, phases, strict=True)):
+    for row, (task, phase) in enumerate(zip(members, phases, strict=True)):
         if phase.steps:
             losses[row] = require_finite(
-                float(total[row]) / phase.steps, unit, phase, learner.training, learner.images.shape[1:]
+                float(total[row]) / phase.steps, task, phase, learner.training, learner.images.shape[1:]
             )
 
 
-def _rate(layer: _Layer, phase: Phase, config: Training) -> float:
+@dataclass(frozen=True)
+class _Positions:
+    """A member's samples, step by step: positions in the pool, int64 [steps, batch], of which the first sizes [steps] count."""
+
+    table: Array
+    sizes: Array
+
+
+def _positions(learner: Learner, task: Task, index: int) -> _Positions:
+    phase, own = task.schedule[index], learner.train[task.device]
+    sizes = np.array(phase.sizes, dtype=np.int64)
+    table = np.zeros((len(sizes), learner.training.batch_size), dtype=np.int64)
+    chosen = batch_positions(learner.seed, task, index, len(own), phase.samples)
+    table[np.arange(table.shape[1]) < sizes[:, None]] = own[chosen]
+    return _Positions(table, sizes)
+
+
+def _rate(layer: _Layer, phase: LocalPhase, config: Training) -> float:
     """Returns the step size of a layer in a phase, 0 where it is frozen."""
     frozen = phase.kind == ("shared" if layer.is_personal else "personal")
     return 0.0 if frozen else config.personal_lr if layer.is_personal else config.lr
 
 
-def _gather(learner: Learner, positions: Sequence[np.ndarray], start: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Returns inputs [members, steps, batch, features] and labels [members, steps, batch]; who has fewer steps gets any sample."""
+def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns inputs [members, steps, batch, features], labels [members, steps, batch] and how many of each batch count.
+
+    The shape is always the same: a batch that is not full, or that a member no longer has, is filled up with any sample.
+    """
     batch = learner.training.batch_size
-    chosen = np.zeros((len(positions), steps * batch), dtype=np.int64)
-    for row, own in zip(chosen, positions, strict=True):
-        part = own[start * batch : (start + steps) * batch]
-        row[: len(part)] = part
+    chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
+    sizes = np.zeros((len(members), steps), dtype=np.float32)
+    for at, own in enumerate(members):
+        part = own.table[start : start + steps]
+        chosen[at, : len(part)] = part
+        sizes[at, : len(part)] = own.sizes[start : start + steps]
     x, y = samples(learner, chosen.ravel())
-    return x.flatten(1).view(len(positions), steps, batch, -1), y.view(len(positions), steps, batch)
+    return (
+        x.flatten(1).view(len(members), steps, batch, -1),
+        y.view(len(members), steps, batch),
+        torch.from_numpy(sizes),
+    )
 
 
 def _step(
-    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, active: Tensor, weight_decay: float
+    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, sizes: Tensor, weight_decay: float
 ) -> Tensor:
-    """Takes one SGD step of every active member in place; returns its losses before it [members], 0 where inactive."""
+    """Takes one SGD step of every member in place, on the first sizes [members] of its batch; returns its losses before it.
+
+    A member of which nothing counts does not move, and has no loss.
+    """
     inputs: list[Tensor] = []
     for layer in layers:
         if inputs:
             x = torch.relu_(x)
         inputs.append(x)
         x = _linear(x, layer)
+    active, counts = (sizes > 0).float(), (torch.arange(y.shape[1]) < sizes[:, None]).float()
+    of_each = sizes.clamp(min=1.0)
     logits = torch.log_softmax(x, 2)
     target = y.unsqueeze(2)
-    loss = -logits.gather(2, target).mean((1, 2)) * active
-    # the gradient of the mean cross-entropy: softmax minus one-hot, over the batch; nothing for those that are done
+    loss = -((logits.gather(2, target) * counts[:, :, None]).sum((1, 2)) / of_each) * active
+    # the gradient of the mean cross-entropy: softmax minus one-hot, over what counts of the batch
     error = logits.exp_().scatter_add_(2, target, torch.full_like(target, -1, dtype=x.dtype))
-    error *= (active / y.shape[1])[:, None, None]
+    error *= (counts * (active / of_each)[:, None])[:, :, None]
     lowest = next(at for at, rate in enumerate(rates) if rate)
     for at in range(len(layers) - 1, lowest - 1, -1):
         layer, rate = layers[at], rates[at]

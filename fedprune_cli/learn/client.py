@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedprune_cli.errors import DeviceError, require
+from fedprune_cli.learn.kept import Kept
 from fedprune_cli.learn.parts import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.schedule import LocalPhase, by_epochs, by_steps
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array, Ragged
@@ -29,7 +31,7 @@ EVALUATION_BATCH = 128  # fastest of 32..512 for the CNN; part of the run's iden
 
 @dataclass(frozen=True)
 class Training:
-    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by ceil(epochs D_k / batch_size).
+    """Local SGD. The methods' YAML takes its steps from here; `epochs`, when given, replaces them by passes over a device's data.
 
     block: devices whose small models are trained side by side (`batched`); 1: one by one. device: where, `cpu` or `cuda`;
     precision: of the forward and backward pass, `float32` or `bfloat16` under autocast; parameters stay float32.
@@ -60,19 +62,22 @@ class Training:
         require(self.device in allowed, "device", self.device, here)
         require(self.precision in ("float32", "bfloat16"), "precision", self.precision, "'float32' or 'bfloat16'")
 
-    def plan(self, phases: tuple[Phase, ...], num_samples: int) -> tuple[Phase, ...]:
-        """Returns the phases with the steps (tau of model.md) that a device with `num_samples` training samples takes."""
+    def schedule(self, phases: Sequence[Phase], num_samples: int) -> tuple[LocalPhase, ...]:
+        """Returns the local schedule (tau and b_s of model.md) of a device with `num_samples` training samples D_k.
+
+        With epochs every sample is used once per pass and the last batch is what is left. No batch is larger than D_k.
+        """
         if self.epochs is None:
-            return phases
-        return tuple(Phase(phase.kind, math.ceil(self.epochs * num_samples / self.batch_size)) for phase in phases)
+            return by_steps(phases, num_samples, self.batch_size)
+        return by_epochs(phases, self.epochs, num_samples, self.batch_size)
 
 
 @dataclass(frozen=True)
 class Learner:
     """All that a worker needs to do any device's work: the model, the pooled data and who owns which samples.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device; layout: where the channels lie, when
-    devices leave whole ones out.
+    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device; layout: where the channels lie
+    that devices leave out.
     """
 
     seed: int
@@ -85,14 +90,13 @@ class Learner:
     std: tuple[float, ...]
     train: Ragged
     test: Ragged
-    layout: Layout | None
+    layout: Layout
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One device's task: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, its phases.
+class Task:
+    """One device's work: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, and its local schedule.
 
-    kept: None for everything, a mask of u packed into bits, or the units of whole channels, a bool array a channel group.
     stage names the work in error messages. bits: of a value that is sent.
     may_diverge: a loss that is not finite is no error, as faults may have led to it.
     """
@@ -102,15 +106,15 @@ class Unit:
     device: int
     shared: Array
     personal: Array
-    kept: Array | tuple[Array, ...] | None
-    phases: tuple[Phase, ...]
+    kept: Kept
+    schedule: tuple[LocalPhase, ...]
     bits: int = BITS_PER_PARAM
     may_diverge: bool = False
 
     @property
     def steps(self) -> int:
         """SGD steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
+        return sum(phase.steps for phase in self.schedule)
 
 
 @dataclass(frozen=True)
@@ -139,109 +143,71 @@ class Score:
     total: int
 
 
-def train(learner: Learner, unit: Unit) -> Update:
+def train(learner: Learner, task: Task) -> Update:
     """Returns the device's update after its local steps from (u * m_k, v_k) (model.md, section 2, step 3).
 
     A dropped entry is zero and its gradient is zeroed: it never moves. Of whole channels nothing is left to compute: the model is
     smaller, and what it lacks of v_k stays as it was. Raises DeviceError when the loss is not finite.
     """
-    model = _load(learner, unit)
+    model = task.kept.load(learner.parts, learner.layout, task.shared, task.personal)
     loss: float | None = None
-    for index, phase in enumerate(unit.phases):
-        loss = _run_phase(learner, unit, index, phase, model.keep, loss)
+    for index, phase in enumerate(task.schedule):
+        loss = _run_phase(learner, task, index, phase, model.keep, loss)
     shared = model.shared.cpu().numpy()
     personal = model.personal.cpu().numpy()
     if model.personal_mask is not None:
-        personal, personal[model.personal_mask] = unit.personal.copy(), personal
-    return send(learner.seed, unit, model.mask, shared, personal.copy(), loss)
+        personal, personal[model.personal_mask] = task.personal.copy(), personal
+    return send(learner.seed, task, model.mask, shared, personal.copy(), loss)
 
 
-def send(seed: int, unit: Unit, mask: Array | None, shared: Array, personal: Array, loss: float | None) -> Update:
-    """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the unit's bits."""
+def send(seed: int, task: Task, mask: Array | None, shared: Array, personal: Array, loss: float | None) -> Update:
+    """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the task's bits."""
     where = slice(None) if mask is None else mask
     values = shared.copy() if mask is None else shared[mask]
-    if unit.bits == BITS_PER_PARAM or (unit.may_diverge and not np.isfinite(values).all()):
-        return Update(unit.device, values, personal, loss, values.nbytes)
-    change = values - unit.shared[where]
-    code = quantize(change, unit.bits, stream(seed, "rounding", unit.round, unit.device))
-    read = dequantize(code, len(change), unit.bits)
+    if task.bits == BITS_PER_PARAM or (task.may_diverge and not np.isfinite(values).all()):
+        return Update(task.device, values, personal, loss, values.nbytes)
+    change = values - task.shared[where]
+    code = quantize(change, task.bits, stream(seed, "rounding", task.round, task.device))
+    read = dequantize(code, len(change), task.bits)
     missed = np.square(change - read, dtype=np.float64).sum()
     error = float(missed / max(np.square(change, dtype=np.float64).sum(), 1e-300))
-    return Update(unit.device, unit.shared[where] + read, personal, loss, len(code), error)
+    return Update(task.device, task.shared[where] + read, personal, loss, len(code), error)
 
 
-def evaluate(learner: Learner, unit: Unit) -> Score:
-    """Returns how the device's model (u * m_k, v_k), after the unit's phases if any, does on its own test samples."""
-    if unit.phases:
-        train(learner, unit)
+def evaluate(learner: Learner, task: Task) -> Score:
+    """Returns how the device's model (u * m_k, v_k), after the task's schedule if any, does on its own test samples."""
+    if task.schedule:
+        train(learner, task)
     else:
-        _load(learner, unit)
-    indices, correct = learner.test[unit.device], 0
+        task.kept.load(learner.parts, learner.layout, task.shared, task.personal)
+    indices, correct = learner.test[task.device], 0
     with torch.inference_mode(), _precision(learner.training):
         for start in range(0, len(indices), EVALUATION_BATCH):
             x, y = samples(learner, indices[start : start + EVALUATION_BATCH])
             correct += int((learner.parts.model(x).argmax(1) == y).sum())
-    return Score(unit.device, correct, len(indices))
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A device's model as vectors that its parameters share, u * m_k or what is left of it, and what stays fixed.
-
-    mask: which of the `shared` entries the device keeps, None for all of them; keep: the same, cut like the parameters;
-    personal_mask: which entries of v_k are in the model, None for all.
-    """
-
-    shared: Tensor
-    personal: Tensor
-    mask: Array | None
-    keep: tuple[Tensor, ...] | None
-    personal_mask: Array | None
-
-
-def _load(learner: Learner, unit: Unit) -> _Loaded:
-    """Sets the model to (u * m_k, v_k), or to the slice of it that the device keeps."""
-    parts = learner.parts
-    if isinstance(unit.kept, tuple):
-        assert learner.layout
-        mask, personal_mask, shapes = learner.layout.masks(unit.kept)
-        entries = unit.shared[mask], unit.personal[personal_mask]
-        shared, personal = (torch.from_numpy(values).to(parts.shared.device) for values in entries)
-        parts.point(shared, personal, shapes)
-        return _Loaded(shared, personal, None, None, personal_mask)
-    make_whole(learner)
-    parts.shared.copy_(torch.from_numpy(unit.shared))
-    parts.personal.copy_(torch.from_numpy(unit.personal))
-    if unit.kept is None:
-        return _Loaded(parts.shared, parts.personal, None, None, None)
-    mask = np.unpackbits(unit.kept, count=unit.shared.size).astype(bool)
-    kept = torch.from_numpy(mask).to(parts.shared.device)
-    parts.shared.mul_(kept)
-    keep = parts.shared_views(kept.float())
-    return _Loaded(parts.shared, parts.personal, mask, keep, None)
-
-
-def make_whole(learner: Learner) -> None:
-    """Gives the model all its channels back: the last device may have left a slice of it behind."""
-    if learner.layout is not None:
-        learner.parts.point(learner.parts.shared, learner.parts.personal, list(learner.layout.shapes.values()))
+    return Score(task.device, correct, len(indices))
 
 
 def _run_phase(
-    learner: Learner, unit: Unit, index: int, phase: Phase, keep: tuple[Tensor, ...] | None, previous_loss: float | None
+    learner: Learner,
+    task: Task,
+    index: int,
+    phase: LocalPhase,
+    keep: tuple[Tensor, ...] | None,
+    previous_loss: float | None,
 ) -> float | None:
     """Takes the phase's SGD steps in place; returns their mean loss, or the previous one when there was nothing to do."""
     config, parts = learner.training, learner.parts
     shared = parts.shared_params if phase.kind != "personal" else ()
     personal = parts.personal_params if phase.kind != "shared" else ()
-    own = learner.train[unit.device]
+    own = learner.train[task.device]
     if phase.steps == 0 or not (shared or personal):
         return previous_loss
     set_trained(parts, shared + personal)
-    x, y = samples(learner, own[batch_positions(learner.seed, unit, index, len(own), phase.steps * config.batch_size)])
+    x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.samples)])
     velocity: Tensors = ()
     total_loss = torch.zeros((), device=x.device)
-    for xb, yb in zip(torch.split(x, config.batch_size), torch.split(y, config.batch_size), strict=True):
+    for xb, yb in zip(torch.split(x, phase.sizes), torch.split(y, phase.sizes), strict=True):
         with _precision(config):  # entered anew each step: it keeps cast weights until it is left
             loss = cross_entropy(parts.model(xb), yb)
         grads: Tensors = torch.autograd.grad(loss, shared + personal)
@@ -260,27 +226,29 @@ def _run_phase(
                 torch._foreach_add_(shared, grads[: len(shared)], alpha=-config.lr)
             if personal:
                 torch._foreach_add_(personal, grads[len(shared) :], alpha=-config.personal_lr)
-    return require_finite(float(total_loss) / phase.steps, unit, phase, config, x.shape[1:])
+    return require_finite(float(total_loss) / phase.steps, task, phase, config, x.shape[1:])
 
 
-def require_finite(mean_loss: float, unit: Unit, phase: Phase, config: Training, shape: Sequence[int]) -> float | None:
+def require_finite(
+    mean_loss: float, task: Task, phase: LocalPhase, config: Training, shape: Sequence[int]
+) -> float | None:
     """Returns the loss; when it is not finite None where it may be so, else raises DeviceError saying where it came from."""
     if not math.isfinite(mean_loss):
-        if unit.may_diverge:
+        if task.may_diverge:
             return None
         raise DeviceError(
-            f"round {unit.round + 1}, device {unit.device}, {unit.stage}, {phase.kind} steps: the training loss is {mean_loss} "
-            f"(batches {list(shape)} of {config.batch_size}); lower training.lr={config.lr} or "
+            f"round {task.round + 1}, device {task.device}, {task.stage}, {phase.kind} steps: the training loss is {mean_loss} "
+            f"(batches {list(shape)} of {phase.batch}); lower training.lr={config.lr} or "
             f"training.personal_lr={config.personal_lr}"
         )
     return mean_loss
 
 
-def batch_positions(seed: int, unit: Unit, phase: int, num_samples: int, count: int) -> Array:
-    """Returns `count` positions: epoch after epoch, each a new permutation; a batch may straddle two epochs."""
-    rng = stream(seed, "batch", unit.round, unit.device, phase)
-    epochs = math.ceil(count / num_samples)
-    return np.concatenate([rng.permutation(num_samples) for _ in range(epochs)])[:count]
+def batch_positions(seed: int, task: Task, phase: int, num_samples: int, count: int) -> Array:
+    """Returns `count` positions: pass after pass over the device's samples, each a new permutation."""
+    rng = stream(seed, "batch", task.round, task.device, phase)
+    passes = math.ceil(count / num_samples)
+    return np.concatenate([rng.permutation(num_samples) for _ in range(passes)])[:count]
 
 
 def samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:

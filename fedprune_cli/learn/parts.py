@@ -19,6 +19,11 @@ def personal_blocks(blocks: Sequence[str], personal: str) -> frozenset[str]:
     """Returns the names of the personalized blocks.
 
     personal: `none`, `all`, `head` (the last block), `input` (the first), `last_<k>` (the k last) or block names joined by `+`.
+
+    >>> sorted(personal_blocks(["conv1", "conv2", "head"], "last_2"))
+    ['conv2', 'head']
+    >>> sorted(personal_blocks(["conv1", "conv2", "head"], "conv1+head"))
+    ['conv1', 'head']
     """
     if personal == "none":
         return frozenset()
@@ -52,6 +57,7 @@ class Parts:
     shared_params: tuple[nn.Parameter, ...]
     personal_params: tuple[nn.Parameter, ...]
     names: tuple[tuple[str, int], ...]  # (parameter name, entries), shared ones first
+    shapes: tuple[tuple[int, ...], ...]  # of the parameters in the layout of the vectors, shared ones first
 
     @property
     def all_params(self) -> tuple[nn.Parameter, ...]:
@@ -60,7 +66,11 @@ class Parts:
 
     def shared_views(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Returns `vector` [U] cut like `shared_params`, in the same shapes and memory order."""
-        return _views(vector, [flat_shape(param) for param in self.shared_params])
+        return _views(vector, self.shapes[: len(self.shared_params)])
+
+    def make_whole(self) -> None:
+        """Makes the parameters views into u and v again: the last device may have left a slice of the model behind."""
+        self.point(self.shared, self.personal, self.shapes)
 
     def point(self, shared: Tensor, personal: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
         """Makes the parameters views into other vectors, of other flat shapes: the same model, or a slice of it."""
@@ -78,7 +88,7 @@ def to_device(parts: Parts, device: str) -> Parts:
     if str(parts.shared.device) == device:
         return parts
     moved = replace(parts, shared=parts.shared.to(device), personal=parts.personal.to(device))
-    moved.point(moved.shared, moved.personal, [flat_shape(param) for param in parts.all_params])
+    moved.make_whole()
     return moved
 
 
@@ -100,17 +110,19 @@ def _views(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, .
 def split_model(model: nn.Sequential, personal: str) -> Parts:
     """Returns the model's two parts as flat vectors that share memory with its parameters."""
     chosen = personal_blocks([name for name, _ in model.named_children()], personal)
-    vectors, params, names = [], [], []
+    vectors, params, names, shapes = [], [], [], []
     for is_personal in (False, True):
         named = [(n, p) for n, p in model.named_parameters() if (n.split(".")[0] in chosen) == is_personal]
         vector = torch.zeros(sum(p.numel() for _, p in named))
-        for (_, param), view in zip(named, _views(vector, [flat_shape(p) for _, p in named]), strict=True):
+        flat = [flat_shape(param) for _, param in named]
+        for (_, param), view in zip(named, _views(vector, flat), strict=True):
             view.copy_(param.detach())
             param.data = view
         vectors.append(vector)
         params.append(tuple(p for _, p in named))
         names += [(n, p.numel()) for n, p in named]
-    return Parts(model, chosen, vectors[0], vectors[1], params[0], params[1], tuple(names))
+        shapes += flat
+    return Parts(model, chosen, vectors[0], vectors[1], params[0], params[1], tuple(names), tuple(shapes))
 
 
 def set_trained(parts: Parts, trained: tuple[nn.Parameter, ...]) -> None:

@@ -9,12 +9,15 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedprune_cli.errors import require
+from fedprune_cli.learn.cost import ModelCost
+from fedprune_cli.learn.kept import Channels, Entries, Kept, Whole
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
+from fedprune_cli.store.memory import Forgetful, Memory, Outcome, Sizes, Slots
 from fedprune_cli.store.state import Array, State
 
 
-class Pruner(Protocol):
+class Pruner(Memory, Protocol):
     """A pruner plug-in: a frozen dataclass whose fields are its configuration.
 
     derivable: a device can compute the ranking itself from what it already has (u, the seed), so no mask is sent.
@@ -35,38 +38,32 @@ class Pruner(Protocol):
     def importance(self, state: State, seed: int) -> Array:
         """Returns how much each shared entry matters, float [U]."""
 
-    def slots(self, size: int) -> dict[str, Array]:
-        """Returns what the pruner remembers before round 1, for `size` shared entries."""
-
-    def next_slots(self, state: State, gradient: Array) -> dict[str, Array]:
-        """Returns what it remembers after a round whose updates imply `gradient` [U], 0 where no device kept the entry."""
-
 
 @dataclass(frozen=True)
-class Magnitude:
-    """|u_j|: what is small matters least (model.md, section 2)."""
+class _Fields:
+    """What every pruner is configured by."""
 
     name: str
     max_ratio: float
     granularity: str
-    derivable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 <= self.max_ratio <= 1, "max_ratio", self.max_ratio, "in [0, 1]")
         require(self.granularity in ("weight", "channel"), "granularity", self.granularity, "'weight' or 'channel'")
 
+
+@dataclass(frozen=True)
+class Magnitude(_Fields, Forgetful):
+    """|u_j|: what is small matters least (model.md, section 2)."""
+
+    derivable: ClassVar[bool] = True
+
     def importance(self, state: State, seed: int) -> Array:
         return np.abs(state.shared)
 
-    def slots(self, size: int) -> dict[str, Array]:
-        return {}
-
-    def next_slots(self, state: State, gradient: Array) -> dict[str, Array]:
-        return {}
-
 
 @dataclass(frozen=True)
-class Taylor(Magnitude):
+class Taylor(_Fields):
     """|u_j g_j|: the first-order change of the loss when entry j is dropped (model.md, section 2).
 
     g is the mean gradient that the devices' updates imply (slot `gradient`); an entry without news
@@ -79,22 +76,26 @@ class Taylor(Magnitude):
     def importance(self, state: State, seed: int) -> Array:
         return np.abs(state.shared * state.slots["gradient"])
 
-    def slots(self, size: int) -> dict[str, Array]:
-        return {"gradient": np.ones(size, dtype=np.float32)}
+    def slots(self, sizes: Sizes) -> Slots:
+        return {"gradient": np.ones(sizes.shared_params, dtype=np.float32)}
 
-    def next_slots(self, state: State, gradient: Array) -> dict[str, Array]:
-        return {"gradient": np.where(gradient != 0, gradient, state.slots["gradient"])}
+    def next_slots(self, slots: Slots, outcome: Outcome) -> Slots:
+        if outcome.gradient is None:  # an audit's: no record holds it
+            return {}
+        return {"gradient": np.where(outcome.gradient != 0, outcome.gradient, slots["gradient"])}
 
 
 @dataclass(frozen=True)
-class Random(Magnitude):
+class RandomOrder(_Fields, Forgetful):
     """A random order, redrawn each round from stream (seed, "importance", round): the control for any importance."""
+
+    derivable: ClassVar[bool] = True
 
     def importance(self, state: State, seed: int) -> Array:
         return stream(seed, "importance", state.round).random(state.shared.size)
 
 
-PRUNERS: dict[str, type[Pruner]] = {"magnitude": Magnitude, "taylor": Taylor, "random": Random}
+PRUNERS: dict[str, type[Pruner]] = {"magnitude": Magnitude, "taylor": Taylor, "random": RandomOrder}
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Masks:
 
     rank: int64 [U], 0 for the most important entry, ties by index. kept: int64 [K].
     units: for whole channels the rank of each unit, an array a channel group; empty for single entries.
+
+    >>> masks = Masks(rank=np.array([2, 0, 1]), kept=np.array([1, 2]))  # the second entry matters most
+    >>> masks[0].tolist(), masks[1].tolist()
+    ([False, True, False], [False, True, True])
     """
 
     rank: Array
@@ -117,15 +122,41 @@ class Masks:
         """Returns which units the device keeps, a bool array a channel group."""
         return tuple(rank < self.kept[device] for rank in self.units)
 
+    def kept_by(self, device: int) -> Kept:
+        """Returns what the device keeps of the model."""
+        mask = self[device]
+        if mask.all():
+            return Whole()
+        return Channels(self.kept_units(device)) if self.units else Entries(np.packbits(mask))
+
+    def dropped_norms(self, shared: Array, devices: Array) -> Array:
+        """Returns the pruning errors ||u - u m_k||^2 of the devices [K], float64 [K]; `shared` is u."""
+        dropped = [~self[device] for device in devices.tolist()]
+        return np.array([np.square(shared[drop], dtype=np.float64).sum() if drop.any() else 0.0 for drop in dropped])
+
+    def costs(self, layout: Layout, cost: ModelCost, devices: Array) -> tuple[list[ModelCost], Array]:
+        """Returns for the devices [K] what their models cost, and the fraction [K] of the shared part's computation in it that remains.
+
+        A slice costs what its own FLOPs are. Of a model with dropped entries the fraction that is kept counts, as if the rest were saved.
+        """
+        cutoffs = self.kept[devices].tolist()
+        if not self.units:
+            return [cost] * len(cutoffs), self.kept[devices] / max(len(self.rank), 1)
+        of_cutoff = {
+            cutoff: cost.sliced(layout.kept_params(self.kept_units(device)))
+            for device, cutoff in zip(devices.tolist(), cutoffs, strict=True)
+        }
+        return [of_cutoff[cutoff] for cutoff in cutoffs], np.ones(len(cutoffs))
+
     def sent(self, device: int) -> Array:
         """Returns the bits that tell a device what it keeps: one an entry, or one a unit."""
         return np.concatenate(self.kept_units(device)) if self.units else self[device]
 
 
-def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int, layout: Layout | None = None) -> Masks:
+def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int, layout: Layout) -> Masks:
     """Returns the masks of every device, `prune_ratio` [K] (model.md, section 2).
 
-    Of single entries exactly round((1 - rho_k) U); with a `layout`, the largest slice of which neither the entries nor the
+    Of single entries exactly round((1 - rho_k) U); of channels, the largest slice of which neither the entries nor the
     computation exceed the share 1 - rho_k, and at least the first unit of every channel group.
     """
     size = state.shared.size
@@ -133,7 +164,7 @@ def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int, lay
     if (kept == size).all():
         return Masks(np.arange(size), kept)  # nobody drops anything: no order is needed
     importance = pruner.importance(state, seed)
-    if layout is not None:
+    if layout.slices:
         units, level = layout.levels(importance)
         cutoff = np.searchsorted(np.cumsum(np.bincount(level)), kept, side="right")
         for share in shares_by_level(layout, level):
@@ -152,7 +183,9 @@ def shares_by_level(layout: Layout, level: Array) -> list[Array]:
 
 
 def least_kept(layout: Layout) -> float:
-    """Returns the smallest share 1 - rho that a slice can be held to: its first unit of every channel group."""
+    """Returns the smallest share 1 - rho that a device can be held to: of slices the first unit of every channel group, else nothing."""
+    if not layout.slices:
+        return 0.0
     _, level = layout.levels(
         np.zeros(sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared]))
     )

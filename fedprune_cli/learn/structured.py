@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.cost import ModelCost
-from fedprune_cli.learn.parts import Parts, flat_shape
+from fedprune_cli.learn.parts import Parts
 from fedprune_cli.store.state import Array
 
 SAME_CHANNELS = (
@@ -55,15 +55,25 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's channels lie. groups: those with shared entries; shapes: every parameter's flat shape, shared ones first;
+    """Where a model's channels lie. groups: those with shared entries, none where devices drop single entries instead of channels;
 
-    num_shared: how many of them are shared; shared_flops: per step kind, FLOPs of one sample for each shared entry, float64 [U].
+    shapes: every parameter's flat shape, shared ones first; num_shared: how many of them are shared; shared_flops: per step kind,
+    FLOPs of one sample for each shared entry, float64 [U].
     """
 
     groups: tuple[ChannelGroup, ...]
     shapes: dict[str, tuple[int, ...]]
     num_shared: int
     shared_flops: dict[str, Array]
+
+    @property
+    def slices(self) -> bool:
+        """Whether devices leave whole channels out, so that their model is a slice."""
+        return bool(self.groups)
+
+    def flags(self, shared_params: int) -> int:
+        """Returns how many bits say what a device keeps: one for each unit, or for each of the `shared_params` entries."""
+        return sum(group.units for group in self.groups) if self.groups else shared_params
 
     def over_entries(
         self, per_unit: Sequence[Array], join: Callable[[Array, Array], Array], start: float
@@ -137,13 +147,21 @@ def _ranks(values: Array) -> Array:
     return rank
 
 
+def _shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
+    return {name: shape for (name, _), shape in zip(parts.names, parts.shapes, strict=True)}
+
+
+def no_channels(parts: Parts) -> Layout:
+    """Returns the layout of a model of which devices drop single entries."""
+    return Layout((), _shapes(parts), len(parts.shared_params), {})
+
+
 def find_channels(parts: Parts, cost: ModelCost) -> Layout:
     """Returns where the channels of a model of standard layers lie, found by following them through its graph.
 
     Raises ConfigError for an operation that it does not know, and for a model without channels to leave out.
     """
-    shapes = {name: flat_shape(param) for (name, _), param in zip(parts.names, parts.all_params, strict=True)}
-    num_shared = len(parts.shared_params)
+    shapes, num_shared = _shapes(parts), len(parts.shared_params)
     shared = set(list(shapes)[:num_shared])
     groups = tuple(group for group in _trace(parts.model, shapes) if any(axis.param in shared for axis in group.axes))
     if not groups:

@@ -1,31 +1,31 @@
-"""The members of a comparison side by side: each in a process of its own, so that one that fails or dies leaves the rest alone."""
+"""The members of a comparison: side by side, each in a process of its own, or one by one; one that fails leaves the rest alone."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedprune_cli.errors import DeviceError, FedpruneError
-from fedprune_cli.execute import Execution, die_with_parent, forkserver
-from fedprune_cli.report.all import write_report
-from fedprune_cli.round.all import begin_or_reopen, run
+from fedprune_cli.errors import DeviceError, explained
+from fedprune_cli.execute import begin_child, forkserver, starting
+from fedprune_cli.many.one import Display, run_to_end
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs.life import begin_or_reopen, serially
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison: its arm and seed, its configuration as YAML, and where it is kept."""
+    """One run of a comparison: its arm and seed, its configuration as YAML, where it is kept, and whether it was finished before."""
 
     arm: str
     seed: int
     config: str
     run_dir: Path
+    finished: bool = False
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"
@@ -43,9 +43,23 @@ class Failure:
         return f"{self.member}: {self.message}"
 
 
+def run_one_by_one(members: Sequence[Member], display: Display) -> Iterator[tuple[Member, Failure | None]]:
+    """Begins or continues the members in this process, as `display` shows; yields each when it ends, and why it failed if it did."""
+    for member in members:
+        try:
+            with display.status("loading data and building the world"):
+                setup = _begin(member)
+            run_to_end(setup, member.run_dir, display)
+        except Exception as error:
+            known = explained(error)
+            yield member, Failure(member, known.exit_code, str(known))
+        else:
+            yield member, None
+
+
 def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, Failure | None]]:
     """Begins or continues the members, `jobs` at a time, each serially; yields each when it ends, and why it failed if it did."""
-    context = forkserver()
+    context = forkserver([__name__])
     waiting, running = list(members), dict[int, tuple[ForkServerProcess, Member, Connection]]()
     try:
         while waiting or running:
@@ -53,7 +67,8 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
                 member = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(member, sender))
-                process.start()
+                with starting("a process for each run"):
+                    process.start()
                 sender.close()
                 running[process.sentinel] = (process, member, receiver)
             for sentinel in wait(list(running)):
@@ -63,7 +78,7 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
                 yield member, _failure(process, member, receiver)
     finally:
         for process, _, _ in running.values():
-            process.terminate()  # its finished rounds are on disk
+            process.kill()  # its finished rounds are on disk
             process.join()
 
 
@@ -78,18 +93,18 @@ def _failure(process: ForkServerProcess, member: Member, receiver: Connection) -
     return Failure(member, exit_code, message)
 
 
+def _begin(member: Member) -> Setup:
+    config = OmegaConf.create(member.config)
+    assert isinstance(config, DictConfig)
+    return begin_or_reopen(config)
+
+
 def _work(member: Member, sender: Connection) -> None:
     """Takes one member to its end; tells the parent what was wrong when something was."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    begin_child()
     try:
-        config = OmegaConf.create(member.config)
-        assert isinstance(config, DictConfig)
-        setup = begin_or_reopen(config)
-        serial = replace(setup, experiment=replace(setup.experiment, execution=Execution("serial", None)))
-        for _ in run(serial, member.run_dir):
-            pass
-        write_report(member.run_dir)
-    except FedpruneError as error:
-        sender.send((error.exit_code, str(error)))
-        raise SystemExit(error.exit_code) from None
+        run_to_end(serially(_begin(member)), member.run_dir)
+    except Exception as error:
+        known = explained(error)
+        sender.send((known.exit_code, str(known)))
+        raise SystemExit(known.exit_code) from None

@@ -1,99 +1,33 @@
-"""Figures as SVG text. Colours are Okabe and Ito's, safe for the colour-blind; lines and text take the page's colour."""
+"""The figures of the reports. Each function returns a drawing, and draws nothing by itself."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-Record = dict[str, Any]
-Interval = tuple[float, float | None]  # a mean, and half the width of its interval where there is one
-Bands = Callable[
-    [Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray | None]
-]  # curves -> their mean, half the interval's width
+from fedprune_cli.report.drawing import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, PURPLE, RED, SKY, Drawing
+from fedprune_cli.report.estimate import Array, Estimate, band
+from fedprune_cli.report.read import accuracies
+from fedprune_cli.store.record import RoundRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 GRID = 200  # points of a mean curve
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-)
-MARKERS = "osD^vPX*<"  # of another length than the colours: more than seven curves still differ
-INK = "#123456"  # stands for the page's text colour until the SVG is written
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, INK)  # their yellow cannot be read on white
 
 
-STYLE = {
-    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "fedprune", "font.family": "sans-serif", "font.size": 10,
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
-}  # fmt: skip
-PAPER_INK = dict.fromkeys((key for key, value in STYLE.items() if value == INK), "black")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What `plot` draws on `columns` axes side by side; the same drawing gives the same bytes."""
-
-    plot: Callable[[Any], None]
-    width: float = 7.2
-    height: float = 3.6
-    columns: int = 1
-
-    def svg(self) -> str:
-        """Returns it for a page: text stays text, and takes the page's colour."""
-        svg = self._save("svg", STYLE, {"Date": None, "Creator": None}).decode()
-        return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(INK.upper(), "currentColor")
-
-    def pdf(self) -> bytes:
-        """Returns it for a paper: fonts embedded, black on nothing."""
-        style = STYLE | PAPER_INK | {"pdf.fonttype": 42}
-        return self._save("pdf", style, {"CreationDate": None, "Creator": None, "Producer": None})
-
-    def _save(self, kind: str, style: Mapping[str, Any], metadata: Mapping[str, None]) -> bytes:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        with mpl.rc_context(dict(style)):
-            figure = Figure(figsize=(self.width, self.height), layout="constrained")
-            FigureCanvasAgg(figure)
-            self.plot(figure.subplots(1, self.columns))
-            data = io.BytesIO()
-            figure.savefig(data, format=kind, metadata=dict(metadata))
-        return data.getvalue()
-
-
-def embed(svg: str, label: str, prefix: str) -> str:
-    """Returns the SVG for a page: scaled to its box, named for screen readers, its ids its own."""
-    svg = re.sub(r'id="', f'id="{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-def tested(rounds: Sequence[Record]) -> list[Record]:
-    """Returns the rounds whose models were tested."""
-    return [record for record in rounds if record["accuracy"] is not None]
-
-
-def accuracy_figure(rounds: Sequence[Record]) -> Drawing:
+def accuracy_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Accuracy against simulated seconds: devices' weighted mean and 10th percentile, and a fresh device."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         curves = (("accuracy", "devices, weighted mean", BLUE, "-"), ("accuracy_p10", "devices, 10th percentile", ORANGE, "--"),
                   ("fresh_accuracy", "fresh device", GREEN, ":"))  # fmt: skip
         for key, label, colour, line in curves:
-            points = [(r["simulated_s"], 100 * r[key]) for r in tested(rounds) if r[key] is not None]
+            tests = ((test.simulated_s, getattr(test, key)) for test in accuracies(rounds))
+            points = [(simulated_s, 100 * value) for simulated_s, value in tests if value is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker="o", markersize=3)
         axes.set(xlabel="simulated time (s)", ylabel="accuracy (%)")
@@ -102,42 +36,44 @@ def accuracy_figure(rounds: Sequence[Record]) -> Drawing:
     return Drawing(plot)
 
 
-def latency_figure(rounds: Sequence[Record]) -> Drawing:
+def latency_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Latency of each round: the slowest device's computation and radio, beside the dense optimum."""
 
-    def plot(axes: Any) -> None:
-        busy = [r for r in rounds if r["devices"]["id"]]
-        slowest = [int(np.argmax(r["devices"]["latency_s"])) for r in busy]
-        x = [r["round"] for r in busy]
-        bottom = np.zeros(len(busy))
+    def plot(axes: Axes) -> None:
+        busy = [r for r in rounds if r.devices.id]
+        slowest = [int(np.argmax(r.devices.latency_s)) for r in busy]
+        x = [r.round for r in busy]
+        bottom, equal_s = np.zeros(len(busy)), [r.equal_dense_latency_s or 0.0 for r in busy]
         for key, label, colour in (
             ("downlink_s", "downlink", SKY),
             ("compute_s", "computation", BLUE),
             ("uplink_s", "uplink", ORANGE),
         ):
-            part = np.array([r["devices"][key][at] for r, at in zip(busy, slowest, strict=True)])
+            part = np.array([getattr(r.devices, key)[at] for r, at in zip(busy, slowest, strict=True)])
             axes.bar(x, part, bottom=bottom, width=0.85, color=colour, label=label)
             bottom += part
-        axes.plot(x, [r["dense_latency_s"] for r in busy], color=RED, linewidth=1.2, label="dense, optimal bandwidth")
+        axes.plot(
+            x, [r.dense_latency_s or 0.0 for r in busy], color=RED, linewidth=1.2, label="dense, optimal bandwidth"
+        )
         axes.plot(
             x,
-            [r["equal_dense_latency_s"] for r in busy],
+            equal_s,
             color=PURPLE,
             linewidth=1.2,
             linestyle="--",
             label="dense, equal bandwidth",
         )
         axes.set(xlabel="round", ylabel="latency of the slowest device (s)")
-        axes.set_ylim(top=1.35 * max([*bottom, *(r["equal_dense_latency_s"] for r in busy)], default=1.0))
+        axes.set_ylim(top=1.35 * max([*bottom, *equal_s], default=1.0))
         axes.legend(loc="upper right", ncols=2)
 
     return Drawing(plot)
 
 
-def allocation_figure(rounds: Sequence[Record]) -> Drawing:
+def allocation_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """Ratio and bandwidth of each device: mean over the rounds and the range from the 10th to the 90th percentile."""
 
-    def plot(both: Any) -> None:
+    def plot(both: Array) -> None:
         for axes, key, unit, label, colour in zip(
             both,
             ("prune_ratio", "bandwidth_hz"),
@@ -148,7 +84,7 @@ def allocation_figure(rounds: Sequence[Record]) -> Drawing:
         ):
             by_device: dict[int, list[float]] = {}
             for record in rounds:
-                for device, value in zip(record["devices"]["id"], record["devices"].get(key, ()), strict=False):
+                for device, value in zip(record.devices.id, getattr(record.devices, key), strict=True):
                     by_device.setdefault(device, []).append(unit * value)
             ids = sorted(by_device)
             mean = np.array([np.mean(by_device[device]) for device in ids])
@@ -164,7 +100,7 @@ def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> D
     """Samples of each class on each device; the fresh devices stand above the line."""
     from matplotlib.ticker import MaxNLocator
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         counts = np.array(histogram)
         image = axes.imshow(counts, aspect="auto", cmap="cividis", interpolation="nearest", origin="lower")
         if num_training < len(counts):
@@ -178,21 +114,25 @@ def partition_figure(histogram: Sequence[Sequence[int]], num_training: int) -> D
     return Drawing(plot, height=3.2 + 0.03 * min(len(histogram), 100))
 
 
-def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: float | None, bands: Bands) -> Drawing:
+def progress_figure(curves: Mapping[str, Sequence[Sequence[RoundRecord]]], target: float | None) -> Drawing:
     """Mean accuracy over seeds against simulated seconds, a colour a method, with its 95 % interval where there are seeds."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         for at, (method, runs) in enumerate(curves.items()):
-            points = [np.array([(r["simulated_s"], 100 * r["accuracy"]) for r in tested(rounds)]).T for rounds in runs]
+            points = [
+                np.array([(test.simulated_s, 100 * test.accuracy) for test in accuracies(rounds)]).T for rounds in runs
+            ]
             first, last = max(x[0] for x, _ in points), min(x[-1] for x, _ in points)
             if first > last:
                 continue  # no moment that all seeds have: no mean to draw
             x = np.linspace(first, last, GRID)
-            mean, half = bands([np.interp(x, *curve) for curve in points])
-            style = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
-            axes.plot(x, mean, label=method, markersize=4, markevery=GRID // 8, linewidth=1.4, **style)
+            mean, half = band([np.interp(x, *curve) for curve in points])
+            colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
+            axes.plot(
+                x, mean, label=method, color=colour, marker=marker, markersize=4, markevery=GRID // 8, linewidth=1.4
+            )
             if half is not None:
-                axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         if target is not None:
             axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":", label=f"target {100 * target:.1f} %")
         axes.set(xlabel="simulated time (s)", ylabel="device accuracy (%)")
@@ -202,15 +142,16 @@ def progress_figure(curves: Mapping[str, Sequence[Sequence[Record]]], target: fl
     return Drawing(plot, height=4.2)
 
 
-def finals_figure(finals: Mapping[str, Mapping[str, Interval]]) -> Drawing:
+def finals_figure(finals: Mapping[str, Mapping[str, Estimate]]) -> Drawing:
     """Final accuracies by method: devices' mean, their 10th percentile and a fresh device, with 95 % intervals."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         kinds = dict.fromkeys(kind for of in finals.values() for kind in of)
         for at, kind in enumerate(kinds):
             shown = {method: of[kind] for method, of in finals.items() if kind in of}
             y = np.array([list(finals).index(method) for method in shown]) + 0.22 * (at - (len(kinds) - 1) / 2)
-            mean, half = (100 * np.array([interval[i] or 0.0 for interval in shown.values()]) for i in (0, 1))
+            mean = 100 * np.array([final.mean for final in shown.values()])
+            half = 100 * np.array([final.half_width or 0.0 for final in shown.values()])
             axes.errorbar(
                 mean,
                 y,
@@ -230,14 +171,14 @@ def finals_figure(finals: Mapping[str, Mapping[str, Interval]]) -> Drawing:
     return Drawing(plot, height=1.4 + 0.4 * len(finals))
 
 
-def target_figure(times: Mapping[str, Interval | str]) -> Drawing:
+def target_figure(times: Mapping[str, Estimate | str]) -> Drawing:
     """Simulated seconds to the target accuracy by method, with 95 % intervals; who misses it on a seed says so."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         reached = {method: time for method, time in times.items() if not isinstance(time, str)}
         y = [list(times).index(method) for method in reached]
-        half = [time[1] or 0.0 for time in reached.values()]
-        axes.barh(y, [time[0] for time in reached.values()], xerr=half, color=BLUE, ecolor=INK, capsize=3)
+        half = [time.half_width or 0.0 for time in reached.values()]
+        axes.barh(y, [time.mean for time in reached.values()], xerr=half, color=BLUE, ecolor=INK, capsize=3)
         for at, time in enumerate(times.values()):
             if isinstance(time, str):
                 axes.text(0, at, f" {time}", va="center")
@@ -249,18 +190,17 @@ def target_figure(times: Mapping[str, Interval | str]) -> Drawing:
     return Drawing(plot, height=1.2 + 0.35 * len(times))
 
 
-def convergence_figure(rounds: Sequence[Record]) -> Drawing:
+def convergence_figure(rounds: Sequence[RoundRecord]) -> Drawing:
     """The squared gradient norm averaged over the rounds so far, beside the bound's shape fitted to it, and the pruning error."""
     from scipy.optimize import nnls
 
-    busy = [r for r in rounds if r["pruning_error"] is not None]
-    number = np.arange(1, len(busy) + 1)
-    measured = np.cumsum([r["grad_norm"] ** 2 for r in busy]) / number
-    error = np.array([r["pruning_error"] for r in busy])
-    shape = np.stack([1 / np.sqrt(number), np.cumsum(error) / number, np.ones(len(busy))], axis=1)
-    fitted = shape @ nnls(shape, measured)[0] if busy else measured
+    error = np.array([r.pruning_error for r in rounds if r.pruning_error is not None])
+    number = np.arange(1, len(error) + 1)
+    measured = np.cumsum([r.grad_norm**2 for r in rounds if r.pruning_error is not None]) / number
+    shape = np.stack([1 / np.sqrt(number), np.cumsum(error) / number, np.ones(len(error))], axis=1)
+    fitted = shape @ nnls(shape, measured)[0] if len(error) else measured
 
-    def plot(both: Any) -> None:
+    def plot(both: Array) -> None:
         left, right = both
         left.plot(number, measured, color=BLUE, marker="o", markersize=3, label="measured")
         left.plot(number, fitted, "--", color=ORANGE, label="shape of the bound, fitted")
@@ -268,7 +208,7 @@ def convergence_figure(rounds: Sequence[Record]) -> Drawing:
         left.set_ylim(bottom=0)
         left.legend()
         right.plot(number, error, color=GREEN, marker="s", markersize=3)
-        right.set(xlabel="round", ylabel="pruning error, mean $||u - u\\,m_k||^2$")
+        right.set(xlabel="round", ylabel="pruning error, mean ‖u − u·mₖ‖²")
 
     return Drawing(plot, columns=2)
 
@@ -276,7 +216,7 @@ def convergence_figure(rounds: Sequence[Record]) -> Drawing:
 def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> Drawing:
     """The least mean ratio that each deadline needs, and the deadline that was asked for."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         axes.plot(
             [row["deadline_s"] for row in rows],
             [row["mean_ratio"] for row in rows],
@@ -291,10 +231,10 @@ def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> D
     return Drawing(plot)
 
 
-def calibration_figure(points: Sequence[Record]) -> Drawing:
+def calibration_figure(points: Sequence[Mapping[str, float]]) -> Drawing:
     """A step's measured time against what the latency model says, by ratio: with channels left out, and with masks alone."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         x = [p["ratio"] for p in points]
         measured, low, high = (np.array([1e3 * p[key] for p in points]) for key in ("measured_s", "low_s", "high_s"))
         axes.errorbar(
@@ -326,9 +266,9 @@ def calibration_figure(points: Sequence[Record]) -> Drawing:
 
 
 def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Drawing:
-    """Seconds a round: what is left, with its 95 % interval, and what pruning and optimal bandwidth took off equal bandwidth."""
+    """Seconds per round: what is left, with its 95 % interval, and what pruning and optimal bandwidth took off equal bandwidth."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         names = list(split)
         left, pruning, bandwidth, half = np.array(list(split.values())).T
         axes.barh(names, left, xerr=half, color=BLUE, ecolor=INK, capsize=3, label="left")
@@ -343,17 +283,17 @@ def split_figure(split: Mapping[str, tuple[float, float, float, float]]) -> Draw
     return Drawing(plot, height=1.6 + 0.35 * len(split))
 
 
-def pareto_figure(points: Mapping[str, Sequence[Interval]], front: Sequence[str]) -> Drawing:
+def pareto_figure(points: Mapping[str, tuple[Estimate, Estimate]], front: Sequence[str]) -> Drawing:
     """Final accuracy against simulated seconds, with 95 % intervals; those in `front` are joined and named."""
 
-    def plot(axes: Any) -> None:
-        for name, ((x, dx), (y, dy)) in points.items():
+    def plot(axes: Axes) -> None:
+        for name, (time_s, accuracy) in points.items():
             best = name in front
             axes.errorbar(
-                x,
-                100 * y,
-                xerr=dx,
-                yerr=None if dy is None else 100 * dy,
+                time_s.mean,
+                100 * accuracy.mean,
+                xerr=time_s.half_width,
+                yerr=None if accuracy.half_width is None else 100 * accuracy.half_width,
                 color=BLUE if best else INK,
                 alpha=1.0 if best else 0.5,
                 marker="o" if best else "s",
@@ -361,21 +301,28 @@ def pareto_figure(points: Mapping[str, Sequence[Interval]], front: Sequence[str]
                 capsize=2,
                 linestyle="",
             )
-        line = [points[name] for name in front]
-        axes.plot([x[0] for x, _ in line], [100 * y[0] for _, y in line], color=BLUE, linewidth=1)
-        for name in front:
-            (x, _), (y, _) = points[name]
-            axes.annotate(name, (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=8, parse_math=False)
+        line = [(points[name][0].mean, 100 * points[name][1].mean) for name in front]
+        axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=1)
+        for name, at in zip(front, line, strict=True):
+            axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8, parse_math=False)
         axes.set(xlabel="simulated time of the run (s)", ylabel="final accuracy (%)")
         axes.set_xlim(left=0)
 
     return Drawing(plot, height=4.2)
 
 
-def heat_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str], y: str, x: str, label: str) -> Drawing:
+@dataclass(frozen=True)
+class Axis:
+    """A parameter and its values, as they stand along one side of a heat map."""
+
+    name: str
+    values: Sequence[str]
+
+
+def heat_figure(cells: Array, rows: Axis, columns: Axis, label: str) -> Drawing:
     """A figure for each pair of two parameters' values, float64 [rows, columns], NaN where there is none."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Axes) -> None:
         image = axes.imshow(cells, cmap="cividis", aspect="auto")
         low, high = np.nanmin(cells), np.nanmax(cells)
         for (row, column), value in np.ndenumerate(cells):
@@ -383,10 +330,10 @@ def heat_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str], 
                 ink = "black" if value > (low + high) / 2 else "white"
                 axes.text(column, row, f"{value:.4g}", ha="center", va="center", color=ink)
         axes.grid(visible=False)
-        axes.set_xticks(range(len(columns)), list(columns), parse_math=False)
-        axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
-        axes.set_xlabel(x, parse_math=False)
-        axes.set_ylabel(y, parse_math=False)
+        axes.set_xticks(range(len(columns.values)), list(columns.values), parse_math=False)
+        axes.set_yticks(range(len(rows.values)), list(rows.values), parse_math=False)
+        axes.set_xlabel(columns.name, parse_math=False)
+        axes.set_ylabel(rows.name, parse_math=False)
         axes.figure.colorbar(image, label=label)
 
-    return Drawing(plot, height=1.6 + 0.5 * len(rows))
+    return Drawing(plot, height=1.6 + 0.5 * len(rows.values))

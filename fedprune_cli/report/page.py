@@ -1,4 +1,4 @@
-"""How results look as text: terminal tables, CSV, LaTeX and one self-contained HTML page."""
+"""How results look as files: CSV, LaTeX and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fedprune_cli.report import figures
+from fedprune_cli.report.drawing import Drawing, embed
 from fedprune_cli.store import folder
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def percent(value: float | None) -> str:
@@ -27,23 +23,7 @@ def seconds(value: float) -> str:
     return f"{value:.4g} s"
 
 
-def terminal_table(
-    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, folds_first: bool = False
-) -> Table:
-    """Returns the rows for the terminal; where it is narrow the first column folds, or else the others do."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for at, header in enumerate(headers):
-        table.add_column(
-            header, justify="left" if at == 0 else "right", no_wrap=(at == 0) != folds_first, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def csv_text(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Returns CSV text; a text cell that a spreadsheet would take for a formula gets a leading apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -94,18 +74,18 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def section(title: str, content: str) -> str:
+def html_section(title: str, content: str) -> str:
     """Returns `content`, HTML, under a title."""
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
 
 
-def figure(name: str, drawing: figures.Drawing, caption: str) -> str:
+def html_figure(name: str, drawing: Drawing, caption: str) -> str:
     """Returns the drawing inlined as SVG, with its caption."""
-    svg = figures.embed(drawing.svg(), html.escape(caption, quote=True), name)
+    svg = embed(drawing.svg(), html.escape(caption, quote=True), name)
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def details(title: str, values: Any) -> str:
+def html_details(title: str, values: object) -> str:
     """Returns values to open when wanted, as JSON."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(json.dumps(values, indent=1))}</pre></details>"
 
@@ -131,7 +111,7 @@ code { overflow-wrap: anywhere; } summary { cursor: pointer; padding: .3rem 0; }
 """
 
 
-def page(title: str, body: Sequence[str]) -> str:
+def html_page(title: str, body: Sequence[str]) -> str:
     """Returns the whole page: `body`, HTML, under a title; it needs no other file."""
     return (
         f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
@@ -140,7 +120,7 @@ def page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def write(out: Path, files: Mapping[str, str | bytes]) -> Path:
+def write_files(out: Path, files: Mapping[str, str | bytes]) -> Path:
     """Writes the files of a folder, which is made when it is not there; returns the path of the first."""
     with folder.writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from fedprune_cli.allocate.problem import Allocation, Limits, Problem
 from fedprune_cli.allocate.variants import deadlines_at, frontier
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
-from fedprune_cli.learn.cost import count_cost
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
-from fedprune_cli.learn.personalize import Phase
-from fedprune_cli.meter import build_load, build_problem, downlink_s
-from fedprune_cli.round.all import prepare, round_problems
-from fedprune_cli.store.files import read_bytes
+from fedprune_cli.round.memory import first_slots
+from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
+from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
+from fedprune_cli.store.memory import Sizes, Slots
+from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.devices import LIMIT_COLUMNS, MAX_LINE, MAX_TABLE_BYTES, Fleet, limit_columns, read_table
+from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns
+from fedprune_cli.world.tables import read_header, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
 OWN_LIMITS = (
@@ -40,32 +41,77 @@ PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
 FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
-def problem_from_config(experiment: Experiment) -> Problem:
-    """Returns the first round's problem of an experiment, all its training devices, outages apart; of several `payload.bits` the first."""
-    setup = prepare(experiment)
-    ids = np.arange(setup.scenario.num_devices)
-    problems = round_problems(setup, ids, setup.scenario.at(0).gain_linear[ids], 0, setup.initial.slots)
-    return next(iter(problems.by_bits.values()))
+@dataclass(frozen=True)
+class FirstRound:
+    """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
-
-def problem_from_csv(file: Path, experiment: Experiment) -> Problem:
-    """Returns the problem of a table: the problem's own columns (a, c, d, s, w of model.md), or physical ones.
-
-    Physical columns are cpu_ghz, cycles_per_flop, tx_power_dbm, samples, and distance_km or gain_db; the model, the local steps and
-    the channel are the experiment's. Raises DataError naming the line of a bad row.
+    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
+    names: what a table calls the devices.
     """
-    own = {"shared_compute_s", "snr_hz"} & {*_header(file)}
-    problem = (_own_problem if own else _physical_problem)(file, experiment)
-    return replace(problem, deadline_s=experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0]))
+
+    bits: int
+    problem: Problem
+    allocation: Allocation
+    names: tuple[str, ...] | None = None
 
 
-def _header(file: Path) -> list[str]:
-    first = read_bytes(file, MAX_TABLE_BYTES, DataError).split(b"\n", 1)[0][:MAX_LINE]
-    return [name.strip() for name in first.decode("utf-8-sig", errors="replace").split(",")]
+def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
+    """Returns the first round's allocation: all training devices, outages apart, or the devices of a CSV table.
+
+    A table has the problem's own columns (a, c, d, s, w of model.md), or physical ones: cpu_ghz, cycles_per_flop, tx_power_dbm,
+    samples, and distance_km or gain_db; then the model, its pruning, the payload and the channel are the experiment's. Raises
+    DataError naming the line of a bad row.
+    """
+    question = ask(experiment, table)
+    bits, allocation = choose(experiment, question.problems, 0, question.slots)
+    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names)
 
 
-def _own_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS))
+@dataclass(frozen=True)
+class Question:
+    """The first round's problems, what is remembered before it, and what a table calls the devices."""
+
+    problems: RoundProblems
+    slots: Slots
+    names: tuple[str, ...] | None
+
+    @property
+    def problem(self) -> Problem:
+        """The problem with the first of `payload.bits`."""
+        return next(iter(self.problems.by_bits.values()))
+
+
+def ask(experiment: Experiment, table: Path | None = None) -> Question:
+    """Returns the first round's question, before any allocator has answered it."""
+    if table is not None and {"shared_compute_s", "snr_hz"} & {*read_header(str(table))}:
+        problem, names = _own_problem(table, experiment)
+        deadline_s = experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0])
+        problem = replace(problem, deadline_s=deadline_s)
+        return Question(RoundProblems(problem, {BITS_PER_PARAM: problem}), {}, names)
+    blueprint, beliefs = _from_config(experiment) if table is None else _from_table(experiment, table)
+    slots = first_slots(experiment, Sizes(len(beliefs.fleet.cpu_hz), blueprint.cost.shared_params))
+    return Question(round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names)
+
+
+def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
+    setup = prepare(experiment)
+    ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
+    gain = scenario.at(0).gain_linear[ids]
+    return setup.blueprint, Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
+
+
+def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
+    fleet, samples = _read_fleet(table, experiment)
+    dataset = experiment.data.load()
+    shape = dataset.images.shape[1:]
+    model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
+    blueprint = build_blueprint(experiment, split_model(model, experiment.method.personal_part), shape)
+    gain = experiment.channel.gain(experiment.seed, 0, fleet)
+    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples)
+
+
+def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str, ...] | None]:
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS), named=True)
     size = len(rows["weight"])
     limits = None
     if given := [name for name in OWN_LIMITS if name in rows]:
@@ -76,17 +122,21 @@ def _own_problem(file: Path, experiment: Experiment) -> Problem:
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    return Problem(
+    problem = Problem(
         **{name: rows[name] for name in OWN_COLUMNS},
         max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
         bandwidth_hz=experiment.channel.bandwidth_hz,
         deadline_s=math.inf,
         limits=limits,
     )
+    return problem, rows.names
 
 
-def _physical_problem(file: Path, experiment: Experiment) -> Problem:
-    rows = read_table(str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS)
+def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
+    """Returns the fleet of a table, and its devices' samples D_k [N]."""
+    rows = read_table(
+        str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS, named=True
+    )
     size = len(rows["samples"])
     unknown = np.full(size, np.nan)
     fleet = Fleet(
@@ -96,30 +146,18 @@ def _physical_problem(file: Path, experiment: Experiment) -> Problem:
         distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
         energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
-        **limit_columns(rows, experiment.devices.limits(size)),
+        names=rows.names,
+        **limit_columns(str(file), rows, experiment.devices.limits(size)),
     )
-    dataset = experiment.data.load()
-    shape = dataset.images.shape[1:]
-    parts = split_model(
-        build_model(experiment.model, shape, dataset.num_classes, experiment.seed), experiment.method.personal_part
-    )
-    cost = count_cost(parts, shape)
-    plans: list[tuple[Phase, ...]] = [
-        experiment.training.plan(experiment.method.phases(), int(n)) for n in rows["samples"]
-    ]
-    ids = np.arange(size)
-    load = build_load(fleet, ids, plans, [cost] * size, experiment.training.batch_size)
-    gain = experiment.channel.gain(experiment.seed, 0, fleet)
-    weight = experiment.weights.weight(rows["samples"], ids, experiment.weights.slots(size))
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * cost.shared_params)
-    return build_problem(
-        load, experiment.channel, gain, weight, cost.shared_params, t_down_s, experiment.pruner.max_ratio
-    )
+    return fleet, rows["samples"]
 
 
-def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
-    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept."""
-    certificate = allocation.certificate
+def answer(first: FirstRound, *, of_several: bool) -> dict[str, Any]:
+    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept.
+
+    of_several: whether the bits were chosen, and are worth a word.
+    """
+    allocation, certificate, names = first.allocation, first.allocation.certificate, first.names
     rows = zip(
         allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
         allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
@@ -134,7 +172,11 @@ def answer(problem: Problem, allocation: Allocation) -> dict[str, Any]:
         if certificate is None
         else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
         "message": allocation.message,
-        "devices": [{"id": at, **dict(zip(keys, row, strict=True))} for at, row in enumerate(rows)],
+        **({"bits": first.bits} if of_several else {}),
+        "devices": [
+            {"id": at, **({"name": names[at]} if names else {}), **dict(zip(keys, row, strict=True))}
+            for at, row in enumerate(rows)
+        ],
     }
 
 

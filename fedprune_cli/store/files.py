@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from fedprune_cli.errors import FedpruneError
 
+# What a JSON or a YAML file can say.
+Plain: TypeAlias = bool | int | float | str | list["Plain"] | dict[str, "Plain"] | None
+
+# Python reads 1_0 and digits of every alphabet too; what no spreadsheet would is refused.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_JSON_BYTES = 2**28
 MAX_NUMBER = 1e300
 MAX_YAML_BYTES = 200_000
@@ -56,7 +62,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def fits(value: Any, form: Any) -> bool:
+def fits(value: object, form: object) -> bool:
     """Whether a JSON value has a form: a type, one of a tuple of forms, {key: form} with any further keys, [the form of every item].
 
     `float` stands for any number that arithmetic can take, None for null.
@@ -71,7 +77,9 @@ def fits(value: Any, form: Any) -> bool:
         return value is form or (form is bool and isinstance(value, bool))
     if form is float:
         return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
-    return isinstance(value, form) and not (form is int and abs(value) > 2**63)
+    if form is int:
+        return isinstance(value, int) and abs(value) <= 2**63
+    return isinstance(form, type) and isinstance(value, form)
 
 
 def read_json(path: Path, error: type[FedpruneError]) -> dict[str, Any]:

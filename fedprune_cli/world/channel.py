@@ -14,9 +14,11 @@ import numpy as np
 from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.devices import Fleet, read_table
+from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.tables import read_table
 
 MAX_OUTAGES = 10**10
+MAX_FILLED = 2 * 10**7  # gains of a trace with gaps; without gaps its bytes are the bound
 LIGHT_M_PER_S = 299_792_458.0
 
 
@@ -234,11 +236,18 @@ class Uma(Umi):
 class Trace(Radio):
     """Recorded gains: a CSV file with the columns round, device, gain_db and, if known, available (1 or 0).
 
-    It must hold every device in every round from 0 to its last one, and starts again after that. The gains are whole: the fleet's
+    It holds the devices in the rounds from 0 to its last one, and starts again after that. The gains are whole: the fleet's
     distances and fixed gains do not count. Outages of the configuration come on top of the recorded ones.
+    gaps: what a round without a row for a device means. `refuse`: the file is not sound; `hold`: the device's last row still stands;
+    `outage`: it cannot be reached, and its gain, should anybody ask, is its last one, or its first one before that.
     """
 
     file: str
+    gaps: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.gaps in ("refuse", "hold", "outage"), "gaps", self.gaps, "'refuse', 'hold' or 'outage'")
 
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
         gains, _ = self._read(len(fleet.distance_m))
@@ -252,31 +261,64 @@ class Trace(Radio):
 
     def _read(self, num_devices: int) -> tuple[Array, Array]:
         path = Path(self.file)
-        return _read_trace(self.file, num_devices, path.resolve(), path.stat().st_mtime_ns if path.is_file() else 0)
+        found = path.stat() if path.is_file() else None
+        version = (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+        return _read_trace(self.file, num_devices, self.gaps, (path.resolve(), *version))
 
 
 @functools.lru_cache(maxsize=2)
-def _read_trace(file: str, num_devices: int, _path: Path, _mtime_ns: int) -> tuple[Array, Array]:
-    """Returns linear gains and availability [rounds, devices]; raises DataError. Path and time tell the cache of another file."""
-    columns = read_table(file, ("round", "device", "gain_db"), optional=("available",))
-    last = int(columns["round"].max())
-    wanted = columns["device"] < num_devices
-    keys = (columns["round"][wanted] * num_devices + columns["device"][wanted]).astype(np.int64)
-    order = np.argsort(keys)
-    keys = keys[order]
+def _read_trace(file: str, num_devices: int, gaps: str, _version: tuple[object, ...]) -> tuple[Array, Array]:
+    """Returns linear gains and availability [rounds, devices]; raises DataError. The version tells the cache of another file."""
+    rows = read_table(file, ("round", "device", "gain_db"), optional=("available",))
+    wanted = np.flatnonzero(rows["device"] < num_devices)
+    keys = (rows["round"][wanted] * num_devices + rows["device"][wanted]).astype(np.int64)
+    order = np.argsort(keys, kind="stable")
+    keys, wanted = keys[order], wanted[order]
     if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
         number, device = divmod(int(keys[twice[0]]), num_devices)
-        raise DataError(f"{file}: round {number}, device {device} stands there twice")
-    if len(keys) < (last + 1) * num_devices:
+        lines = rows.lines[wanted[twice[0] : twice[0] + 2]]
+        raise DataError(
+            f"{file}, line {lines[1]}: round {number}, device {device} stands there twice, on line {lines[0]} too"
+        )
+    shape = (int(rows["round"].max()) + 1, num_devices)
+    held, known = _fill(file, keys, shape, gaps)
+    gains = 10 ** (rows["gain_db"][wanted] / 10)
+    available = rows["available"][wanted] == 1 if "available" in rows else np.ones(len(wanted), dtype=bool)
+    return gains[held].reshape(shape), (available[held] & known).reshape(shape)
+
+
+def _fill(file: str, keys: Array, shape: tuple[int, int], gaps: str) -> tuple[Array, Array]:
+    """Returns which row stands for each device in each round, and whether the device can be reached, int and bool [rounds * devices].
+
+    keys: round * devices + device of every row, ascending and each once.
+    """
+    rounds, num_devices = shape
+    size = rounds * num_devices
+    where = f"rounds 0..{rounds - 1} must all have the devices 0..{num_devices - 1}"
+    if len(keys) == size:
+        return np.arange(size), np.ones(size, dtype=bool)
+    if gaps == "refuse":
         number, device = divmod(int(np.append(np.flatnonzero(keys != np.arange(len(keys))), len(keys))[0]), num_devices)
         raise DataError(
-            f"{file}: round {number}, device {device} is missing; "
-            f"rounds 0..{last} must all have the devices 0..{num_devices - 1}"
+            f"{file}: round {number}, device {device} is missing; {where}, or channel.gaps=hold or outage says what a gap is"
         )
-    available = columns.get("available", np.ones(len(wanted)))
-    shape = (last + 1, num_devices)
-    gains = 10 ** (columns["gain_db"][wanted][order] / 10)
-    return gains.reshape(shape), (available[wanted][order] == 1).reshape(shape)
+    if size > MAX_FILLED:
+        raise DataError(
+            f"{file}: {rounds} rounds of {num_devices} devices, at most {MAX_FILLED} gains have their gaps filled"
+        )
+    row_of = np.full(size, -1)
+    row_of[keys] = np.arange(len(keys))
+    row_of = row_of.reshape(shape)
+    known = row_of >= 0
+    begun = known[0] if gaps == "hold" else known.any(axis=0)
+    if not begun.all():
+        device = int(np.flatnonzero(~begun)[0])
+        lacks = "no row in round 0, and so nothing to hold" if gaps == "hold" else "no row at all"
+        raise DataError(f"{file}: device {device} has {lacks}")
+    standing = np.maximum.accumulate(np.where(known, np.arange(rounds)[:, None], 0), axis=0)
+    standing = np.maximum(standing, known.argmax(axis=0))
+    held = np.take_along_axis(row_of, standing, axis=0)
+    return held.ravel(), (known if gaps == "outage" else np.ones(shape, dtype=bool)).ravel()
 
 
 CHANNELS: dict[str, type[Channel]] = {"urban": Urban, "umi": Umi, "uma": Uma, "trace": Trace}

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
-from fedprune_cli.store.files import read_bytes
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.tables import MAX_DEVICES, Rows, check_order, read_table
 
-MAX_DEVICES = 10**7
-MAX_TABLE_BYTES = 64 * 2**20
-MAX_LINE = 10_000
-TINY = 1e-30  # the inverse of what is smaller overflows
-# What a column may hold: generous, and narrow enough that no later exponent or square overflows.
-RANGES = {
-    "cpu_ghz": (1e-6, 1e6),
-    "cycles_per_flop": (1e-6, 1e6),
-    "tx_power_dbm": (-100, 100),
-    "distance_km": (1e-3, 1e4),
-    "gain_db": (-400, 100),
-    "round": (0, 10**7 - 1),
-    "device": (0, MAX_DEVICES - 1),
-    "available": (0, 1),
-    "samples": (1, 10**12),
-    "shared_compute_s": (0, 1e12),
-    "payload_bits": (0, 1e18),
-    "fixed_s": (0, 1e12),
-    "snr_hz": (0, 1e30),
-    "weight": (0, 1e12),
-    "max_ratio": (0, 1),
-    "min_bandwidth_mhz": (0, 1e6),
-    "max_bandwidth_mhz": (1e-6, 1e6),
-    "energy_budget_j": (0, 1e12),
-    "min_bandwidth_hz": (0, 1e12),
-    "max_bandwidth_hz": (1, 1e12),
-    "shared_energy_j": (0, 1e12),
-    "fixed_energy_j": (0, 1e12),
-    "tx_power_w": (1e-13, 1e7),
-}
 LIMIT_COLUMNS = ("min_bandwidth_mhz", "max_bandwidth_mhz", "energy_budget_j")
-WHOLE = ("round", "device", "available", "samples")
 
 
 @dataclass(frozen=True)
@@ -57,7 +24,7 @@ class Fleet:
     cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (a cycle costs kappa f^2 joules);
     path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it;
     min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of a round's
-    computing and sending, infinite without one.
+    computing and sending, infinite without one; names: what a table calls the devices, None where it does not.
     """
 
     cpu_hz: Array
@@ -69,10 +36,13 @@ class Fleet:
     min_bandwidth_hz: Array
     max_bandwidth_hz: Array
     energy_budget_j: Array
+    names: tuple[str, ...] | None = None
 
     def take(self, index: Array) -> Fleet:
         """Returns some of the devices, in that order."""
-        return Fleet(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        chosen = {field.name: getattr(self, field.name)[index] for field in fields(self) if field.name != "names"}
+        names = None if self.names is None else tuple(np.array(self.names, dtype=object)[index])
+        return replace(self, **chosen, names=names)
 
     @property
     def limited(self) -> bool:
@@ -142,14 +112,19 @@ class Common:
         return {name: np.full(size, value) for name, value in values.items()}
 
 
-def limit_columns(rows: Mapping[str, Array], default: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns a table's own limits as columns of a Fleet, where it has them, else the default."""
-    megahertz = {
-        name: rows[f"{name}_mhz"] * 1e6 for name in ("min_bandwidth", "max_bandwidth") if f"{name}_mhz" in rows
-    }
-    own = {f"{name}_hz": values for name, values in megahertz.items()}
-    own |= {"energy_budget_j": rows["energy_budget_j"]} if "energy_budget_j" in rows else {}
-    return {**default, **own}
+def limit_columns(file: str, rows: Rows, default: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns a table's own limits as columns of a Fleet, where it has them, else the default.
+
+    Raises DataError naming the line on which the least bandwidth is more than the most.
+    """
+    limits = dict(default)
+    for name in ("min_bandwidth", "max_bandwidth"):
+        if f"{name}_mhz" in rows:
+            limits[f"{name}_hz"] = rows[f"{name}_mhz"] * 1e6
+    if "energy_budget_j" in rows:
+        limits["energy_budget_j"] = rows["energy_budget_j"]
+    check_order(file, rows.lines, limits["min_bandwidth_hz"], limits["max_bandwidth_hz"])
+    return limits
 
 
 def _check_range(config: object, low: str, high: str, least: float, most: float) -> None:
@@ -193,6 +168,7 @@ class Placed(Common):
             distance_m=np.sqrt(self.min_distance_m**2 + (self.radius_m**2 - self.min_distance_m**2) * place),
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=np.full(size, np.nan),
+            names=None,
             **self.limits(size),
         )
 
@@ -270,7 +246,7 @@ class Table(Common):
     """A fleet from a CSV file with the columns cpu_ghz, cycles_per_flop, tx_power_dbm and either distance_km or gain_db.
 
     min_bandwidth_mhz, max_bandwidth_mhz and energy_budget_j may be columns too, and then replace the configuration's.
-    The last `fresh` rows never train. Other columns (an id, a remark) are passed over.
+    An empty cell of these is no limit. An `id` column names the devices. The last `fresh` rows never train. Other columns are passed over.
     """
 
     file: str
@@ -279,10 +255,10 @@ class Table(Common):
     def num_devices(self) -> int:
         return len(self._rows()["cpu_ghz"]) - self.fresh
 
-    def _rows(self) -> dict[str, Array]:
+    def _rows(self) -> Rows:
         rows = read_table(
             self.file, ("cpu_ghz", "cycles_per_flop", "tx_power_dbm"),
-            either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS,
+            either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS, named=True,
         )  # fmt: skip
         if len(rows["cpu_ghz"]) <= self.fresh:
             raise DataError(
@@ -306,60 +282,9 @@ class Table(Common):
             distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
-            **limit_columns(rows, self.limits(size)),
+            names=rows.names,
+            **limit_columns(self.file, rows, self.limits(size)),
         )
 
 
 FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "classes": Classes, "table": Table}
-
-
-def read_table(
-    file: str,
-    columns: tuple[str, ...],
-    *,
-    either: tuple[str, ...] = (),
-    optional: tuple[str, ...] = (),
-) -> dict[str, Array]:
-    """Returns the numeric columns of a CSV file as float64 arrays [rows]; at least one of `either`, and those of `optional` that it has.
-
-    Raises DataError naming the file, the line, the column, the value and what is allowed.
-    """
-    try:
-        content = read_bytes(Path(file), MAX_TABLE_BYTES, DataError).decode("utf-8-sig").splitlines()
-        if (longest := max(map(len, content), default=0)) > MAX_LINE:
-            raise DataError(f"{file}: a line of {longest} characters, at most {MAX_LINE} are read")
-        lines = list(csv.reader(content))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: not a CSV text file ({error})") from None
-    header = [name.strip() for name in lines[0]] if lines else []
-    chosen = [name for name in either if name in header]
-    if missing := [name for name in columns if name not in header] or (
-        [] if chosen or not either else [" or ".join(either)]
-    ):
-        raise DataError(f"{file}, line 1: column {missing[0]} is missing; the header is {','.join(header) or 'empty'}")
-    values: dict[str, list[float]] = {
-        name: [] for name in (*columns, *chosen, *(name for name in optional if name in header))
-    }
-    for number, row in enumerate(lines[1:], start=2):
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise DataError(f"{file}, line {number}: {len(row)} values for {len(header)} columns")
-        for name, column in values.items():
-            text = row[header.index(name)].strip()
-            try:
-                value = float(text)
-            except ValueError:
-                value = math.nan
-            least, most = RANGES[name]
-            whole = name in WHOLE
-            if not least <= value <= most or (whole and value != math.floor(value)) or 0 < abs(value) < TINY:
-                kind = "whole number" if whole else "number"
-                raise DataError(
-                    f"{file}, line {number}: {name}={text!r} is not allowed: must be a {kind} in [{least:.12g}, {most:.12g}]"
-                    + (f", and 0 when it is below {TINY:g}" if 0 < abs(value) < TINY else "")
-                )
-            column.append(value)
-    if not values[columns[0]]:
-        raise DataError(f"{file}: has no rows")
-    return {name: np.array(column) for name, column in values.items()}

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedprune_cli.errors import require
 from fedprune_cli.rng import stream
+from fedprune_cli.sections import part_of
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.channel import gilbert_elliott
 
-HONEST = "honest"
+
+@dataclass(frozen=True)
+class Moment:
+    """Who is asked about, and when: the devices `ids` [K] of `num_devices`, in round `number` (from 0) of `rounds`."""
+
+    seed: int
+    number: int
+    rounds: int
+    num_devices: int
+    ids: Array
+
+
+class Forger(Protocol):
+    """What a device puts in the place of its update. poisons: the values can pass for an update, so that only the log knows."""
+
+    @property
+    def poisons(self) -> bool: ...
+
+    def forge(self, values: Array, before: Array, moment: Moment, device: int) -> Array:
+        """Returns what is sent in place of the kept entries `values` [n], which were `before` [n] in the broadcast."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +43,161 @@ class Fates:
     """What befalls the devices of a round [K].
 
     died, bool, after the share `work` of computing and sending; lost, bool: the update, on the radio; delay: rounds after which it
-    arrives, 0 for this one; sends: `honest`, `nan`, `inf`, `misshapen` or `poisoned`.
+    arrives, 0 for this one; forgers: who sends something else in its place, None for the honest.
     """
 
     died: Array
     work: Array
     lost: Array
     delay: Array
-    sends: Array
+    forgers: Sequence[Forger | None]
+
+
+class Fault(Protocol):
+    """A kind of fault: a frozen dataclass whose fields are configuration keys of `faults`.
+
+    delays: whether it makes updates arrive in later rounds, so that the server has to remember which are under way.
+    """
+
+    delays: ClassVar[bool]
+
+    @property
+    def active(self) -> bool:
+        """Whether it ever happens."""
+
+    def befall(self, fates: Fates, moment: Moment) -> Fates:
+        """Returns the fates with what this kind adds; who else takes part changes no device's own."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """A device stops in mid-round with probability `die` per round, and what it did is lost."""
+
+    die: float
+    delays: ClassVar[bool] = False
+
+    @property
+    def active(self) -> bool:
+        return self.die > 0
+
+    def befall(self, fates: Fates, moment: Moment) -> Fates:
+        draws = stream(moment.seed, "death", moment.number).random((moment.num_devices, 2))[moment.ids]
+        died = draws[:, 0] < self.die
+        return replace(fates, died=fates.died | died, work=np.where(died, draws[:, 1], fates.work))
+
+
+@dataclass(frozen=True)
+class BurstLoss:
+    """Updates are lost on the radio in bursts: a Gilbert-Elliott chain per device, entered and left with these probabilities per round."""
+
+    lose_enter: float
+    lose_leave: float
+    delays: ClassVar[bool] = False
+
+    @property
+    def active(self) -> bool:
+        return self.lose_enter > 0
+
+    def befall(self, fates: Fates, moment: Moment) -> Fates:
+        lost = _lost(moment.seed, moment.rounds, moment.num_devices, self.lose_enter, self.lose_leave)
+        return replace(fates, lost=fates.lost | lost[moment.number, moment.ids])
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """An update arrives 1..max_delay rounds later, with probability `stale`."""
+
+    stale: float
+    max_delay: int
+    delays: ClassVar[bool] = True
+
+    @property
+    def active(self) -> bool:
+        return self.stale > 0
+
+    def befall(self, fates: Fates, moment: Moment) -> Fates:
+        draws = stream(moment.seed, "delay", moment.number).random((moment.num_devices, 2))[moment.ids]
+        delay = np.where(draws[:, 0] < self.stale, 1 + (draws[:, 1] * self.max_delay).astype(np.int64), 0)
+        return replace(fates, delay=np.maximum(fates.delay, delay))
+
+
+@dataclass(frozen=True)
+class Garbler:
+    """Sends one value that is `nan` or `inf`, or, `misshapen`, one value too many."""
+
+    kind: str
+    poisons: ClassVar[bool] = False
+
+    def forge(self, values: Array, before: Array, moment: Moment, device: int) -> Array:
+        if self.kind == "misshapen":
+            return np.append(values, np.float32(0))
+        return np.where(np.arange(len(values)) == len(values) // 2, np.float32(self.kind), values)
+
+
+@dataclass(frozen=True)
+class Poisoner:
+    """Sends its change of u times -scale (`sign_flip`), or noise of `scale` times its size (`noise`)."""
+
+    kind: str
+    scale: float
+    poisons: ClassVar[bool] = True
+
+    def forge(self, values: Array, before: Array, moment: Moment, device: int) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+            change = values - before
+            if self.kind == "sign_flip":
+                return before - np.float32(self.scale) * change
+            size = np.sqrt(np.square(change, dtype=np.float64).mean()) if len(change) else 0.0
+            noise = stream(moment.seed, "poison", moment.number, device).standard_normal(len(values), dtype=np.float32)
+            return before + np.float32(self.scale * size) * noise
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """Shares of the devices, the same ones throughout, send what they should not."""
+
+    nan_share: float
+    inf_share: float
+    misshapen_share: float
+    poisoned_share: float
+    poison: str
+    poison_scale: float
+    delays: ClassVar[bool] = False
+
+    @property
+    def active(self) -> bool:
+        return self.nan_share + self.inf_share + self.misshapen_share + self.poisoned_share > 0
+
+    def befall(self, fates: Fates, moment: Moment) -> Fates:
+        forger_of = self.forgers(moment.seed, moment.num_devices)
+        forgers = [
+            forger_of.get(device, before) for device, before in zip(moment.ids.tolist(), fates.forgers, strict=True)
+        ]
+        return replace(fates, forgers=forgers)
+
+    def forgers(self, seed: int, num_devices: int) -> dict[int, Forger]:
+        """Returns the devices that forge what they send, and how: of every kind its share of them, rounded."""
+        kinds: tuple[tuple[Forger, float], ...] = (
+            (Garbler("nan"), self.nan_share),
+            (Garbler("inf"), self.inf_share),
+            (Garbler("misshapen"), self.misshapen_share),
+            (Poisoner(self.poison, self.poison_scale), self.poisoned_share),
+        )
+        order = np.argsort(stream(seed, "saboteurs").random(num_devices), kind="stable")
+        ends = np.rint(np.cumsum([share for _, share in kinds]) * num_devices).astype(int)
+        spans = zip(kinds, [0, *ends], ends, strict=False)
+        return {int(device): forger for (forger, _), start, end in spans for device in order[start:end]}
+
+
+FAULTS: dict[str, type[Fault]] = {"death": Death, "burst_loss": BurstLoss, "staleness": Staleness, "sabotage": Sabotage}
 
 
 @dataclass(frozen=True)
 class Faults:
     """How often what goes wrong.
 
-    die: probability a round that a device stops in mid-round and what it did is lost. lose_enter, lose_leave: Gilbert-Elliott
-    probabilities a round of beginning and ceasing to lose the updates that a device sends, 0 to enter: never. stale: probability that
+    die: probability per round that a device stops in mid-round and what it did is lost. lose_enter, lose_leave: Gilbert-Elliott
+    probabilities per round of beginning and ceasing to lose the updates that a device sends, 0 to enter: never. stale: probability that
     an update arrives 1..max_delay rounds later. Shares of the devices, the same ones throughout, send NaN, infinity, a wrong number of
     values, or poison: `sign_flip`, their change of u times -poison_scale, or `noise` of poison_scale times its size.
     clock_error, channel_error: the standard deviation of ln(estimate / truth) of what the server knows of a device's clock, the same
@@ -74,58 +235,29 @@ class Faults:
         """Whether the server's estimates are wrong."""
         return self.clock_error > 0 or self.channel_error > 0
 
+    @functools.cached_property
+    def kinds(self) -> tuple[Fault, ...]:
+        """The kinds that ever happen, in the order of their table."""
+        return tuple(fault for cls in FAULTS.values() if (fault := part_of(self, cls)).active)
+
     @property
     def none(self) -> bool:
         """Whether nothing ever goes wrong."""
-        shares = self.nan_share + self.inf_share + self.misshapen_share + self.poisoned_share
-        return not (self.die or self.lose_enter or self.stale or shares or self.misjudges)
+        return not self.kinds and not self.misjudges
 
-    def draw(self, seed: int, number: int, rounds: int, num_devices: int, ids: Array) -> Fates:
-        """Returns the fates of the devices `ids` [K] in round `number` of `rounds`; others' participation changes none of them."""
-        none = np.zeros(len(ids), dtype=bool)
-        died, work, lost, delay = none, np.ones(len(ids)), none, np.zeros(len(ids), dtype=np.int64)
-        if self.die:
-            draws = stream(seed, "death", number).random((num_devices, 2))[ids]
-            died = draws[:, 0] < self.die
-            work = np.where(died, draws[:, 1], 1.0)
-        if self.lose_enter:
-            lost = _lost(seed, rounds, num_devices, self.lose_enter, self.lose_leave)[number, ids]
-        if self.stale:
-            draws = stream(seed, "delay", number).random((num_devices, 2))[ids]
-            delay = np.where(draws[:, 0] < self.stale, 1 + (draws[:, 1] * self.max_delay).astype(np.int64), 0)
-        return Fates(died, work, lost, delay, self.senders(seed, num_devices)[ids])
+    @property
+    def delays(self) -> bool:
+        """Whether updates may arrive in later rounds."""
+        return any(fault.delays for fault in self.kinds)
 
-    def senders(self, seed: int, num_devices: int) -> Array:
-        """Returns what each device sends, str [N]: of every kind its share of them, rounded."""
-        sends = np.full(num_devices, HONEST, dtype="<U9")
-        shares = {
-            "nan": self.nan_share,
-            "inf": self.inf_share,
-            "misshapen": self.misshapen_share,
-            "poisoned": self.poisoned_share,
-        }
-        if any(shares.values()):
-            order = np.argsort(stream(seed, "saboteurs").random(num_devices), kind="stable")
-            ends = np.rint(np.cumsum(list(shares.values())) * num_devices).astype(int)
-            for kind, start, end in zip(shares, [0, *ends], ends, strict=False):
-                sends[order[start:end]] = kind
-        return sends
-
-    def sent(self, kind: str, values: Array, before: Array, seed: int, number: int, device: int) -> Array:
-        """Returns what a device sends in place of its kept entries `values` [n], which were `before`."""
-        if kind == "misshapen":
-            return np.append(values, np.float32(0))
-        if kind in ("nan", "inf"):
-            return np.where(np.arange(len(values)) == len(values) // 2, np.float32(kind), values)
-        if kind == HONEST:
-            return values
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-            change = values - before
-            if self.poison == "sign_flip":
-                return before - np.float32(self.poison_scale) * change
-            size = np.sqrt(np.square(change, dtype=np.float64).mean()) if len(change) else 0.0
-            noise = stream(seed, "poison", number, device).standard_normal(len(values), dtype=np.float32)
-            return before + np.float32(self.poison_scale * size) * noise
+    def draw(self, moment: Moment) -> Fates:
+        """Returns the fates of a moment's devices."""
+        count = len(moment.ids)
+        none = np.zeros(count, dtype=bool)
+        fates = Fates(none, np.ones(count), none, np.zeros(count, dtype=np.int64), [None] * count)
+        for fault in self.kinds:
+            fates = fault.befall(fates, moment)
+        return fates
 
     def estimate(self, seed: int, number: int, cpu_hz: Array, gain: Array) -> tuple[Array, Array]:
         """Returns what the server takes for the clocks and the power gains [N] in round `number`."""

@@ -12,16 +12,16 @@ from conftest import fedprune, make_setup, run_to_end
 from fedprune_cli.audit import listing as runs
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.report.all import write_report
-from fedprune_cli.round import all as run
-from fedprune_cli.store import folder
+from fedprune_cli.report.run import write_report
+from fedprune_cli.runs import life
+from fedprune_cli.store import folder, lock
 
 
 def interrupted(run_dir: Path) -> None:
     from conftest import TINY
 
-    run.create(make_setup(), compose_config(list(TINY)), run_dir)
-    records = run.run(make_setup(), run_dir)
+    life.create(make_setup(), compose_config(list(TINY)), run_dir)
+    records = life.run(make_setup(), run_dir)
     next(records)
     records.close()
 
@@ -33,7 +33,7 @@ def test_the_list_says_what_each_run_is(tmp_path: Path) -> None:
     run_to_end(root / "c/damaged")
     (root / "c/damaged/manifest.json").write_text("{")
     run_to_end(root / "d/running")
-    with folder.locked(root / "d/running"):
+    with lock.locked(root / "d/running"):
         found = {Path(of.path).name: of for of in runs.find_runs(root)}
     assert {name: of.status for name, of in found.items()} == {name: name for name in found}
     assert (found["interrupted"].rounds, found["interrupted"].wanted_rounds) == (1, 3)
@@ -77,6 +77,6 @@ def test_pruning_takes_checkpoints_of_finished_runs_and_what_dead_processes_left
         "interrupted": "interrupted",
     }
     write_report(root / "finished")
-    assert len(list(run.run(run.reopen(root / "interrupted"), root / "interrupted"))) == 2
+    assert len(list(life.run(life.reopen(root / "interrupted"), root / "interrupted"))) == 2
     with pytest.raises(CheckpointError, match="its checkpoint was pruned"):
-        list(run.run(run.reopen(root / "finished"), root / "finished"))
+        list(life.run(life.reopen(root / "finished"), root / "finished"))

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_setup, run_to_end
+from conftest import TINY, Line, forge, make_setup, read_lines, run_to_end
 from typer.testing import CliRunner
 
 from fedprune_cli.audit.verify import Findings, code_bytes, verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, CheckpointError
-from fedprune_cli.round import all as run
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
 OPTIONS = {
@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def audit(run_dir: Path) -> Findings:
-    return verify_run(run.reopen(run_dir), run_dir, every=0)
+    return verify_run(life.reopen(run_dir), run_dir, every=0)
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
@@ -53,12 +53,13 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
     """Of a run with every checksum written anew: each figure of a record and of its devices that can be known without training."""
     whole, changed = tmp_path / "run", tmp_path / "changed"
     run_to_end(whole)
-    records = folder.read_records(whole)
+    records = read_lines(whole)
     found = {}
 
-    def keys(record: run.Record) -> list[tuple[str, ...]]:
+    def keys(record: Line) -> list[tuple[str, ...]]:
+        columns = [key for key in record["devices"] if key not in ("pruning_error", "train_loss", "accuracy")]
         known = ("simulated_s", "latency_s", "bytes_up", "bytes_down", "joules", "flops")
-        return [*((key,) for key in known), *(("devices", key) for key in folder.COLUMNS if key != "pruning_error")]
+        return [*((key,) for key in known), *(("devices", key) for key in columns)]
 
     for path in keys(records[1]):
         forged = copy.deepcopy(records)
@@ -72,6 +73,7 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
         forge(changed, records=forged)
         found[path] = audit(changed).failures
         assert found[path], path
+    assert found["devices", "id"][0] == "round 2: device 4 is none of the 4 that train"
     assert "round 2: device 0: compute_s is" in "".join(found["devices", "compute_s"])
     assert "round 2: device 0 sent" in "".join(found["devices", "bytes_up"])
 
@@ -87,7 +89,7 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_state_that_the_records_do_not_lead_to_is_found(tmp_path: Path, change: Callable, message: str) -> None:
     run_to_end(tmp_path / "run")
-    records = folder.read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     forge(tmp_path / "run", state=change(folder.read_state(tmp_path / "run").state), records=records)
     try:
         failures = audit(tmp_path / "run").failures
@@ -110,8 +112,8 @@ def test_the_command_says_what_it_checked_and_an_unfinished_run_is_named(tmp_pat
     for word in ("checksums", "state and summary", "metered again", "certificate", "sound"):
         assert word in result.output
     setup = make_setup("rounds=5")
-    run.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "half")
-    records = run.run(setup, tmp_path / "half")
+    life.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "half")
+    records = life.run(setup, tmp_path / "half")
     next(records), next(records)
     records.close()
     before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}

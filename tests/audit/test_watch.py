@@ -16,7 +16,7 @@ from fedprune_cli.audit import watch
 from fedprune_cli.audit.watch import Limit, Prices, parse_limit
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError
-from fedprune_cli.round import all as run
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
 FREE = Prices(0.0, 0.0)
@@ -40,7 +40,7 @@ def test_a_wrong_limit_is_an_error(text: str, message: str) -> None:
 
 def test_totals_grow_and_costs_follow_them(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run")
-    rows = watch.kpis(records, Prices(2.0, 3.0))
+    rows = watch.kpis(folder.read_records(tmp_path / "run"), Prices(2.0, 3.0))
     assert [row["bytes_up"] for row in rows] == list(itertools.accumulate(r["bytes_up"] for r in records))
     last, sent, joules = rows[-1], sum(r["bytes_up"] for r in records), sum(r["joules"] for r in records)
     assert last["cost"] == pytest.approx(2 * sent / 1e9 + 3 * joules / 3.6e6)
@@ -79,8 +79,8 @@ def test_a_run_is_watched_while_it_runs_and_found_when_it_was_left(
     monkeypatch.setattr(watch, "LOOK_S", 0.01)
     monkeypatch.setattr(watch, "ABANDONED_S", 0.05)
     place = tmp_path / "run"
-    run.create(make_setup(), compose_config(list(TINY)), place)
-    records = run.run(make_setup(), place)
+    life.create(make_setup(), compose_config(list(TINY)), place)
+    records = life.run(make_setup(), place)
     next(records)
     with (place / "rounds.jsonl").open("ab") as log:
         log.write(b'{"half a line')  # as one that is being written
@@ -90,7 +90,7 @@ def test_a_run_is_watched_while_it_runs_and_found_when_it_was_left(
     records.close()
     with pytest.raises(CheckpointError, match="interrupted after round 1; continue it with `fedprune resume"):
         list(seen)
-    rest = threading.Thread(target=lambda: list(run.run(make_setup(), place)))
+    rest = threading.Thread(target=lambda: list(life.run(make_setup(), place)))
     rest.start()
     assert [*watch.watch(place, [], FREE, once=False)][-1].finished
     rest.join()

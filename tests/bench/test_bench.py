@@ -22,7 +22,9 @@ from fedprune_cli.bench.measure import Effort, Kind, Measure, Say
 from fedprune_cli.commands import app as cli
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.execute import executor
-from fedprune_cli.round import all as run
+from fedprune_cli.round import bill
+from fedprune_cli.round.setup import build_learner
+from fedprune_cli.round.step import round_step
 
 BITS = Measure("t1/bits_up", "bit", 1000.0, 0.0, "smaller", "exact", None)
 SOLVER = Measure("allocator/p1_vs_clarabel", "x Clarabel", 0.02, 0.003, "smaller", "wall", 0.15)
@@ -221,12 +223,12 @@ def test_the_bare_loops_end_where_the_real_rounds_end() -> None:
     setup = rounds.fedavg_setup(*overrides)
     training = setup.experiment.training
     data = bare.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
-    build = functools.partial(run.build_learner, setup.experiment, setup.scenario)
+    build = functools.partial(build_learner, setup.experiment, setup.scenario)
     state = setup.initial
     with executor(setup.experiment.execution, build) as workers:
         for number in range(2):
             start, (samples, weights) = rounds.broadcast_params(setup, state), rounds.round_samples(setup, number)
-            state, _ = run.round_step(setup, state, workers)
+            state, _ = round_step(setup, state, workers)
             ours = rounds.broadcast_params(setup, state)
             for loop in (bare.tuned_round, bare.plain_round):
                 plain = loop(bare.bare_mlp(64), data, start, samples, weights)
@@ -239,10 +241,10 @@ def test_the_bare_cnn_ends_where_the_real_round_ends_in_one_process_and_in_two()
     setup = rounds.fedavg_setup(*rounds.CNN, "data.limit=4000", "devices.per_round=5")
     training = setup.experiment.training
     data = bare.bare_data(setup.scenario.dataset, training.batch_size, training.lr)
-    build = functools.partial(run.build_learner, setup.experiment, setup.scenario)
+    build = functools.partial(build_learner, setup.experiment, setup.scenario)
     start, (samples, weights) = rounds.broadcast_params(setup, setup.initial), rounds.round_samples(setup, 0)
     with executor(setup.experiment.execution, build) as workers:
-        state, _ = run.round_step(setup, setup.initial, workers)
+        state, _ = round_step(setup, setup.initial, workers)
     alone = bare.tuned_round(bare.bare_cnn(), data, start, samples, weights)
     with bare.bare_workers(setup, 2) as share_out:
         shared = share_out(start, samples, weights)
@@ -301,10 +303,10 @@ def test_a_slower_solver_and_a_larger_payload_are_named_by_a_real_measurement(
         code, errors = measured(*against)
     assert code == 3
     assert errors.splitlines()[-1] == "error: 1 measure worse than before/bench.json: allocator/p1_vs_clarabel"
-    measure = run.measure
+    measure = bill.measure
     with monkeypatch.context() as planted:
         planted.setattr(
-            run, "measure", lambda load, **of: measure(load, **of | {"payload_bytes": 1.2 * of["payload_bytes"]})
+            bill, "measure", lambda load, **of: measure(load, **of | {"payload_bytes": 1.2 * of["payload_bytes"]})
         )
         code, errors = measured(*against)
     assert code == 3

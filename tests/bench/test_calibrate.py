@@ -66,7 +66,7 @@ def test_what_is_written_is_a_fleet_and_a_figure() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--ratios", "0,1"), r"--ratios 0,1: must be numbers in \[0, 1\)"),
+        (("--ratios", "0,1"), r"--ratios 0,1: '1' must be a number in \[0, 1\)"),
         (("--cpu-ghz", "0"), "--cpu-ghz 0.0"),
         (("method=fedavg",), "method 'fedavg' never prunes"),
     ],

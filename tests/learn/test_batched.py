@@ -11,31 +11,31 @@ from conftest import make_setup, run_to_end
 
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import blocks, train_block
-from fedprune_cli.learn.client import Learner, Unit, train
+from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import Setup, build_learner
 
 PHASES = (Phase("personal", 2), Phase("shared", 5), Phase("both", 3))
 SCENE = ("devices.count=12", "model.hidden=[32,16]", "training.block=10")
 
 
-def units_of(setup: run.Setup, pruned: bool) -> list[Unit]:
+def tasks_of(setup: Setup, pruned: bool) -> list[Task]:
     """Twelve devices with different numbers of steps and, when `pruned`, different masks."""
     state = setup.initial
     ratios = np.linspace(0, 0.9, 12) * pruned
-    masks = build_masks(setup.experiment.pruner, state, ratios, 0)
+    masks = build_masks(setup.experiment.pruner, state, ratios, 0, setup.blueprint.layout)
     return [
-        Unit(
-            "training", 0, device, state.shared, state.personal[device], run.kept_of(masks, device),
+        Task(
+            "training", 0, device, state.shared, state.personal[device], masks.kept_by(device),
             tuple(Phase(phase.kind, phase.steps + device % 3) for phase in PHASES),
         )
         for device in range(12)
     ]  # fmt: skip
 
 
-def learner_of(setup: run.Setup) -> Learner:
-    return run.build_learner(setup.experiment, setup.scenario)
+def learner_of(setup: Setup) -> Learner:
+    return build_learner(setup.experiment, setup.scenario)
 
 
 @pytest.mark.parametrize("personal", ["none", "head", "input", "all"])
@@ -43,9 +43,9 @@ def learner_of(setup: run.Setup) -> Learner:
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_block_trains_like_the_loop(personal: str, decay: float, pruned: bool) -> None:
     setup = make_setup(*SCENE, f"model.personal={personal}", f"training.weight_decay={decay}")
-    learner, units = learner_of(setup), units_of(setup, pruned and personal != "all")
-    alone = [train(learner, unit) for unit in units]
-    together = {update.device: update for block in blocks(units, 10) for update in train_block(learner, block)}
+    learner, tasks = learner_of(setup), tasks_of(setup, pruned and personal != "all")
+    alone = [train(learner, task) for task in tasks]
+    together = {update.device: update for block in blocks(tasks, 10) for update in train_block(learner, block)}
     for one in alone:
         other = together[one.device]
         np.testing.assert_allclose(one.shared, other.shared, atol=2e-5)
@@ -56,9 +56,9 @@ def test_a_block_trains_like_the_loop(personal: str, decay: float, pruned: bool)
 
 def test_a_device_does_not_depend_on_its_company() -> None:
     setup = make_setup(*SCENE)
-    learner, units = learner_of(setup), units_of(setup, pruned=True)
-    want = train_block(learner, [units[3]])[0]
-    for company in ([units[3], units[0], units[11]], [*units[5:11], units[3]], units[:10]):
+    learner, tasks = learner_of(setup), tasks_of(setup, pruned=True)
+    want = train_block(learner, [tasks[3]])[0]
+    for company in ([tasks[3], tasks[0], tasks[11]], [*tasks[5:11], tasks[3]], tasks[:10]):
         got = next(update for update in train_block(learner, company) if update.device == 3)
         assert want.shared.tobytes() == got.shared.tobytes()
         assert want.personal.tobytes() == got.personal.tobytes()
@@ -104,4 +104,4 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_a_loss_that_explodes_names_its_device() -> None:
     setup = make_setup(*SCENE, "training.lr=1e30")
     with pytest.raises(DeviceError, match=r"round 1, device \d+, training, shared steps: the training loss is"):
-        train_block(learner_of(setup), units_of(setup, pruned=False)[:10])
+        train_block(learner_of(setup), tasks_of(setup, pruned=False)[:10])

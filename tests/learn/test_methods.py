@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_setup
+from conftest import make_setup, steps_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedprune_cli.execute import Execution, executor
-from fedprune_cli.learn.client import Unit, train
+from fedprune_cli.learn.client import Task, train
+from fedprune_cli.learn.kept import Entries, Whole
 from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.rng import stream
-from fedprune_cli.round import all as run
-from fedprune_cli.serve.aggregate import aggregate
-from fedprune_cli.store.state import State
+from fedprune_cli.round.setup import Setup, build_learner, build_parts
+from fedprune_cli.serve.aggregate import Contribution, Mean
 
 each_method = pytest.mark.parametrize("name", METHODS)
-
-
-def rounds(setup: run.Setup, count: int) -> list[tuple[State, run.Record]]:
-    """Returns the first states and records of an experiment."""
-    steps, state = [], setup.initial
-    with executor(Execution("serial", None), lambda: run.build_learner(setup.experiment, setup.scenario)) as workers:
-        for _ in range(count):
-            state, record = run.round_step(setup, state, workers)
-            steps.append((state, record))
-    return steps
 
 
 @each_method
@@ -40,40 +31,40 @@ def test_training_learns_and_only_moves_what_it_should(name: str) -> None:
         "training.lr=0.1",
         "training.personal_lr=0.1",
     )
-    assert setup.cost.shared_params + setup.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
-    (first, before), *_, (last, after) = rounds(setup, 5)
-    assert after["train_loss"] < before["train_loss"]
-    assert after["accuracy"] > before["accuracy"]
-    for state in (first, last):
+    assert setup.blueprint.cost.shared_params + setup.blueprint.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
+    first, *_, last = steps_of(setup, 5)
+    assert last.record.train_loss < first.record.train_loss
+    assert last.record.accuracy > first.record.accuracy
+    for state in (first.after, last.after):
         assert np.isfinite(state.shared).all()
         assert np.isfinite(np.stack(list(state.personal))).all()
-    if setup.cost.shared_params == 0:
-        assert after["bytes_up"] == 0
-        assert after["simulated_s"] > 0
+    if setup.blueprint.cost.shared_params == 0:
+        assert last.record.bytes_up == 0
+        assert last.record.simulated_s > 0
     else:
-        assert (first.shared != setup.initial.shared).any()
-        assert after["bytes_up"] > 0
+        assert (first.after.shared != setup.initial.shared).any()
+        assert last.record.bytes_up > 0
 
 
 @each_method
 def test_a_dropped_entry_never_moves_on_the_device_that_dropped_it(name: str) -> None:
     setup = make_setup(f"method={name}", "training.momentum=0.9", "training.weight_decay=0.1")
-    learner = run.build_learner(setup.experiment, setup.scenario)
-    mask = np.arange(setup.cost.shared_params) % 3 == 0
-    unit = Unit("test", 0, 1, setup.initial.shared, setup.initial.personal[1], np.packbits(mask), run.plan(setup, 1))
-    update = train(learner, unit)
+    learner = build_learner(setup.experiment, setup.scenario)
+    mask = np.arange(setup.blueprint.cost.shared_params) % 3 == 0
+    kept, initial = Entries(np.packbits(mask)), setup.initial
+    update = train(learner, Task("test", 0, 1, initial.shared, initial.personal[1], kept, setup.schedule(1)))
     whole = learner.parts.shared.numpy()
     assert (whole[~mask] == 0).all()
     np.testing.assert_array_equal(update.shared, whole[mask])
 
 
-def reference_fedavg(setup: run.Setup, count: int) -> np.ndarray:
+def reference_fedavg(setup: Setup, count: int) -> np.ndarray:
     """FedAvg as its authors wrote it: nn.Module, torch.optim.SGD, a weighted mean. Only the batches are shared with the code under test."""
     experiment, scenario = setup.experiment, setup.scenario
     dataset, split = scenario.dataset, scenario.partition
     images = (torch.from_numpy(dataset.images).float() / dataset.scale - dataset.mean[0]) / dataset.std[0]
     labels = torch.from_numpy(dataset.labels)
-    model = run.build_parts(experiment, scenario).model
+    model = build_parts(experiment, scenario).model
     u = torch.cat([p.detach().flatten() for p in model.parameters()])
     steps, size = experiment.training.shared_steps, experiment.training.batch_size
     for number in range(count):
@@ -105,14 +96,14 @@ def test_nothing_personal_and_nothing_pruned_is_fedavg_to_the_bit() -> None:
         ("method=proposed", "model.personal=none", "allocator=dense"),
     ):
         setup = make_setup(*overrides, "training.block=1")  # side by side, the last digits differ
-        (state, record) = rounds(setup, 3)[-1]
-        assert record["max_ratio"] == 0
-        np.testing.assert_array_equal(state.shared, reference_fedavg(setup, 3))
+        last = steps_of(setup, 3)[-1]
+        assert last.record.max_ratio == 0
+        np.testing.assert_array_equal(last.after.shared, reference_fedavg(setup, 3))
 
 
 def test_one_device_is_centralised_sgd() -> None:
     setup = make_setup("method=fedavg", "devices.count=1", "partition=iid", "training.block=1")
-    np.testing.assert_array_equal(rounds(setup, 3)[-1][0].shared, reference_fedavg(setup, 3))
+    np.testing.assert_array_equal(steps_of(setup, 3)[-1].after.shared, reference_fedavg(setup, 3))
 
 
 def test_everything_personal_is_local_training() -> None:
@@ -121,35 +112,35 @@ def test_everything_personal_is_local_training() -> None:
         make_setup("method=local"),
         make_setup("method=proposed", "model.personal=all", "training.shared_steps=0"),
     )
-    for (a, _), (b, _) in zip(rounds(few, 2), rounds(many, 2), strict=True):
-        np.testing.assert_array_equal(list(a.personal), list(b.personal))
-    assert rounds(few, 1)[0][1]["bytes_up"] == 0
+    for a, b in zip(steps_of(few, 2), steps_of(many, 2), strict=True):
+        np.testing.assert_array_equal(list(a.after.personal), list(b.after.personal))
+    assert steps_of(few, 1)[0].record.bytes_up == 0
 
 
 def test_fedper_is_fedsim_with_a_personal_head() -> None:
     a, b = make_setup("method=fedper"), make_setup("method=fedsim", "model.personal=head")
-    np.testing.assert_array_equal(rounds(a, 2)[-1][0].shared, rounds(b, 2)[-1][0].shared)
+    np.testing.assert_array_equal(steps_of(a, 2)[-1].after.shared, steps_of(b, 2)[-1].after.shared)
 
 
 def test_batched_masks_of_ones_change_no_bit() -> None:
     """A mask that keeps everything is the dense computation."""
     setup = make_setup("method=proposed")
-    learner = run.build_learner(setup.experiment, setup.scenario)
-    phases = run.plan(setup, 0)
-    dense = train(learner, Unit("test", 0, 0, setup.initial.shared, setup.initial.personal[0], None, phases))
-    ones = np.packbits(np.ones(setup.cost.shared_params, dtype=bool))
-    masked = train(learner, Unit("test", 0, 0, setup.initial.shared, setup.initial.personal[0], ones, phases))
+    learner = build_learner(setup.experiment, setup.scenario)
+    initial, schedule = setup.initial, setup.schedule(0)
+    dense = train(learner, Task("test", 0, 0, initial.shared, initial.personal[0], Whole(), schedule))
+    ones = Entries(np.packbits(np.ones(setup.blueprint.cost.shared_params, dtype=bool)))
+    masked = train(learner, Task("test", 0, 0, initial.shared, initial.personal[0], ones, schedule))
     np.testing.assert_array_equal(dense.shared, masked.shared)
     np.testing.assert_array_equal(dense.personal, masked.personal)
 
 
 def test_aggregation_is_a_mean_over_those_who_kept_an_entry() -> None:
     old = np.array([9, 9, 9, 9], np.float32)
-    masks = [np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)]
-    new, gradient = aggregate(
-        old, masks, [np.array([1, 2], np.float32), np.array([5, 6], np.float32)], [3, 1], [0.1, 0.2]
-    )
+    one = Contribution(np.array([1, 1, 0, 0], bool), np.array([1, 2], np.float32), 3, 0.1)
+    other = Contribution(np.array([1, 0, 1, 0], bool), np.array([5, 6], np.float32), 1, 0.2)
+    new, gradient = Mean().combine(old, [one, other])
     assert new.tolist() == [2, 2, 6, 9]
     assert new.dtype == np.float32
     np.testing.assert_allclose(gradient, [(3 * 8 / 0.1 + 1 * 4 / 0.2) / 4, 7 / 0.1, 3 / 0.2, 0])
-    np.testing.assert_array_equal(aggregate(old, masks[:1], [np.array([1, 2], np.float32)], [7], [1])[0], [1, 2, 9, 9])
+    alone, _ = Mean().combine(old, [replace(one, weight=7, step_size=1)])
+    np.testing.assert_array_equal(alone, [1, 2, 9, 9])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,16 @@ from torch import nn
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.learn.client import Unit, train
+from fedprune_cli.learn.client import Task, train
 from fedprune_cli.learn.cost import ModelCost, count_cost
+from fedprune_cli.learn.kept import Channels, Entries, Whole
 from fedprune_cli.learn.models import MODELS, build_model
 from fedprune_cli.learn.parts import Parts, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import PRUNERS, Masks, build_masks, least_kept, shares_by_level
 from fedprune_cli.learn.structured import Layout, find_channels
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import build_learner, prepare
+from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
 
 SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
@@ -46,7 +47,7 @@ def layout_of(name: str, personal: str = "head") -> tuple[Layout, ModelCost]:
 def masks_of(name: str, ratios: list[float], pruner: str = "magnitude") -> Masks:
     chosen = build_experiment(compose_config([f"pruner={pruner}", CHANNEL])).pruner
     shared = parts_of(name).shared.numpy()
-    state = State(0, shared, untrained(np.zeros(0, np.float32), 0), chosen.slots(shared.size))
+    state = State(0, shared, untrained(np.zeros(0, np.float32), 0), chosen.slots(Sizes(0, shared.size)))
     return build_masks(chosen, state, np.array(ratios), 0, layout_of(name)[0])
 
 
@@ -122,22 +123,22 @@ def test_a_slice_computes_what_zeroed_channels_do(name: str) -> None:
 def test_training_a_slice_is_training_with_dropped_channels_frozen_at_zero() -> None:
     """The same steps on the same batches, by the masked model of weight granularity: an independent reference."""
     setup = make_setup(CHANNEL)
-    learner = run.build_learner(setup.experiment, setup.scenario)
-    assert setup.layout
+    learner = build_learner(setup.experiment, setup.scenario)
+    assert setup.blueprint.layout.slices
     state = setup.initial
-    masks = build_masks(setup.experiment.pruner, state, np.full(4, 0.6), 0, setup.layout)
+    masks = build_masks(setup.experiment.pruner, state, np.full(4, 0.6), 0, setup.blueprint.layout)
     phases = (Phase("personal", 2), Phase("shared", 5), Phase("both", 2))
     small, masked = (
-        train(learner, Unit("training", 0, 1, state.shared, state.personal[1], kept, phases))
-        for kept in (masks.kept_units(1), np.packbits(masks[1]))
+        train(learner, Task("training", 0, 1, state.shared, state.personal[1], kept, phases))
+        for kept in (Channels(masks.kept_units(1)), Entries(np.packbits(masks[1])))
     )
     np.testing.assert_allclose(small.shared, masked.shared, atol=1e-5)
     np.testing.assert_allclose(small.personal, masked.personal, atol=1e-5)
-    _, personal_mask, _ = setup.layout.masks(masks.kept_units(1))
+    _, personal_mask, _ = setup.blueprint.layout.masks(masks.kept_units(1))
     assert (small.personal[~personal_mask] == state.personal[1][~personal_mask]).all()
-    dense = Unit("training", 0, 1, state.shared, state.personal[1], None, phases)
+    dense = Task("training", 0, 1, state.shared, state.personal[1], Whole(), phases)
     after = train(learner, dense)  # a slice leaves nothing behind
-    fresh = train(run.build_learner(setup.experiment, setup.scenario), dense)
+    fresh = train(build_learner(setup.experiment, setup.scenario), dense)
     np.testing.assert_array_equal(after.shared, fresh.shared)
 
 
@@ -178,7 +179,7 @@ def test_a_run_of_slices_keeps_its_deadline_and_is_the_same_from_every_executor(
 )
 def test_what_cannot_be_sliced_is_refused_in_one_line(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        run.prepare(make_experiment(*overrides))
+        prepare(make_experiment(*overrides))
 
 
 def test_an_unknown_layer_is_named() -> None:
@@ -198,6 +199,5 @@ def test_an_unknown_layer_is_named() -> None:
 
 
 def test_methods_that_never_prune_need_no_channels() -> None:
-    build: Callable[..., run.Setup] = make_setup
-    assert build(CHANNEL, "method=personalized").layout is None
-    assert build(CHANNEL).layout is not None
+    assert not make_setup(CHANNEL, "method=personalized").blueprint.layout.slices
+    assert make_setup(CHANNEL).blueprint.layout.slices

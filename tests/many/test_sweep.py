@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
@@ -16,13 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, extra, fedprune, make_experiment, run_to_end
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedprune_cli.errors import CheckpointError, ConfigError
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.many import sweep
-from fedprune_cli.many.sweep import Group, Member
-from fedprune_cli.report.all import Estimate
 
 
 def bytes_of(folder: str | Path) -> dict[str, bytes]:
@@ -97,79 +92,6 @@ def test_objectives_are_figures_of_the_summary(tmp_path: Path) -> None:
     assert sweep.objectives(experiment, ["joules", "simulated_s"]) == [summary["joules"], summary["simulated_s"]]
     with pytest.raises(ConfigError, match=r"unknown objective 'joule'. Did you mean 'joules'"):
         sweep.objectives(experiment, ["joule"])
-
-
-def test_what_varied_is_what_the_members_differ_in() -> None:
-    typed = [("a=1", "b=0", "seed=0", "execution.workers=1"), ("a=1", "b=2", "seed=1", "execution.workers=2", "+c=3")]
-    members = [Member(overrides, f"run{i}") for i, overrides in enumerate(typed)]
-    assert sweep.varied(members) == ["b", "c"]
-    assert members[1].values == {"a": "1", "b": "2", "seed": "1", "execution.workers": "2", "c": "3"}
-
-
-def make_group(accuracy: float, seconds: float) -> Group:
-    figures = {"accuracy": Estimate(accuracy, None, 1), "simulated_s": Estimate(seconds, None, 1)}
-    return Group({}, "", {}, figures)
-
-
-levels = st.integers(0, 5).map(float)
-
-
-@given(st.lists(st.tuples(levels, levels), min_size=1, max_size=8))
-def test_the_front_holds_exactly_what_no_other_beats(points: Sequence[tuple[float, float]]) -> None:
-    groups = [make_group(*point) for point in points]
-    front = {(of.mean("accuracy"), of.mean("simulated_s")) for of in sweep.front(groups)}
-    best = {(a, s) for a, s in points if not any((b >= a and t <= s) and (b > a or t < s) for b, t in points)}
-    assert front == best
-    seconds = [of.mean("simulated_s") for of in sweep.front(groups)]
-    assert seconds == sorted(set(seconds))
-
-
-def test_groups_pair_their_seeds(tmp_path: Path) -> None:
-    members = []
-    for method in ("proposed", "personalized"):
-        for seed in (0, 1):
-            place = tmp_path / f"{method}{seed}"
-            run_to_end(place, f"method={method}", f"seed={seed}")
-            members.append(Member((f"method={method}", f"seed={seed}"), str(place)))
-    failed = Member(("method=fedavg", "seed=0"), "", "it failed", 2)
-    groups = sweep.group([*members, failed])
-    finals = {
-        method: [
-            json.loads((tmp_path / f"{method}{seed}/summary.json").read_text())["final_accuracy"] for seed in (0, 1)
-        ]
-        for method in ("proposed", "personalized")
-    }
-    best = max(finals, key=lambda method: np.mean(finals[method]))
-    for of in groups:
-        assert of.below_best
-        expected = np.mean(np.subtract(finals[best], finals[of.values["method"]]))
-        np.testing.assert_allclose(of.below_best.mean, expected, atol=1e-12)
-    page = sweep.write_sweep([*members, failed], groups, tmp_path / "out")
-    assert "it failed" in page.read_text()
-    rows = list(csv.DictReader((page.parent / "table.csv").open()))
-    assert [row["method"] for row in rows] == ["proposed", "personalized"]
-    np.testing.assert_allclose(
-        [float(row["accuracy mean"]) for row in rows], [np.mean(finals[row["method"]]) for row in rows]
-    )
-
-
-def test_two_parameters_give_a_heat_map_and_odd_names_are_text(tmp_path: Path) -> None:
-    run_to_end(tmp_path / "run")
-    members = [Member((f"a=${x}", f"<b>={y}", f"seed={x}{y}"), str(tmp_path / "run")) for x in "12" for y in "34"]
-    page = sweep.write_sweep(members, sweep.group(members), tmp_path / "out")
-    assert (page.parent / "heatmap.svg").exists()
-    assert "<b>" not in page.read_text()
-    assert "$1" in (page.parent / "heatmap.svg").read_text()
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", "no", '{"overrides": 1, "run_dir": "a", "error": null, "exit_code": 0}']
-)
-def test_a_damaged_member_is_one_error(content: str, tmp_path: Path) -> None:
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0/member.json").write_text(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        sweep.read_members([tmp_path])
 
 
 # --- on real launchers, each in an environment of its own ---------------------------------------------------------------

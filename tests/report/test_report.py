@@ -16,8 +16,12 @@ import pytest
 from conftest import resign, run_to_end
 
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.report import all as report
-from fedprune_cli.report import page
+from fedprune_cli.report import figures, page
+from fedprune_cli.report.comparison import compare, headline, latency_split, mean_equal_s, missed_seeds, run_figures
+from fedprune_cli.report.comparison_page import markdown, read_table, write_comparison
+from fedprune_cli.report.read import Run, crossing, read_run
+from fedprune_cli.report.run import write_report
+from fedprune_cli.report.sweep import Combination, build_groups, write_sweep
 
 
 @pytest.fixture
@@ -33,11 +37,11 @@ def runs(tmp_path: Path) -> dict[tuple[str, int], Path]:
 
 def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str, int], Path]) -> None:
     path = runs["proposed", 0]
-    page = report.write_report(path)
+    page = write_report(path)
     first = {file.name: file.read_bytes() for file in page.parent.iterdir()}
     figures = {f"{name}.svg" for name in ("accuracy", "latency", "allocation", "convergence", "partition")}
     assert set(first) == {"index.html", "rounds.csv", "devices.csv", "histogram.csv"} | figures
-    report.write_report(path)
+    write_report(path)
     assert first == {file.name: file.read_bytes() for file in page.parent.iterdir()}
     rows = list(csv.DictReader((page.parent / "rounds.csv").open()))
     records = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
@@ -53,10 +57,8 @@ def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str
 
 
 def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    pages = [report.write_report(runs["proposed", 0])]
-    pages.append(
-        report.write_comparison(report.compare([report.read_run(path) for path in runs.values()]), tmp_path / "out")
-    )
+    pages = [write_report(runs["proposed", 0])]
+    pages.append(write_comparison(compare([read_run(path) for path in runs.values()]), tmp_path / "out"))
     for written in pages:
         text = written.read_text()
         assert len(text) < 1_000_000
@@ -70,6 +72,23 @@ def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_
         assert "currentColor" in text
 
 
+def test_no_figure_shows_markup_of_mathematics(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    """Text is drawn as it is, for names may hold dollars: a label in TeX would be read as TeX."""
+    loaded = [read_run(path) for path in runs.values()]
+    pages = [write_report(runs["proposed", 0]), write_comparison(compare(loaded), tmp_path / "comparison")]
+    swept = [Combination((f"a={at}", f"seed={run.seed}"), str(run.path)) for at, run in enumerate(loaded)]
+    pages.append(write_sweep(swept, build_groups(swept), tmp_path / "sweep"))
+    drawn = [path.read_text() for page in pages for path in page.parent.glob("*.svg")]
+    drawn.append(figures.frontier_figure([{"deadline_s": 1.0, "mean_ratio": 0.5}], 1.0).svg())
+    point = dict.fromkeys(("ratio", "measured_s", "low_s", "high_s", "modelled_s", "masked_s"), 0.5)
+    drawn.append(figures.calibration_figure([point]).svg())
+    assert len(drawn) == 13
+    for svg in drawn:
+        texts = re.findall(r"<text[^>]*>([^<]*)", svg)
+        assert texts
+        assert not [text for text in texts if "$" in text or "\\" in text or "^" in text]
+
+
 def test_names_from_users_are_escaped(runs: dict[tuple[str, int], Path]) -> None:
     path = runs["proposed", 0]
     manifest = json.loads((path / "manifest.json").read_text())
@@ -77,52 +96,52 @@ def test_names_from_users_are_escaped(runs: dict[tuple[str, int], Path]) -> None
     manifest["config"]["name"] = "</pre><img src=x>"
     (path / "manifest.json").write_text(json.dumps(manifest))
     resign(path)
-    text = report.write_report(path).read_text()
+    text = write_report(path).read_text()
     assert "<script" not in text
     assert "<img" not in text
     assert page.csv_text(["a"], [["=1+1"], ["@x"], [-3]]).splitlines() == ["a", "'=1+1", "'@x", "-3"]
 
 
 def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    loaded = {key: report.read_run(path) for key, path in runs.items()}
-    comparison = report.compare(list(loaded.values()))
+    loaded = {key: read_run(path) for key, path in runs.items()}
+    comparison = compare(list(loaded.values()))
     base, mine = comparison.figures["personalized"], comparison.figures["proposed"]
-    by_hand = [np.mean([r["latency_s"] for r in loaded["proposed", seed].rounds]) for seed in (0, 1)]
+    by_hand = [np.mean([r.latency_s for r in loaded["proposed", seed].rounds]) for seed in (0, 1)]
     assert mine["latency_s"]
     assert np.isclose(mine["latency_s"].mean, np.mean(by_hand))
     t_975 = 12.706204736432095  # Student's t, one degree of freedom
     assert np.isclose(mine["latency_s"].half_width, t_975 * np.std(by_hand, ddof=1) / np.sqrt(2))
     for seed in (0, 1):
         run = loaded["personalized", seed]
-        assert comparison.targets[seed] == min(r["accuracy"] for r in run.rounds) - 0.005
-        assert report.crossing(run, comparison.targets[seed]) is not None
+        assert comparison.targets[seed] == min(r.accuracy for r in run.rounds) - 0.005
+        assert crossing(run, comparison.targets[seed]) is not None
     out_of_reach = replace(comparison, targets=dict.fromkeys(comparison.targets, 1.1))
     assert (
-        report._missed(out_of_reach, "proposed")
+        missed_seeds(out_of_reach, "proposed")
         == f"missed on {len(comparison.targets)} of {len(comparison.targets)} seeds"
     )
-    assert report._missed(comparison, "personalized").startswith("missed on 0 of")
-    left, pruning, bandwidth, _ = report._split(comparison)["proposed"]
+    assert missed_seeds(comparison, "personalized").startswith("missed on 0 of")
+    left, pruning, bandwidth, _ = latency_split(comparison, "personalized")["proposed"]
     equal = comparison.figures["personalized (equal bandwidth)"]["latency_s"]
     assert equal
     assert base["latency_reduction"]
     assert base["latency_reduction"].mean == 0
-    row = report.run_figures(loaded["proposed", 0], loaded["personalized", 0], comparison.targets[0])
-    equal_s = report._mean_equal_s(loaded["personalized", 0])
+    row = run_figures(loaded["proposed", 0], loaded["personalized", 0], comparison.targets[0])
+    equal_s = mean_equal_s(loaded["personalized", 0])
     assert np.isclose(row["latency_s"] / equal_s, 1 - row["bandwidth_share"] - row["pruning_share"])
     assert left > 0
     assert min(pruning, bandwidth) > 0
-    assert "less simulated time a round than personalized" in report.headline(comparison)
-    page = report.write_comparison(comparison, tmp_path / "out")
+    assert "less simulated time per round than personalized" in headline(comparison)
+    page = write_comparison(comparison, tmp_path / "out")
     assert {file.name for file in page.parent.iterdir()} == {
         "index.html", "table.csv", "table.tex", "table.md",
         *(f"{name}.{kind}" for name in ("progress", "finals", "target", "split", "convergence") for kind in ("svg", "pdf")),
     }  # fmt: skip
-    stored = report.read_table(page.parent / "table.csv")
-    assert report.markdown(stored) == (page.parent / "table.md").read_text()
+    stored = read_table(page.parent / "table.csv")
+    assert markdown(stored) == (page.parent / "table.md").read_text()
     gain = comparison.figures["proposed"]["accuracy_gain"]
     differences = [
-        loaded["proposed", s].rounds[-1]["accuracy"] - loaded["personalized", s].rounds[-1]["accuracy"] for s in (0, 1)
+        loaded["proposed", s].rounds[-1].accuracy - loaded["personalized", s].rounds[-1].accuracy for s in (0, 1)
     ]
     assert gain
     assert np.isclose(gain.mean, np.mean(differences))
@@ -131,35 +150,48 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
 
 
 def test_the_headline_is_honest_in_both_directions(runs: dict[tuple[str, int], Path]) -> None:
-    loaded = [report.read_run(path) for path in runs.values()]
-    turned = report.compare(loaded, reference="proposed")
-    assert "more simulated time a round than proposed" in report.headline(turned)
-    one = report.compare([run for run in loaded if run.seed == 0])
-    assert "One seed: there is no interval." in report.headline(one)
+    loaded = [read_run(path) for path in runs.values()]
+    turned = compare(loaded, reference="proposed")
+    assert "more simulated time per round than proposed" in headline(turned)
+    one = compare([run for run in loaded if run.seed == 0])
+    assert "One seed: there is no interval." in headline(one)
     slow = [
-        report.Run(r.path, r.manifest, tuple(x | {"accuracy": 0.01} for x in r.rounds), r.summary)
+        Run(r.path, r.manifest, tuple(replace(record, accuracy=0.01) for record in r.rounds), r.summary)
         if r.method == "proposed"
         else r
         for r in loaded
     ]
-    assert "does not reach the target accuracy" in report.headline(report.compare(slow))
+    assert "does not reach the target accuracy" in headline(compare(slow))
+
+
+def test_the_headline_speaks_of_the_arm_proposed_in_whatever_order_arms_come(runs: dict[tuple[str, int], Path]) -> None:
+    mine, base = read_run(runs["proposed", 0]), read_run(runs["personalized", 0])
+    arms = {"proposed few bits": mine, "personalized 8 bit": base, "proposed": mine, "personalized": base}
+    for names in (list(arms), list(reversed(arms))):
+        comparison = compare([arms[name] for name in names], names)
+        assert comparison.reference == "personalized"
+        assert headline(comparison).startswith(
+            "proposed takes 50.0 % less simulated time per round than personalized with"
+        )
+    other = compare([base, mine], ["dense", "tight"])
+    assert headline(other).startswith("tight takes 50.0 % less simulated time per round than dense with")
 
 
 def test_unlike_runs_are_not_compared(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    loaded = {key: report.read_run(path) for key, path in runs.items()}
+    loaded = {key: read_run(path) for key, path in runs.items()}
     with pytest.raises(CheckpointError, match="a second run of proposed with seed 0"):
-        report.compare([loaded["proposed", 0], loaded["proposed", 0]])
+        compare([loaded["proposed", 0], loaded["proposed", 0]])
     with pytest.raises(CheckpointError, match="needs the same ones"):
-        report.compare([loaded["proposed", 0], loaded["personalized", 1]])
+        compare([loaded["proposed", 0], loaded["personalized", 1]])
     run_to_end(tmp_path / "other", "method=personalized", "rounds=4", "partition.alpha=5")
     with pytest.raises(CheckpointError, match="another partition"):
-        report.compare([loaded["proposed", 0], report.read_run(tmp_path / "other")])
+        compare([loaded["proposed", 0], read_run(tmp_path / "other")])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 def test_pages_render_in_a_browser(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    page = report.write_comparison(report.compare([report.read_run(path) for path in runs.values()]), tmp_path / "out")
+    page = write_comparison(compare([read_run(path) for path in runs.values()]), tmp_path / "out")
     for width in ("1000", "390"):
         shot = tmp_path / f"{width}.png"
         with tempfile.TemporaryDirectory() as profile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import random
@@ -17,25 +16,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_setup, resign, run_to_end
+from conftest import TINY, make_setup, outcome, resign, results, run_to_end, steps_of
 from omegaconf import OmegaConf
 
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.config.experiment import Participation
 from fedprune_cli.errors import CheckpointError, InfeasibleError
 from fedprune_cli.execute import executor
-from fedprune_cli.round import all as run
-from fedprune_cli.store import folder
-from fedprune_cli.store.state import State
-
-RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
-
-
-def results(run_dir: Path) -> dict[str, bytes]:
-    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
-    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
+from fedprune_cli.round.evaluate import tested_devices as devices_tested
+from fedprune_cli.round.plan import Beliefs, round_problems
+from fedprune_cli.round.roster import choose_roster
+from fedprune_cli.round.setup import build_learner
+from fedprune_cli.round.step import round_step
+from fedprune_cli.runs import life
+from fedprune_cli.serve.participation import Participation
+from fedprune_cli.store import folder, lock
+from fedprune_cli.store.memory import Sizes
 
 
 def test_serial_and_processes_give_the_same_bytes(tmp_path: Path) -> None:
@@ -48,8 +45,8 @@ def test_a_run_stopped_after_any_round_resumes_to_the_same_bytes(tmp_path: Path)
     run_to_end(tmp_path / "whole")
     for stop in (0, 1, 2):
         stopped = tmp_path / f"stopped{stop}"
-        run.create(make_setup(), OmegaConf.load(tmp_path / "whole" / "config.yaml"), stopped)
-        records = run.run(make_setup(), stopped)
+        life.create(make_setup(), OmegaConf.load(tmp_path / "whole" / "config.yaml"), stopped)
+        records = life.run(make_setup(), stopped)
         for _ in range(stop):
             next(records)
         records.close()
@@ -59,7 +56,7 @@ def test_a_run_stopped_after_any_round_resumes_to_the_same_bytes(tmp_path: Path)
                     (tmp_path / "whole" / "rounds.jsonl").read_bytes().splitlines(keepends=True)[2]
                     + b'{"round": 4, "la'
                 )
-        list(run.run(run.reopen(stopped), stopped))
+        list(life.run(life.reopen(stopped), stopped))
         assert results(stopped) == results(tmp_path / "whole")
 
 
@@ -84,7 +81,7 @@ def test_records_add_up(tmp_path: Path) -> None:
         # the count of kept entries is whole: it may exceed the allocated share by half an entry
         entry_s = 32 / (np.array(devices["bytes_up"]) * 8 / devices["uplink_s"])
         assert (np.array(devices["latency_s"]) <= record["deadline_s"] * (1 + 1e-9) + entry_s).all()
-        kept = np.rint((1 - np.array(devices["prune_ratio"])) * setup.cost.shared_params)
+        kept = np.rint((1 - np.array(devices["prune_ratio"])) * setup.blueprint.cost.shared_params)
         np.testing.assert_array_equal(devices["bytes_up"], 4 * kept)
         assert sum(devices["bandwidth_hz"]) <= setup.experiment.channel.bandwidth_hz * (1 + 1e-9)
         assert record["dense_latency_s"] <= record["equal_dense_latency_s"]
@@ -95,8 +92,10 @@ def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     """model.md section 3 by hand for one device, against the meter."""
     setup = make_setup("method=personalized", "meter=paper")
     ids, radio = np.arange(4), setup.scenario.at(0)
-    problem = run.round_problems(setup, ids, radio.gain_linear[ids], 0, setup.initial.slots).by_bits[32]
-    fleet, cost, channel = setup.scenario.fleet, setup.cost, setup.experiment.channel
+    fleet, samples = setup.scenario.fleet, setup.scenario.partition.train.sizes[ids]
+    believed = Beliefs(ids, fleet, radio.gain_linear[ids], samples)
+    problem = round_problems(setup.blueprint, believed, 0, setup.initial.slots).by_bits[32]
+    cost, channel = setup.blueprint.cost, setup.experiment.channel
     personal_steps, shared_steps, batch = 2, 3, 8
     forward_backward_u = (
         2 * (64 * 16) * 2
@@ -127,7 +126,7 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
         named = {int(text) for text in re.findall(r"dropped devices ([\d, ]+) with", record["message"])[0].split(",")}
         assert not named & set(record["devices"]["id"])
     setup = make_setup("devices.per_round=2")
-    chosen = [set(run.participants(setup, setup.scenario.at(n), n, setup.initial.slots).tolist()) for n in range(3)]
+    chosen = [set(choose_roster(setup, n, setup.initial.slots).training.tolist()) for n in range(3)]
     dropped = [
         {int(t) for t in re.findall(r"dropped devices ([\d, ]+) with", r["message"])[0].split(",")} for r in half
     ]
@@ -155,29 +154,16 @@ def test_partial_participation_and_epochs(tmp_path: Path) -> None:
 
 def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
     """Runs a tiny experiment to its end with an interruption after `stop` rounds."""
-    run.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
-    records = run.run(make_setup(*overrides), run_dir)
+    life.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
+    records = life.run(make_setup(*overrides), run_dir)
     for _ in range(stop):
         next(records)
     records.close()
-    list(run.run(run.reopen(run_dir), run_dir))
+    list(life.run(life.reopen(run_dir), run_dir))
 
 
 PAYLOAD = ("payload.bits=[4,8]",)
 FREEZE = ("rounds=8", "participation.freeze_below=0.3", "participation.freeze_window=1", "training.lr=0.02")
-
-
-def steps_of(setup: run.Setup, count: int) -> list[tuple[State, run.Record]]:
-    """Returns the state before each round and the record of it."""
-    state, steps = setup.initial, []
-    with executor(
-        setup.experiment.execution, functools.partial(run.build_learner, setup.experiment, setup.scenario)
-    ) as workers:
-        for _ in range(count):
-            before = state
-            state, record = run.round_step(setup, state, workers)
-            steps.append((before, record))
-    return [*steps, (state, {})]
 
 
 @pytest.mark.parametrize("method", ["proposed", "fedsim", "pruned"])
@@ -186,7 +172,8 @@ def test_frozen_devices_send_nothing_and_never_come_back(method: str) -> None:
     setup = make_setup(*FREEZE, f"method={method}", "channel.outage_enter=0.2", "channel.outage_leave=0.5")
     steps, band_hz = steps_of(setup, 8), setup.experiment.channel.bandwidth_hz
     mixed = 0
-    for (before, record), (after, _) in itertools.pairwise(steps):
+    for step in steps:
+        before, record, after = step.before, step.record.as_json(), step.after
         frozen = {*np.flatnonzero(before.slots["frozen"]).tolist()}
         assert frozen <= {*np.flatnonzero(after.slots["frozen"]).tolist()}
         assert record["frozen"] == after.slots["frozen"].sum()
@@ -235,7 +222,7 @@ def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple
     overrides = (*FREEZE, *extra)
     records = run_to_end(tmp_path / "whole", *overrides)
     assert records[-1]["frozen"] > 0
-    assert verify_run(run.reopen(tmp_path / "whole"), tmp_path / "whole", every=0).failures == ()
+    assert verify_run(life.reopen(tmp_path / "whole"), tmp_path / "whole", every=0).failures == ()
     run_to_end(tmp_path / "processes", *overrides, "execution.kind=processes", "execution.workers=2")
     assert results(tmp_path / "processes") == results(tmp_path / "whole")
     for stop in (1, 3, 5, 7) if not extra else (4,):
@@ -245,16 +232,16 @@ def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple
 
 def test_a_device_freezes_when_the_line_through_its_losses_falls_too_little() -> None:
     rule = Participation(0.1, 2)
-    slots = rule.slots(4)
+    slots = rule.slots(Sizes(4, 1))
     for losses in ([1.0, 1.0, 1.0], [1.2, 0.94, 0.8], [0.95, 0.9, 0.7]):
-        slots = rule.next_slots(slots, np.array([0, 1, 2]), losses)
+        slots = rule.next_slots(slots, outcome([0, 1, 2], train_loss=losses))
     # 5 % of 1.0 down the line; a rise and a fall, 10.2 % of 1.03; 30 %; and one that never trained
     assert slots["frozen"].tolist() == [1, 0, 0, 0]
-    slots = rule.next_slots(slots, np.array([2]), [0.7])
+    slots = rule.next_slots(slots, outcome([2], train_loss=[0.7]))
     assert slots["frozen"].tolist() == [1, 0, 0, 0]
-    slots = rule.next_slots(slots, np.array([2, 3]), [0.7, None])
+    slots = rule.next_slots(slots, outcome([2, 3], train_loss=[0.7, None]))
     assert slots["frozen"].tolist() == [1, 0, 1, 0]
-    assert Participation(None, 5).slots(4) == {}
+    assert Participation(None, 5).slots(Sizes(4, 1)) == {}
 
 
 def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_path: Path) -> None:
@@ -262,9 +249,9 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
     with pytest.raises(CheckpointError, match="exists: continue it with"):
         run_to_end(tmp_path / "run")
     with pytest.raises(CheckpointError, match="belongs to configuration"):
-        list(run.run(make_setup("training.lr=0.01"), tmp_path / "run"))
+        list(life.run(make_setup("training.lr=0.01"), tmp_path / "run"))
     with pytest.raises(CheckpointError, match="No such file"):
-        run.reopen(tmp_path / "nothing")
+        life.reopen(tmp_path / "nothing")
 
     damaged = tmp_path / "damaged"
     for name, change, message in (
@@ -286,30 +273,30 @@ def test_a_run_folder_is_refused_when_it_exists_or_is_damaged_or_anothers(tmp_pa
         file = next(damaged.glob("personal-*.f32")) if name == "PERSONAL" else damaged / name
         file.write_bytes(change(file.read_bytes()))
         with pytest.raises(CheckpointError, match="damaged"):
-            list(run.run(run.reopen(damaged), damaged))
+            list(life.run(life.reopen(damaged), damaged))
         resign(damaged)
         with pytest.raises(CheckpointError, match=message):
-            list(run.run(run.reopen(damaged), damaged))
+            list(life.run(life.reopen(damaged), damaged))
 
 
 def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: Path) -> None:
     """Twelve devices, two a round: the file of personal rows stays within four times the live ones, at every round."""
     overrides = ("devices.count=12", "devices.per_round=2", "rounds=30", "evaluation.every=30", "evaluation.devices=3")
     setup = make_setup(*overrides)
-    run.create(setup, compose_config([*TINY, *overrides]), tmp_path / "run")
+    life.create(setup, compose_config([*TINY, *overrides]), tmp_path / "run")
     size, trained, state = setup.initial.personal.initial.nbytes, set(), setup.initial
     with executor(
-        setup.experiment.execution, functools.partial(run.build_learner, setup.experiment, setup.scenario)
+        setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)
     ) as workers:
-        for record in run.run(setup, tmp_path / "run"):
-            trained |= set(record["devices"]["id"])
+        for record in life.run(setup, tmp_path / "run"):
+            trained |= set(record.devices.id)
             (file,) = (tmp_path / "run").glob("personal-*.f32")
             assert file.stat().st_size <= 4 * len(trained) * size
-            state, _ = run.round_step(setup, state, workers)  # all rows in memory: the reference
+            state, _ = round_step(setup, state, workers)  # all rows in memory: the reference
     stored = folder.load(tmp_path / "run", setup.experiment.config_hash).state
     assert (file.name != "personal-0.f32") == (4 * len(trained) < 60)
     np.testing.assert_array_equal(list(stored.personal), list(state.personal))
-    assert len(run.tested_devices(setup)) == 3
+    assert len(devices_tested(setup)) == 3
     (tmp_path / "run" / "summary.json").unlink()
     garbage = tmp_path / "run" / "personal-99.f32"  # what a killed process leaves behind
     garbage.write_bytes(b"half")
@@ -323,9 +310,9 @@ def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run")
     with (
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
         pytest.raises(CheckpointError, match="another process"),
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
     ):
         pass
 

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import forge, make_experiment, make_setup, run_to_end
+from conftest import forge, make_experiment, make_setup, read_lines, run_to_end
 from problems import literature
 from typer.testing import CliRunner
 
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.errors import DataError, FedpruneError
-from fedprune_cli.round.all import reopen
 from fedprune_cli.round.table import answer, problem_from_config, problem_from_csv
-from fedprune_cli.store.folder import read_records
+from fedprune_cli.runs.life import reopen
 
 
 def call(*arguments: str) -> str:
@@ -186,7 +185,7 @@ def test_verify_finds_a_sound_run_sound_and_a_changed_one_not(tmp_path: Path) ->
     assert findings.certified == findings.rounds == 3
     assert findings.solved_again + findings.unsolved == 3
     assert findings.residual <= 1e-9
-    records = read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     records[1]["devices"]["bandwidth_hz"][0] *= 1.001
     forge(tmp_path / "run", records=records)
     changed = verify_run(reopen(tmp_path / "run"), tmp_path / "run", every=0)

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import fedprune, run_to_end
+from conftest import fedprune, read_lines, run_to_end
 
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.errors import CheckpointError, ConfigError
-from fedprune_cli.report.all import read_run, run_table
-from fedprune_cli.round import all as run
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.run import run_table
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
 RICH = (
@@ -33,16 +34,16 @@ def test_more_rounds_are_the_rounds_of_a_run_that_was_longer_from_the_start(
 ) -> None:
     run_to_end(tmp_path / "short", *options)
     before = contents(tmp_path / "short")
-    setup = run.branch(tmp_path / "short", ["rounds=6", f"out={tmp_path / 'branch'}"])
-    records = run.run(setup, tmp_path / "branch")
+    setup = life.branch(tmp_path / "short", ["rounds=6", f"out={tmp_path / 'branch'}"])
+    records = life.run(setup, tmp_path / "branch")
     next(records)
     records.close()  # and is interrupted, and resumed as any other run
-    list(run.run(run.reopen(tmp_path / "branch"), tmp_path / "branch"))
+    list(life.run(life.reopen(tmp_path / "branch"), tmp_path / "branch"))
     run_to_end(tmp_path / "long", "rounds=6", *options)
     assert contents(tmp_path / "short") == before
     for name in (folder.RECORDS, *(path.name for path in (tmp_path / "long").glob("personal-*.f32"))):
         assert (tmp_path / "branch" / name).read_bytes() == (tmp_path / "long" / name).read_bytes(), name
-    findings = verify_run(run.reopen(tmp_path / "branch"), tmp_path / "branch", every=1)
+    findings = verify_run(life.reopen(tmp_path / "branch"), tmp_path / "branch", every=1)
     assert (findings.failures, findings.rounds, findings.inherited) == ((), 6, 3)
 
 
@@ -51,7 +52,7 @@ def test_another_deadline_changes_only_what_comes_after_and_the_branch_says_wher
     result = fedprune("resume", "run", "rounds=5", "deadline.fraction=0.9", "--json")
     assert result.returncode == 0, result.stderr
     place = Path(json.loads(result.stdout)["run_dir"])
-    branch = folder.read_records(place)
+    branch = read_lines(place)
     assert branch[:3] == records
     assert [record["deadline_s"] for record in branch[3:]] == pytest.approx(
         [0.9 * r["dense_latency_s"] for r in branch[3:]]
@@ -60,7 +61,7 @@ def test_another_deadline_changes_only_what_comes_after_and_the_branch_says_wher
     parent = json.loads(Path("run/manifest.json").read_text())
     assert manifest["config"]["branch"] == {"run": f"{parent['config_hash']}-s0", "round": 3}
     assert manifest["config_hash"] != parent["config_hash"]
-    assert "a branch" in [*run_table(read_run(place)).columns[0].cells]
+    assert "a branch" in [name for name, _ in run_table(read_run(place)).rows]
     again = fedprune("resume", "run", "rounds=5", "deadline.fraction=0.9")
     assert again.returncode == 5
     assert "exists" in again.stderr
@@ -81,7 +82,7 @@ def test_another_deadline_changes_only_what_comes_after_and_the_branch_says_wher
 def test_what_would_change_what_the_state_means_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     run_to_end(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
-        run.branch(tmp_path / "run", overrides)
+        life.branch(tmp_path / "run", overrides)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -91,4 +92,4 @@ def test_a_branch_needs_a_run() -> None:
     assert (result.returncode, Path("here").exists()) == (2, False)
     assert result.stderr.startswith("error: branch: is made from a run that is there")
     with pytest.raises(CheckpointError, match="a run folder is expected"):
-        run.branch(Path("nowhere"), ["rounds=9"])
+        life.branch(Path("nowhere"), ["rounds=9"])

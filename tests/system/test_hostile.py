@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_experiment, make_setup, resign, run_to_end
+from conftest import TINY, forge, make_experiment, make_setup, read_lines, resign, run_to_end
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import CONF, terminal
@@ -23,10 +23,13 @@ from fedprune_cli.commands import app as cli
 from fedprune_cli.config.build import GROUPS, build_experiment
 from fedprune_cli.config.compose import check_config_dir, compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError, FedpruneError, one_line
-from fedprune_cli.report import all as report
 from fedprune_cli.report import page
-from fedprune_cli.round import all as run
+from fedprune_cli.report.comparison import compare
+from fedprune_cli.report.comparison_page import comparison_table, write_comparison
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.run import write_report
 from fedprune_cli.round.table import problem_from_csv
+from fedprune_cli.runs import life
 from fedprune_cli.store import files, folder
 from fedprune_cli.world.channel import Trace
 
@@ -48,7 +51,7 @@ def audit(run_dir: Path) -> None:
     folder.read_records(run_dir)
 
 
-READERS: dict[str, Callable[[Path], object]] = {"resume": resume, "verify": audit, "report": report.read_run}
+READERS: dict[str, Callable[[Path], object]] = {"resume": resume, "verify": audit, "report": read_run}
 PERSONAL = "personal-0.f32"
 READ_BY_REPORT = (folder.STATE, folder.RECORDS, folder.MANIFEST, folder.SUMMARY)
 
@@ -65,8 +68,8 @@ def flip(tmp_path: Path, count: int) -> None:
     """Damages every file of a finished and of a killed run in turn; whoever reads it must refuse it, and change nothing."""
     run_to_end(tmp_path / "finished")
     setup, rng = make_setup(), random.Random(0)
-    run.create(setup, compose_config([*TINY]), tmp_path / "killed")
-    records = run.run(setup, tmp_path / "killed")
+    life.create(setup, compose_config([*TINY]), tmp_path / "killed")
+    records = life.run(setup, tmp_path / "killed")
     next(records), next(records)
     records.close()
     assert (tmp_path / "killed" / PERSONAL).exists()
@@ -232,7 +235,7 @@ def bad_table(rng: random.Random, text: bytes) -> bytes:
 
 def read_bad_table(path: Path, kind: bytes) -> None:
     if kind is TRACE:
-        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path))
+        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path), "refuse")
         trace.available(0, 3, 2)
         trace.gain(0, 1, make_setup().scenario.fleet.take(np.arange(2)))
         return
@@ -302,7 +305,7 @@ def fuzz(overrides: int, configs: int, texts: int, tables: int, commands: int, c
 
 
 def as_config(values: Any) -> DictConfig:
-    """As `run.reopen`: whatever OmegaConf makes of it is one line."""
+    """As `life.reopen`: whatever OmegaConf makes of it is one line."""
     try:
         return DictConfig(OmegaConf.create(values))
     except Exception as error:
@@ -413,7 +416,7 @@ def test_links_and_devices_in_a_run_folder_are_neither_read_nor_written(tmp_path
         before = outside.read_bytes()
         (tmp_path / "copy" / name).unlink(missing_ok=True)
         (tmp_path / "copy" / name).symlink_to(outside)
-        for read in (resume, audit, report.read_run, report.write_report):
+        for read in (resume, audit, read_run, write_report):
             with pytest.raises(CheckpointError, match="a link or a device"):
                 read(tmp_path / "copy")
         assert outside.read_bytes() == before
@@ -467,9 +470,9 @@ def test_a_header_of_ten_gigabytes_is_refused() -> None:
 )  # fmt: skip
 def test_a_record_that_is_none_is_refused_by_all_who_read_it(tmp_path: Path, change: dict[str, Any]) -> None:
     run_to_end(tmp_path / "run")
-    records = folder.read_records(tmp_path / "run")
+    records = read_lines(tmp_path / "run")
     forge(tmp_path / "run", records=[records[0], records[1] | change, records[2]])
-    for read in (report.read_run, lambda path: verify_run(make_setup(), path, every=0)):
+    for read in (read_run, lambda path: verify_run(make_setup(), path, every=0)):
         with pytest.raises(CheckpointError, match="line 2 is damaged"):
             read(tmp_path / "run")
 
@@ -483,9 +486,9 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, change: dict[str, An
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     resign(tmp_path / "run")
     with pytest.raises(CheckpointError, match="not the manifest of a run"):
-        report.read_run(tmp_path / "run")
+        read_run(tmp_path / "run")
     with pytest.raises(CheckpointError):
-        run.reopen(tmp_path / "run")
+        life.reopen(tmp_path / "run")
 
 
 NASTY = r"<script>[/red]$\frac{a}_^~#&%|=1" + "\n\x1b[2J`"
@@ -494,9 +497,9 @@ NASTY = r"<script>[/red]$\frac{a}_^~#&%|=1" + "\n\x1b[2J`"
 def test_what_users_named_is_escaped_in_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in ("personalized", "proposed"):
         run_to_end(tmp_path / method, f"method={method}")
-    runs = [report.read_run(tmp_path / method) for method in ("personalized", "proposed")]
-    comparison = report.compare(runs, ["base", NASTY])
-    out = report.write_comparison(comparison, tmp_path / "out", command=NASTY, missing=[NASTY]).parent
+    runs = [read_run(tmp_path / method) for method in ("personalized", "proposed")]
+    comparison = compare(runs, ["base", NASTY])
+    out = write_comparison(comparison, tmp_path / "out", command=NASTY, missing=[NASTY]).parent
     text = (out / "index.html").read_text()
     assert "<script" not in text
     tex = (out / "table.tex").read_text()
@@ -506,6 +509,6 @@ def test_what_users_named_is_escaped_in_every_output(tmp_path: Path, capsys: pyt
     )
     assert "<script" not in (out / "table.md").read_text()
     assert len({line.replace("\\|", "").count("|") for line in (out / "table.md").read_text().splitlines()}) == 1
-    terminal.show(report.comparison_table(comparison))
+    terminal.show(comparison_table(comparison))
     assert "\x1b[2J" not in capsys.readouterr().out
     assert page.csv_text(["a"], [["\t=1"], ["\r=1"]]).count("'") == 2

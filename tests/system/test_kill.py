@@ -19,7 +19,8 @@ from conftest import TINY, make_setup
 from fedprune_cli import execute
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, OutputError
-from fedprune_cli.round import all as run
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
 RUN = ("rounds=12", "devices.count=6", "devices.per_round=2", "evaluation.every=4", "execution.workers=2")
@@ -35,12 +36,12 @@ def to_the_end(run_dir: Path, kind: str) -> None:
     """Begins or continues the run, as `train` and `resume` do."""
     setup = kill_setup(kind)
     if run_dir.exists():
-        setup = run.reopen(run_dir)
+        setup = life.reopen(run_dir)
     else:
-        run.create(setup, compose_config([*TINY, *RUN, f"execution.kind={kind}"]), run_dir)
+        life.create(setup, compose_config([*TINY, *RUN, f"execution.kind={kind}"]), run_dir)
     for _ in range(1000):  # the workers of a killed process hold its lock until they notice
         try:
-            list(run.run(setup, run_dir))
+            list(life.run(setup, run_dir))
             return
         except CheckpointError as error:
             if "another process is writing" not in str(error):
@@ -48,7 +49,7 @@ def to_the_end(run_dir: Path, kind: str) -> None:
             time.sleep(0.01)
 
 
-def kill_setup(kind: str) -> run.Setup:
+def kill_setup(kind: str) -> Setup:
     return make_setup(*RUN, f"execution.kind={kind}")
 
 
@@ -61,7 +62,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
 
     torch.set_num_threads(1)  # a process with threads cannot be forked
     context = multiprocessing.get_context("fork")
-    execute.forkserver = lambda: context  # type: ignore[assignment, return-value]
+    execute.forkserver = lambda preload: context  # type: ignore[assignment, return-value]
     execute._share = lambda build: build  # a forked worker has it in memory
 
     def process(run_dir: Path, kind: str) -> Any:
@@ -107,7 +108,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
 
 
 def in_its_own_process(tmp_path: Path, kills: int) -> None:
-    process = execute.forkserver().Process(target=kill_and_resume, args=(tmp_path, kills))
+    process = execute.forkserver([]).Process(target=kill_and_resume, args=(tmp_path, kills))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -179,16 +180,16 @@ def test_whichever_operation_fails_the_run_goes_on_from_the_last_good_checkpoint
     """Every single write, rename and removal of a whole run fails once: one line, and then the same bytes."""
     overrides = ("rounds=2", "devices.count=3", "devices.per_round=2", "evaluation.every=2")
     setup, config = make_setup(*overrides), compose_config([*TINY, *overrides])
-    run.create(setup, config, tmp_path / "whole")
-    list(run.run(setup, tmp_path / "whole"))
+    life.create(setup, config, tmp_path / "whole")
+    list(life.run(setup, tmp_path / "whole"))
     whole, number = files(tmp_path / "whole"), 1 - every
     while True:
         number += every
         run_dir = tmp_path / f"run{number}"
         fail_at(number, error)
         try:
-            run.create(setup, config, run_dir)
-            list(run.run(setup, run_dir))
+            life.create(setup, config, run_dir)
+            list(life.run(setup, run_dir))
             break
         except (OutputError, KilledError):
             pass
@@ -197,8 +198,8 @@ def test_whichever_operation_fails_the_run_goes_on_from_the_last_good_checkpoint
         rounds = folder.read_state(run_dir).state.round if run_dir.exists() else 0
         assert rounds <= 2
         if not run_dir.exists():
-            run.create(setup, config, run_dir)
-        list(run.run(run.reopen(run_dir) if every == 1 else setup, run_dir))
+            life.create(setup, config, run_dir)
+        list(life.run(life.reopen(run_dir) if every == 1 else setup, run_dir))
         assert files(run_dir) == whole, f"operation {number}"
         folder.check(run_dir)
         assert not list(tmp_path.glob(f".{run_dir.name}.*"))
@@ -210,8 +211,8 @@ def test_a_read_only_folder_of_a_killed_run_is_one_line(
 ) -> None:
     """What a resume removes and cuts first: each refusal is an OutputError, and nothing is lost by it."""
     setup, config = make_setup(), compose_config([*TINY])
-    run.create(setup, config, tmp_path / "run")
-    records = run.run(setup, tmp_path / "run")
+    life.create(setup, config, tmp_path / "run")
+    records = life.run(setup, tmp_path / "run")
     next(records), next(records)
     records.close()
     for name in (folder.RECORDS, folder.TIMINGS, "personal-0.f32"):
@@ -222,7 +223,7 @@ def test_a_read_only_folder_of_a_killed_run_is_one_line(
         shutil.copytree(tmp_path / "run", tmp_path / f"copy{number}")
         fail_at(number, PermissionError(errno.EROFS, "Read-only file system"))
         with pytest.raises(OutputError, match="Read-only"):
-            list(run.run(setup, tmp_path / f"copy{number}"))
+            list(life.run(setup, tmp_path / f"copy{number}"))
         fail_at(0, OSError())
         assert folder.load(tmp_path / f"copy{number}", setup.experiment.config_hash).state.round == 2
 
@@ -233,30 +234,30 @@ def test_what_another_process_left_half_made_is_removed_and_a_living_ones_is_not
     dead.join()
     for pid in (dead.pid, os.getppid()):
         (tmp_path / f".run.{pid}.new").mkdir()
-    run.create(make_setup(), compose_config([*TINY]), tmp_path / "run")
+    life.create(make_setup(), compose_config([*TINY]), tmp_path / "run")
     assert [path.name for path in tmp_path.glob(".run.*")] == [f".run.{os.getppid()}.new"]
 
 
 def test_of_two_that_make_the_same_folder_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one made it between this one's look and its rename."""
     setup, config = make_setup(), compose_config([*TINY])
-    run.create(setup, config, tmp_path / "run")
+    life.create(setup, config, tmp_path / "run")
     monkeypatch.setattr(Path, "exists", lambda self: False)
     with pytest.raises(CheckpointError, match="exists: continue it with"):
-        run.create(setup, config, tmp_path / "run")
+        life.create(setup, config, tmp_path / "run")
     assert not list(tmp_path.glob(".run.*"))
 
 
 def test_nothing_depends_on_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock jumps by years in both directions, at every look at it."""
-    run.create(make_setup(), compose_config([*TINY]), tmp_path / "calm")
-    list(run.run(make_setup(), tmp_path / "calm"))
+    life.create(make_setup(), compose_config([*TINY]), tmp_path / "calm")
+    list(life.run(make_setup(), tmp_path / "calm"))
     rng = random.Random(0)
     for name in ("time", "time_ns"):
         monkeypatch.setattr(time, name, lambda: rng.randrange(-(10**9), 10**10))
-    run.create(make_setup(), compose_config([*TINY]), tmp_path / "jumps")
-    records = run.run(make_setup(), tmp_path / "jumps")
+    life.create(make_setup(), compose_config([*TINY]), tmp_path / "jumps")
+    records = life.run(make_setup(), tmp_path / "jumps")
     next(records)
     records.close()
-    list(run.run(run.reopen(tmp_path / "jumps"), tmp_path / "jumps"))
+    list(life.run(life.reopen(tmp_path / "jumps"), tmp_path / "jumps"))
     assert files(tmp_path / "jumps") == files(tmp_path / "calm")

@@ -128,7 +128,7 @@ def test_a_trace_repeats_and_is_checked() -> None:
     for text, message in (
         ("round,device\n0,0\n", "line 1: column gain_db is missing"),
         ("round,device,gain_db\n0,0,x\n", "line 2: gain_db='x'"),
-        ("round,device,gain_db\n0,0,-90\n\n0,1,5000\n", r"line 4: gain_db='5000' .* \[-400, 100\]"),
+        ("round,device,gain_db\n0,0,-90\n\n0,1,5000\n", r"line 4: gain_db='5000' .* \[-250, 100\]"),
         ("round,device,gain_db\n0,0\n", "line 2: 2 values for 3 columns"),
         ("round,device,gain_db\n0,0,-90\n0,1,-90\n1,0,-90\n1,0,-90\n", "round 1, device 0 stands there twice"),
         ("round,device,gain_db\n0,0,-90\n0,1,-90\n1,0,-90\n", "round 1, device 1 is missing"),

@@ -1,0 +1,142 @@
+"""`compare`: methods, or an experiment's arms, on the same data, devices and channel draws."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedprune_cli.commands.look import print_comparison
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.errors import ConfigError, FedpruneError
+from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
+from fedprune_cli.terminal import note, status, tell_error
+
+if TYPE_CHECKING:
+    from fedprune_cli.config.experiment import Experiment
+    from fedprune_cli.many.side_by_side import Failure, Member
+
+
+def compare(
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to compare, joined by commas; default: the experiment's arms, or proposed,personalized."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each is run with every method.")] = "0",
+    out: Annotated[Path | None, typer.Option(help="Where the comparison goes; default: beside the runs.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at the same time, each on one core; 1: one by one; default: the cores."),
+    ] = None,
+    config_dir: ConfigDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run several methods on the same data, devices and channel draws, and report what each gains.
+
+    Finished runs are read and not run again; interrupted ones are continued. A run that fails is named, and the rest go on.
+    """
+    from fedprune_cli.config.words import parse_seeds
+    from fedprune_cli.execute import usable_cores
+
+    members = _members(overrides or [], config_dir, methods, parse_seeds(seeds))
+    with safe(lambda: SAME_COMMAND if any(member.run_dir.exists() for member in members) else NOTHING):
+        unfinished = [member for member in members if not member.finished]
+        if len(unfinished) < len(members):
+            note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
+        failures = _run_members(unfinished, min(jobs or usable_cores(), len(unfinished)))
+        failed = {failure.member.seed for failure in failures}
+        complete = [member for member in members if member.seed not in failed]
+        if complete:
+            digest = hashlib.sha256(" ".join(str(member.run_dir) for member in members).encode()).hexdigest()[:8]
+            print_comparison(
+                [member.run_dir for member in complete],
+                out or members[0].run_dir.parent / f"comparison-{digest}",
+                [member.arm for member in complete],
+                command=shlex.join(["fedprune", *sys.argv[1:]]),
+                missing=[str(failure) for failure in failures],
+                as_json=as_json,
+            )
+    if failures:
+        left_out = f"; left out of the report: seed {', '.join(map(str, sorted(failed)))}" if complete else ""
+        error = FedpruneError(f"{len(failures)} of {len(members)} runs failed, see above{left_out}")
+        error.exit_code = failures[0].exit_code
+        raise error
+
+
+def _members(overrides: list[str], config_dir: Path | None, methods: str | None, seeds: Sequence[int]) -> list[Member]:
+    """Returns what is compared, each configuration checked before the first one runs."""
+    from omegaconf import OmegaConf
+
+    from fedprune_cli.config.build import build_experiment
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.many.side_by_side import Member
+
+    if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides):
+        raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
+    arms = _arms(overrides, config_dir, methods)
+    chosen = [(arm, seed) for seed in seeds for arm in arms]
+    configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"], config_dir) for arm, seed in chosen]
+    experiments = [build_experiment(config) for config in configs]
+    return [
+        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), experiment.run_dir, _finished(experiment))
+        for (arm, seed), config, experiment in zip(chosen, configs, experiments, strict=True)
+    ]
+
+
+def _finished(experiment: Experiment) -> bool:
+    """Whether a member has nothing left to do; a damaged one has, and says so when it is begun."""
+    from fedprune_cli.errors import CheckpointError
+    from fedprune_cli.runs.life import is_done
+
+    try:
+        return is_done(experiment)
+    except CheckpointError:
+        return False
+
+
+def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
+    """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
+    from fedprune_cli.many.one import SHOWN
+    from fedprune_cli.many.side_by_side import run_members, run_one_by_one
+    from fedprune_cli.store.folder import read_summary
+
+    failures = []
+    side_by_side = jobs > 1
+    ended = run_members(members, jobs) if side_by_side else run_one_by_one(members, SHOWN)
+    with status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
+        for number, (member, failure) in enumerate(ended, start=1):
+            if failure is None:
+                accuracy = 100 * (read_summary(member.run_dir) or {})["final_accuracy"]
+                note(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
+            else:
+                failures.append(failure)
+                tell_error(failure)
+    return failures
+
+
+def _arms(overrides: list[str], config_dir: Path | None, methods: str | None) -> dict[str, list[str]]:
+    """Returns what to compare, name -> overrides: the methods named, else the experiment's arms, else the two of the headline."""
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.config.plain import plain
+    from fedprune_cli.config.words import parse_names
+
+    values = plain(compose_config(overrides, config_dir))
+    arms = (values.get("arms") if isinstance(values, dict) else None) or {}
+    if methods is not None or not arms:
+        return {
+            name: [f"method={name}"]
+            for name in parse_names("proposed,personalized" if methods is None else methods, "--methods")
+        }
+    if not isinstance(arms, dict) or not all(isinstance(of, list) for of in arms.values()):
+        raise ConfigError("arms: must map each name to a list of overrides, such as {tight: [deadline.fraction=0.3]}")
+    return {str(name): [str(override) for override in of] for name, of in arms.items() if isinstance(of, list)}

@@ -1,0 +1,62 @@
+"""One run from where it is to its end: the remaining rounds, then its report. Whoever runs one run or many runs them by this."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.backends.backend_agg  # noqa: F401  # reports are drawn with it: whether it can be loaded is known before a run begins
+
+from fedprune_cli import terminal
+from fedprune_cli.interrupt import NOTHING, safe
+from fedprune_cli.report.run import write_report
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.runs.life import run
+from fedprune_cli.store.record import RoundRecord
+
+
+@dataclass(frozen=True)
+class Display:
+    """How a run is shown while it goes on.
+
+    progress: (title, rounds) -> a function that shows each record; status: what is done meanwhile, in words.
+    """
+
+    progress: Callable[[str, int], AbstractContextManager[Callable[[RoundRecord], None]]]
+    status: Callable[[str], AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _unseen(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]:
+    yield lambda record: None
+
+
+@contextlib.contextmanager
+def _unsaid(text: str) -> Iterator[None]:
+    yield
+
+
+SHOWN = Display(terminal.progress, terminal.status)
+HIDDEN = Display(_unseen, _unsaid)
+
+
+@contextlib.contextmanager
+def resumable(run_dir: Path) -> Iterator[None]:
+    """While inside, an interruption says how this run is continued, once there is something to continue."""
+    with safe(lambda: f"every finished round is safe: fedprune resume {run_dir}" if run_dir.exists() else NOTHING):
+        yield
+
+
+def run_to_end(setup: Setup, run_dir: Path, display: Display = HIDDEN, *, wait: bool = False) -> Path:
+    """Takes the begun run in `run_dir` to its last round and writes its report; returns the report's page.
+
+    wait: for another process that is writing the run, instead of raising CheckpointError.
+    """
+    with display.progress(setup.experiment.method.name, setup.experiment.rounds) as seen:
+        for record in run(setup, run_dir, wait=wait):
+            seen(record)
+    with display.status("drawing the report"):
+        return write_report(run_dir)

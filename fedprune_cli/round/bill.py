@@ -1,0 +1,94 @@
+"""The bill of a round: modelled seconds, joules and bytes of what was really kept and encoded, at the true clocks and gains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune_cli.learn.prune import Masks
+from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.meter import Load, Measurement, build_load, downlink_s, measure
+from fedprune_cli.round.plan import Plan
+from fedprune_cli.round.roster import Roster
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.round.work import Results, Work
+from fedprune_cli.store.state import Array
+from fedprune_cli.wire.masks import encode_mask
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a round costs: those that trained u, `training` [A], and the frozen, `personal`, None where nobody is.
+
+    The broadcast goes on after those that train u, first served, until the last listener has u and the frozen ones their masks.
+    """
+
+    training: Measurement
+    personal: Measurement | None
+
+    @property
+    def all(self) -> Measurement:
+        """Of those that trained u and then of the frozen."""
+        return self.training if self.personal is None else self.training.joined(self.personal)
+
+    @property
+    def personal_s(self) -> float:
+        """When the last frozen device is done."""
+        return 0.0 if self.personal is None else float(self.personal.latency_s.max())
+
+
+def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Bill:
+    """Returns the bill; a device that died in mid-round is charged up to that moment."""
+    heard = roster.gain_linear[roster.training]
+    training = _charge_training(setup, plan, work, results, heard)
+    training = training.cut_short(work.fates.work, setup.scenario.fleet.tx_power_w[plan.devices])
+    if not results.personal_updates:
+        return Bill(training, None)
+    hears = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
+    return Bill(training, charge_frozen(setup, work.masks, roster.frozen, hears, training.bytes_down))
+
+
+def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, heard: Array) -> Measurement:
+    """Returns the cost of the admitted devices before fate cuts it short; heard: the gains of all that were asked."""
+    experiment, devices = setup.experiment, plan.devices
+    bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
+    load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
+    return measure(
+        load,
+        rate_bps=plan.allocation.rate_bps[plan.taking],
+        kept=share,
+        payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
+        bits_down=bits_down,
+        t_down_s=np.full(len(devices), downlink_s(experiment.meter, experiment.channel, heard, bits_down)),
+    )
+
+
+def charge_frozen(setup: Setup, masks: Masks, frozen: Array, hears: Array, bytes_down: float) -> Measurement:
+    """Returns the cost of frozen devices, which send nothing; hears: the gains of all that listen; bytes_down: broadcast before."""
+    experiment, size = setup.experiment, setup.blueprint.cost.shared_params
+    own_masks = _broadcast_bits(setup, masks, frozen) - BITS_PER_PARAM * size
+    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size) + own_masks
+    load, share = _load(setup, masks, frozen, [setup.personal_schedule(device) for device in frozen.tolist()])
+    return measure(
+        load,
+        rate_bps=np.zeros(len(frozen)),
+        kept=share,
+        payload_bytes=np.zeros(len(frozen)),
+        bits_down=bits_down,
+        t_down_s=np.full(len(frozen), downlink_s(experiment.meter, experiment.channel, hears, bits_down)),
+    )
+
+
+def _broadcast_bits(setup: Setup, masks: Masks, devices: Array) -> float:
+    """Returns the bits of u, and of the devices' masks where the server has to send them."""
+    codes = [encode_mask(masks.sent(device)) for device in devices.tolist()] if setup.blueprint.sends_masks else []
+    return float(BITS_PER_PARAM * setup.blueprint.cost.shared_params + 8 * sum(map(len, codes)))
+
+
+def _load(setup: Setup, masks: Masks, devices: Array, schedules: Sequence[Sequence[LocalPhase]]) -> tuple[Load, Array]:
+    """Returns what the devices compute, and which share of its shared part's work counts [K]."""
+    costs, share = masks.costs(setup.blueprint.layout, setup.blueprint.cost, devices)
+    return build_load(setup.scenario.fleet, devices, schedules, costs), share

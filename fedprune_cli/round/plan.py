@@ -1,0 +1,134 @@
+"""The plan of a round: bits, pruning ratios and bandwidths, chosen by what the server believes of devices and channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.problem import Allocation, Problem, rate
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.meter import build_load, build_problem, compress, downlink_s
+from fedprune_cli.round.roster import Roster
+from fedprune_cli.round.setup import Blueprint, Setup
+from fedprune_cli.serve.failsafe import with_margins
+from fedprune_cli.store.memory import Slots
+from fedprune_cli.store.state import Array
+from fedprune_cli.wire.masks import encode_mask
+from fedprune_cli.wire.quantize import BITS_PER_PARAM, bits_per_value
+from fedprune_cli.world.devices import Fleet
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What the server takes the devices of a round to be: their ids [K], the fleet [N] that they are of, gains and samples D_k [K]."""
+
+    ids: Array
+    fleet: Fleet
+    gain_linear: Array
+    samples: Array
+
+
+@dataclass(frozen=True)
+class RoundProblems:
+    """A round's allocation problem for each number of bits that a value may take on the uplink.
+
+    reference: the same without compression or margins, whose dense optimum is the unit of deadlines.
+    """
+
+    reference: Problem
+    by_bits: Mapping[int, Problem]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server decided.
+
+    bits: of a value on the uplink; problem: the one that was solved, by what the server believes; allocation: its answer, with the
+    rates that the bandwidths really give; reference: the round's problem at the true clocks and gains, without compression;
+    devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
+    """
+
+    bits: int
+    problem: Problem
+    allocation: Allocation
+    reference: Problem
+    devices: Array
+    ratios: Array
+
+    @property
+    def deadline_s(self) -> float:
+        """T, as given or stretched."""
+        return self.allocation.deadline_s
+
+    @property
+    def taking(self) -> Array:
+        """The places of the admitted devices among those that were asked, int [A]."""
+        return np.flatnonzero(self.allocation.admitted)
+
+
+def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
+    """Returns the plan of a round; raises InfeasibleError when the deadline cannot be met and the policy is `fail`."""
+    blueprint, faults = setup.blueprint, setup.experiment.faults
+    truth = _truth(setup, roster)
+    believed = truth
+    if faults.misjudges:
+        cpu_hz, gain = faults.estimate(setup.experiment.seed, roster.number, truth.fleet.cpu_hz, roster.gain_linear)
+        believed = replace(truth, fleet=replace(truth.fleet, cpu_hz=cpu_hz), gain_linear=gain[truth.ids])
+    problems = round_problems(blueprint, believed, roster.number, slots)
+    bits, allocation = choose(setup.experiment, problems, roster.number, slots)
+    reference = problems.reference
+    if faults.misjudges:
+        reference = round_problems(blueprint, truth, roster.number, slots).reference
+        allocation = replace(allocation, rate_bps=rate(allocation.bandwidth_hz, reference.snr_hz))
+    devices, ratios = roster.training[allocation.admitted], slots["prune_ratio"].copy()
+    ratios[devices] = allocation.prune_ratio[allocation.admitted]
+    return Plan(bits, problems.by_bits[bits], allocation, reference, devices, ratios)
+
+
+def _truth(setup: Setup, roster: Roster) -> Beliefs:
+    ids, scenario = roster.training, setup.scenario
+    return Beliefs(ids, scenario.fleet, roster.gain_linear[ids], scenario.partition.train.sizes[ids])
+
+
+def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: Slots) -> RoundProblems:
+    """Returns the allocation problems of round `number`, given what the run remembers in `slots`. One assembly serves every caller.
+
+    The downlink counts a bitmap for each mask that a device cannot derive; the code really sent is never longer.
+    """
+    experiment, size, ids = blueprint.experiment, blueprint.cost.shared_params, beliefs.ids
+    schedules = [blueprint.schedule(int(samples)) for samples in beliefs.samples.tolist()]
+    load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids))
+    flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
+    masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
+    gain = beliefs.gain_linear
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits)
+    weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
+    problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, blueprint.max_ratio)
+    elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
+    deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
+    problem = replace(problem, deadline_s=deadline_s, ids=ids)
+    widths = experiment.payload.bits
+    return RoundProblems(
+        problem, {bits: with_margins(compress(problem, bits_per_value(bits)), slots) for bits in widths}
+    )
+
+
+def choose(experiment: Experiment, problems: RoundProblems, number: int, slots: Slots) -> tuple[int, Allocation]:
+    """Returns the bits of a value and the allocation that goes with them: of several, the one that learns most in the time.
+
+    That is sum w_k x_k / (1 + omega_q / K), as `Payload` says. An allocation that had to stretch its deadline loses to one that did not.
+    """
+    options = {
+        bits: experiment.allocator.solve(problem, experiment.seed, number) for bits, problem in problems.by_bits.items()
+    }
+
+    def value(bits: int) -> tuple[float, float]:
+        allocation = options[bits]
+        noise = experiment.payload.noise(bits, int(allocation.admitted.sum()), slots)
+        return -max(allocation.deadline_s, problems.reference.deadline_s), allocation.objective / (1 + noise)
+
+    chosen = max(options, key=value)
+    return chosen, options[chosen]

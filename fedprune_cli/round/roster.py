@@ -1,0 +1,55 @@
+"""The roster of a round: who trains the shared part, who only the personalized one, and who is away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune_cli.rng import stream
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.serve.failsafe import quarantined
+from fedprune_cli.store.memory import Slots
+from fedprune_cli.store.state import Array
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who does what in a round.
+
+    number: of the round, from 0; gain_linear: every device's channel gain, float64 [N]; here: the training devices that are not in
+    outage; quarantined: those that the server shuts out; training: those that are to train the shared part, whom the allocation may
+    still turn away; frozen: those that train their personalized part only. All ids ascend, int64.
+    """
+
+    number: int
+    gain_linear: Array
+    here: Array
+    quarantined: Array
+    training: Array
+    frozen: Array
+
+
+def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
+    """Returns the roster of round `number`, given what the run remembers in `slots`.
+
+    All devices that can train u do so, or `devices.per_round` drawn of them. Those cannot that are in outage, frozen or in quarantine.
+    """
+    conditions = setup.scenario.at(number)
+    here = np.flatnonzero(conditions.available[: setup.scenario.num_devices])
+    away = quarantined(slots, number)
+    able = np.setdiff1d(here, away)
+    if "frozen" in slots:
+        able = able[slots["frozen"][able] == 0]
+    wanted = setup.experiment.devices.per_round
+    if wanted is not None and wanted < len(able):
+        able = np.sort(stream(setup.experiment.seed, "participants", number).choice(able, wanted, replace=False))
+    return Roster(number, conditions.gain_linear, here, away, able, _frozen(setup, here, slots))
+
+
+def _frozen(setup: Setup, here: Array, slots: Slots) -> Array:
+    """Returns those who no longer train u but have personal steps to take."""
+    idle = "frozen" not in slots or not setup.blueprint.cost.personal_params
+    if idle or not sum(phase.steps for phase in setup.personal_schedule(0)):
+        return np.zeros(0, dtype=np.int64)
+    return here[slots["frozen"][here] > 0]

@@ -1,0 +1,110 @@
+"""The work of a round: masks, one task per device, what fate has in store for it, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune_cli.execute import Executor
+from fedprune_cli.learn.batched import blocks, train_block
+from fedprune_cli.learn.client import Task, Update, train
+from fedprune_cli.learn.prune import Masks, build_masks
+from fedprune_cli.round.plan import Plan
+from fedprune_cli.round.roster import Roster
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.store.state import Array, State
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
+from fedprune_cli.world.faults import Fates, Moment
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the devices of a round are to do.
+
+    masks: of every device; tasks: of those that train u [A]; personal_tasks: of the frozen; fates: what befalls the former, at this
+    moment; pruning_error: ||u - u m_k||^2 of the former and then the latter, float64.
+    """
+
+    masks: Masks
+    tasks: Sequence[Task]
+    personal_tasks: Sequence[Task]
+    moment: Moment
+    fates: Fates
+    pruning_error: Array
+
+
+@dataclass(frozen=True)
+class Results:
+    """What came of it, in the order of the tasks: updates of u and v, and what the frozen made of their v alone."""
+
+    updates: Sequence[Update]
+    personal_updates: Sequence[Update]
+
+    @property
+    def all(self) -> list[Update]:
+        """Of those that trained u and then of the frozen."""
+        return [*self.updates, *self.personal_updates]
+
+
+def assign(setup: Setup, state: State, roster: Roster, plan: Plan) -> Work:
+    """Returns the round's work."""
+    experiment, devices = setup.experiment, plan.devices
+    masks = build_masks(experiment.pruner, state, plan.ratios, experiment.seed, setup.blueprint.layout)
+    moment = Moment(experiment.seed, state.round, experiment.rounds, setup.scenario.num_devices, devices)
+    return Work(
+        masks,
+        [training_task(setup, state, masks, device, plan.bits) for device in devices.tolist()],
+        personal_tasks(setup, state, masks, roster.frozen),
+        moment,
+        experiment.faults.draw(moment),
+        masks.dropped_norms(state.shared, np.concatenate([devices, roster.frozen])),
+    )
+
+
+def training_task(setup: Setup, state: State, masks: Masks, device: int, bits: int) -> Task:
+    """Returns a device's training task."""
+    return Task(
+        "training", state.round, device, state.shared, state.personal[device], masks.kept_by(device),
+        setup.schedule(device), bits, setup.experiment.faulty,
+    )  # fmt: skip
+
+
+def personal_tasks(setup: Setup, state: State, masks: Masks, frozen: Array) -> list[Task]:
+    """Returns the tasks of frozen devices, on what each kept of u when it last trained it."""
+    return [
+        replace(training_task(setup, state, masks, device, BITS_PER_PARAM), schedule=setup.personal_schedule(device))
+        for device in frozen.tolist()
+    ]
+
+
+def train_round(setup: Setup, work: Work, workers: Executor) -> Results:
+    """Returns what the devices made of their tasks; who died in mid-round keeps nothing of it."""
+    trained = zip(train_devices(setup, workers, work.tasks), work.tasks, work.fates.died, strict=True)
+    updates = [_undone(update, task) if died else update for update, task, died in trained]
+    return Results(updates, train_devices(setup, workers, work.personal_tasks))
+
+
+def train_devices(setup: Setup, workers: Executor, tasks: Sequence[Task]) -> list[Update]:
+    """Returns the devices' updates in the order of the tasks: small models side by side, others and slices one by one.
+
+    A device that diverged keeps its old personal part; that is an error except where faults may have led to it.
+    """
+    together = [task for task in tasks if setup.batched and task.kept.batchable]
+    sides = blocks(together, setup.experiment.training.block)
+    in_blocks = workers.map(train_block, sides, lambda side: len(side) * side[-1].steps) if sides else []
+    done = {update.device: update for block in in_blocks for update in block}
+    rest = [task for task in tasks if task.device not in done]
+    done |= {update.device: update for update in workers.map(train, rest, lambda task: task.steps)} if rest else {}
+    updates = [done[task.device] for task in tasks]
+    return [_undone(update, task) if _diverged(update) else update for update, task in zip(updates, tasks, strict=True)]
+
+
+def _undone(update: Update, task: Task) -> Update:
+    """Returns the update of a device that keeps nothing of what it trained: its personal part is the old one."""
+    return replace(update, personal=task.personal, train_loss=None, rounding_error=None)
+
+
+def _diverged(update: Update) -> bool:
+    return not (np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
