@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.errors import DataError, FedpruneError
-from fedprune_cli.round.table import answer, problem_from_config, problem_from_csv
+from fedprune_cli.round.table import allocate_first_round, answer, ask
 from fedprune_cli.runs.life import reopen
 
 
@@ -45,8 +45,7 @@ def test_json_is_all_that_is_printed_and_has_every_key() -> None:
 def test_the_first_round_of_a_run_is_what_allocate_says(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run")
     experiment = make_experiment()
-    problem = problem_from_config(experiment)
-    result = answer(problem, experiment.allocator.solve(problem, 0, 0))
+    result = answer(allocate_first_round(experiment), of_several=False)
     assert [device["prune_ratio"] for device in result["devices"]] == records[0]["devices"]["prune_ratio"]
 
 
@@ -112,7 +111,7 @@ def test_physical_columns_reproduce_the_fleet(tmp_path: Path) -> None:
             samples = len(setup.scenario.partition.train[k])
             writer.writerow([fleet.cpu_hz[k] / 1e9, fleet.cycles_per_flop[k], 23, samples, 10 * np.log10(gain[k])])
     experiment = make_experiment("channel.fading=none")
-    a, b = problem_from_csv(Path("fleet.csv"), experiment), problem_from_config(make_experiment())
+    a, b = ask(experiment, Path("fleet.csv")).problem, ask(make_experiment()).problem
     for name in ("shared_compute_s", "payload_bits", "snr_hz", "weight", "fixed_s"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-9)
 
@@ -171,9 +170,9 @@ def test_the_ladder_ranks_allocators_as_the_theory_does() -> None:
 def test_bad_rows_are_named_with_their_line(text: str, message: str) -> None:
     Path("bad.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        problem_from_csv(Path("bad.csv"), make_experiment())
+        ask(make_experiment(), Path("bad.csv")).problem
     with pytest.raises(DataError, match="No such file"):
-        problem_from_csv(Path("none.csv"), make_experiment())
+        ask(make_experiment(), Path("none.csv")).problem
     with pytest.raises(FedpruneError, match="unknown objective 'p3'"):
         call("allocate", "--objective", "p3")
 
