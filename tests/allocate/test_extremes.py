@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedprune_cli.allocate import ALLOCATORS, Allocator
-from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.deadline import dense_deadline, equal_dense_latency
 from fedprune_cli.allocate.problem import Allocation, Limits, Problem, energy, latency, upload_s
 from fedprune_cli.allocate.variants import frontier, min_latency
 from fedprune_cli.commands.app import app
@@ -173,7 +173,11 @@ def try_everything(count: int, seed: int, names: Sequence[str]) -> tuple[int, in
                 if policy == "stretch" and problem.limits is None:
                     check_who_is_dropped(name, problem, allocation)
                 sound += 1
-        check_frontier(problem)
+        assert np.isfinite(equal_dense_latency(problem))
+        try:
+            check_frontier(problem)
+        except FedpruneError as error:
+            check_refusal(error)
     return sound, refused
 
 
@@ -260,6 +264,8 @@ def test_the_unit_of_deadlines_is_finite_and_that_of_the_devices_with_a_link() -
     alone_s, alone_hz = dense_deadline(problem.take(np.array([0, 2])))
     assert deadline_s == alone_s
     np.testing.assert_array_equal(bandwidth_hz, [alone_hz[0], 0.0, alone_hz[1]])
+    assert equal_dense_latency(problem) == equal_dense_latency(problem.take(np.array([0, 2]))) > alone_s
+    assert equal_dense_latency(three(snr_hz=np.zeros(3))) == 0
     silent = three(snr_hz=np.zeros(3), payload_bits=np.array([0.0, 1e6, 1e6]))  # who has nothing to send needs no link
     assert dense_deadline(silent)[0] == 0.1
     ones, least_hz = np.ones(3), np.full(3, 15e6)
@@ -338,9 +344,9 @@ def test_tables_with_dead_links_are_answered() -> None:
     result = json.loads(call("allocate", "--devices", "dead.csv", "--json"))
     assert [device["binds"] for device in result["devices"]] == ["dropped", "deadline"]
     Path("weak.csv").write_text(
-        "cpu_ghz,cycles_per_flop,tx_power_dbm,samples,gain_db\n1,1,23,40,-300\n1,1,23,40,-300\n"
+        "cpu_ghz,cycles_per_flop,tx_power_dbm,samples,gain_db\n1,1,23,40,-250\n1,1,23,40,-250\n"
     )
     result = json.loads(call("allocate", "channel.fading=none", "--devices", "weak.csv", "--json"))
     assert "dropped devices 0, 1" in result["message"]
-    with pytest.raises(ConfigError, match=r"fractions: inf is not allowed"):
+    with pytest.raises(ConfigError, match=r"fractions 0.5,inf"):
         call("ladder", "devices.count=4", "--fractions", "0.5,inf")
