@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import Limits, Problem, rate
+from fedprune_cli.allocate.problem import NO_LINK, Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
@@ -77,11 +77,15 @@ def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase
 
 
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
-    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst gain; 0 if not metered."""
-    if not meter.downlink or payload_bits == 0:
+    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst link; 0 if not metered.
+
+    A device without a link hears nothing, and the broadcast does not wait for it.
+    """
+    snr_hz = channel.bs_power_w * gain / channel.noise_w_per_hz
+    snr_hz = snr_hz[snr_hz >= NO_LINK * channel.bandwidth_hz]
+    if not meter.downlink or payload_bits == 0 or not len(snr_hz):
         return 0.0
-    snr_hz = channel.bs_power_w * gain.min() / channel.noise_w_per_hz
-    return float(payload_bits / rate(np.array(channel.bandwidth_hz), np.array(snr_hz)))
+    return float(payload_bits / rate(np.array(channel.bandwidth_hz), snr_hz.min()))
 
 
 def build_problem(
