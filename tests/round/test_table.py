@@ -170,9 +170,9 @@ def test_the_ladder_ranks_allocators_as_the_theory_does() -> None:
 def test_bad_rows_are_named_with_their_line(text: str, message: str) -> None:
     Path("bad.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        ask(make_experiment(), Path("bad.csv")).problem
+        ask(make_experiment(), Path("bad.csv"))
     with pytest.raises(DataError, match="No such file"):
-        ask(make_experiment(), Path("none.csv")).problem
+        ask(make_experiment(), Path("none.csv"))
     with pytest.raises(FedpruneError, match="unknown objective 'p3'"):
         call("allocate", "--objective", "p3")
 
