@@ -4,7 +4,6 @@ Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, wit
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
-Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
 
