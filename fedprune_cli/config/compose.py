@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedprune_cli import CONF
 from fedprune_cli.config.experiment import Branch
 from fedprune_cli.config.overrides import check_overrides, parse_override
-from fedprune_cli.config.plain import leaves, plain
+from fedprune_cli.config.plain import leaves, merged, plain
 from fedprune_cli.config.refusals import explain, reason
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.store.files import read_yaml
@@ -84,7 +84,7 @@ def branch_config(config: DictConfig, overrides: Sequence[str], begun: Branch) -
 
     Raises ConfigError for a key that would change what the state means.
     """
-    branched = OmegaConf.merge(config, {"out": None, "branch": dataclasses.asdict(begun)})
+    branched = merged(config, {"out": None, "branch": dataclasses.asdict(begun)})
     known = [key for key in leaves(plain(config)) if key.split(".")[0] in BRANCH_KEYS]
     for override in overrides:
         parsed = parse_override(override)
@@ -97,5 +97,4 @@ def branch_config(config: DictConfig, overrides: Sequence[str], begun: Branch) -
             OmegaConf.update(branched, key, parsed.value())
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {reason(error)}") from None
-    assert isinstance(branched, DictConfig)
     return branched
