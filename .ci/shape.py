@@ -110,7 +110,7 @@ def registered_commands(module: Module) -> Iterator[str]:
     for node in ast.walk(module.tree):
         maker = node.func if isinstance(node, ast.Call) else None
         if isinstance(maker, ast.Call) and isinstance(maker.func, ast.Attribute) and maker.func.attr == "command":
-            for name in [one for argument in node.args for one in names_in(argument)]:  # type: ignore[attr-defined]
+            for name in [one for argument in node.args for one in names_in(argument)]:
                 yield from (homes.get(one, f"{module.name}.{one}") for one in loops.get(name, [name]))
 
 

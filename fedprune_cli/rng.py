@@ -37,6 +37,11 @@ def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
     """Returns the generator of one purpose; equal arguments give equal draws, anything else independent ones.
 
     A vector over devices is drawn in device-id order, so that more devices extend it and never change it.
+
+    >>> bool((stream(0, "fleet").random(3) == stream(0, "fleet").random(9)[:3]).all())
+    True
+    >>> bool(stream(0, "batch", 1, 2).random() == stream(0, "batch", 2, 1).random())
+    False
     """
     # as plain entropy, (seed, purpose) and (seed, purpose, 0) would be the same: trailing zeros do not count there
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_KEYS[purpose], *ids))))

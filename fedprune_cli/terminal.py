@@ -25,28 +25,27 @@ if TYPE_CHECKING:
 FRAME = 3  # columns of a terminal that a table's frame takes for each of its own, and one more for its end
 SHORTEST = 8  # to which words are broken before numbers have no room
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+ROUND_S = 0.2  # between lines of rounds where there is no terminal
 EVERY_S = 2.0  # between lines of progress where there is no terminal
 GLANCE_S = 0.5  # between looks at what others have done
 
 
-def be_quiet(quiet: bool) -> None:
-    """Whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
+def be_quiet(quiet: bool) -> bool:
+    """Sets and returns whether only errors are to be seen from here on; raises OutputError when more is, and stdout cannot take it."""
     _quiet.set(quiet)
     need_stdout(not quiet)
+    return quiet
 
 
-def need_stdout(needed: bool) -> None:
-    """Raises OutputError, before anything is done, when what is `needed` is there for nobody: stdout is closed or full."""
-    if not needed:
-        return
-    try:
+def need_stdout(needed: bool) -> bool:
+    """Returns whether stdout is `needed`; raises OutputError, before anything is done, when it is and is closed or full."""
+    with contextlib.suppress(ValueError, io.UnsupportedOperation):  # held in memory
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # held in memory
-        return
-    try:
-        os.write(descriptor, b"")
-    except OSError as error:
-        raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
+        try:
+            os.write(descriptor, b"") if needed else None
+        except OSError as error:
+            raise OutputError(f"cannot write to stdout: {error.strerror}; --quiet needs none") from None
+    return needed
 
 
 def hold_streams() -> None:
@@ -318,7 +317,10 @@ def counting(text: str, count: Callable[[], int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]:
-    """Yields a function that shows a record, of `rounds` in all: a live bar on a terminal, else a line every two seconds at most."""
+    """Yields a function that shows a record, of `rounds` in all: a live bar on a terminal, else a line per round as it comes.
+
+    Rounds that follow each other faster than five a second share a line. A round of which every update was refused has one anyway.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -336,7 +338,13 @@ def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]
         )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=rounds, figures="")
-            yield lambda record: bar.update(task, completed=record.round, figures=figures_of(record))
+
+            def advance(record: RoundRecord) -> None:
+                bar.update(task, completed=record.round, figures=figures_of(record))
+                if refused := all_refused(record):
+                    bar.console.print(refused)
+
+            yield advance
         return
     started = shown = time.monotonic()
     first = 0
@@ -345,12 +353,22 @@ def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]
         nonlocal shown, first
         first = first or record.round - 1
         now, left = time.monotonic(), rounds - record.round
-        if now - shown >= EVERY_S or not left:
+        if now - shown >= ROUND_S or not left:
             shown = now
             eta = (now - started) / (record.round - first) * left
             note(f"round {record.round}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
+        if refused := all_refused(record):
+            note(refused)
 
     yield line
+
+
+def all_refused(record: RoundRecord) -> str:
+    """Returns a line about a round of which every update was refused, nothing for any other."""
+    log, trained = record.faults, len(record.devices.id)
+    if log is None or not trained or len(log.refused) < trained:
+        return ""
+    return f"round {record.round}: all {trained} updates were refused; the shared part stays as it was"
 
 
 def figures_of(record: RoundRecord) -> str:

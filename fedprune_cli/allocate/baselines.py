@@ -14,25 +14,32 @@ from fedprune_cli.allocate.policy import (
     Settled,
     as_policy,
     build_allocation,
+    leave_out,
     listed,
     nobody,
     settle,
     solve_under_policy,
+    with_deadline,
 )
 from fedprune_cli.allocate.problem import (
     TIGHT,
     Allocation,
     Problem,
     energy,
+    fit_band,
+    kept_fraction,
     kept_on,
     latency,
+    rate,
     required_bandwidth,
     upload_s,
 )
 from fedprune_cli.allocate.variants import min_latency, min_max
-from fedprune_cli.errors import InfeasibleError, require
+from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
+
+LOOSE = 1e-6  # of the whole model: how far below its least a conic solver may leave a device
 
 
 class Allocator(Protocol):
@@ -92,7 +99,10 @@ class MinLatency:
         require(0 <= self.mean_ratio <= 1, "mean_ratio", self.mean_ratio, "in [0, 1]")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        at = replace(problem, deadline_s=min_latency(problem, self.mean_ratio))
+        settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
+        if not settled.admitted.any():
+            return nobody(problem, _ending(settled, 0.0))
+        at = replace(problem, deadline_s=min_latency(settled.feasible, self.mean_ratio))
         return solve_under_policy(at, "stretch", solve_p1, least_feasible, exact=True)
 
 
@@ -108,9 +118,12 @@ class Fixed:
         require(0 <= self.ratio <= 1, "ratio", self.ratio, "in [0, 1]")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        kept = np.full(len(problem.weight), 1 - self.ratio)
-        deadline_s, bandwidth_hz = least_deadline(problem, kept)
-        return _everyone(self.name, replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
+        settled = leave_out(problem, ~problem.linked & (self.ratio < 1))
+        if not settled.admitted.any():
+            return nobody(problem, _ending(settled, 0.0))
+        kept = np.full(len(settled.feasible.weight), 1 - self.ratio)
+        deadline_s, bandwidth_hz = least_deadline(settled.feasible, kept)
+        return _whatever_the_deadline(self.name, problem, _ending(settled, deadline_s), kept, bandwidth_hz)
 
 
 @dataclass(frozen=True)
@@ -132,26 +145,42 @@ class DenseEqual:
     prunes: ClassVar[bool] = False
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        kept, bandwidth_hz = np.ones(len(problem.weight)), equal_share(problem)
-        deadline_s = float(latency(problem, kept, bandwidth_hz).max())
-        return _everyone(self.name, replace(problem, deadline_s=deadline_s), kept, bandwidth_hz)
+        settled = leave_out(problem, ~problem.linked)
+        if not settled.admitted.any():
+            return nobody(problem, _ending(settled, 0.0))
+        bandwidth_hz = equal_share(settled.feasible)
+        kept = np.ones(len(bandwidth_hz))
+        deadline_s = float(latency(settled.feasible, kept, bandwidth_hz).max())
+        return _whatever_the_deadline(self.name, problem, _ending(settled, deadline_s), kept, bandwidth_hz)
 
 
-def _everyone(name: str, problem: Problem, kept: Array, bandwidth_hz: Array) -> Allocation:
-    """Returns the allocation of all devices; raises InfeasibleError when it breaks a limit that this allocator does not look at."""
-    if problem.limits is not None:
-        joules = energy(problem.limits, kept, upload_s(problem, kept, bandwidth_hz))
-        over = joules > problem.limits.energy_budget_j * (1 + TIGHT)
-        if over.any() or bandwidth_hz.sum() > problem.bandwidth_hz * (1 + TIGHT):
-            broken = (
-                f"the energy budget of devices {listed(problem.names[over])}" if over.any() else "the total bandwidth"
-            )
+def _ending(settled: Settled, deadline_s: float) -> Settled:
+    """Returns the settled round with the deadline at which it ends by itself."""
+    return replace(settled, feasible=replace(settled.feasible, deadline_s=deadline_s))
+
+
+def _whatever_the_deadline(
+    name: str, problem: Problem, settled: Settled, kept: Array, bandwidth_hz: Array
+) -> Allocation:
+    """Returns the allocation of an allocator that chooses no ratios; raises InfeasibleError when it breaks a limit."""
+    feasible = settled.feasible
+    if (limits := feasible.limits) is not None:
+        over = energy(limits, kept, upload_s(feasible, kept, bandwidth_hz)) > limits.energy_budget_j * (1 + TIGHT)
+        crowded = bandwidth_hz.sum() > feasible.bandwidth_hz * (1 + TIGHT)
+        crowded |= bool((bandwidth_hz < feasible.least_hz * (1 - TIGHT)).any())
+        if feasible.deadline_s == np.inf:
+            over |= np.isinf(required_bandwidth(feasible, kept))
+            crowded = True
+        if over.any() or crowded:
+            broken, knob = "the total bandwidth", "lower devices.min_bandwidth_mhz"
+            if over.any():
+                broken = f"the energy budget of devices {listed(feasible.names[over])}"
+                knob = "raise devices.energy_budget_j"
             raise InfeasibleError(
                 f"allocator {name!r} does not choose ratios and breaks {broken}: choose an allocator that aims at a deadline, "
-                "such as kkt, or raise devices.energy_budget_j"
+                f"such as kkt, or {knob}"
             )
-    everyone = Settled(problem, np.ones(len(kept), dtype=bool), "feasible", "")
-    return build_allocation(problem, everyone, kept, bandwidth_hz, 0.0, None)
+    return build_allocation(problem, settled, kept, bandwidth_hz, 0.0, None)
 
 
 def equal_share(problem: Problem) -> Array:
@@ -183,7 +212,7 @@ class CommonRatio(_AimsAtDeadline):
     """Equal bandwidth and one ratio for all: the least with which the slowest device meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        settled = settle(problem, self.policy, _least_equal)
+        settled = settle(with_deadline(problem), self.policy, _least_equal)
         if not settled.admitted.any():
             return nobody(problem, settled)
         bandwidth_hz = equal_share(settled.feasible)
@@ -254,19 +283,31 @@ class RandomShares(_AimsAtDeadline):
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
     """Takes back what rounding handed out too much, and what is above a device's limit."""
-    bandwidth_hz = np.minimum(bandwidth_hz, problem.most_hz)
-    return (
-        bandwidth_hz * min(problem.bandwidth_hz / bandwidth_hz.sum(), 1.0) if bandwidth_hz.sum() > 0 else bandwidth_hz
-    )
+    return fit_band(problem, np.minimum(bandwidth_hz, problem.most_hz))
 
 
 @dataclass(frozen=True)
 class Cvxpy(_AimsAtDeadline):
-    """P1 by cvxpy and Clarabel: the independent reference, slower and less exact than `kkt`."""
+    """P1 by cvxpy and Clarabel: the independent reference, slower and less exact than `kkt`, and not able to solve every round.
+
+    Raises ConfigError when the conic solver fails or ends with a device more than LOOSE of the model below its least.
+    """
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        return solve_under_policy(problem, self.policy, self._solve, least_feasible, exact=False)
+
+    def _solve(self, problem: Problem) -> tuple[Array, float]:
         from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
-        return solve_under_policy(
-            problem, self.policy, lambda p: (solve_p1_cvxpy(p)[1], 0.0), least_feasible, exact=False
-        )
+        try:
+            _, bandwidth_hz = solve_p1_cvxpy(problem)
+        except CertificateError as error:
+            raise ConfigError(f"allocator.name={self.name}: {error}; choose allocator=kkt", key="name") from None
+        short = problem.min_kept - kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz))
+        if not (short <= LOOSE).all():
+            raise ConfigError(
+                f"allocator.name={self.name}: cvxpy leaves device {problem.names[int(np.argmax(short))]} {short.max():.3g} of the model "
+                "below its least; choose allocator=kkt",
+                key="name",
+            )
+        return bandwidth_hz, 0.0

@@ -164,9 +164,21 @@ def least_feasible(problem: Problem) -> float:
 def dense_deadline(problem: Problem) -> tuple[float, Array]:
     """Returns the latency of the latency-optimal round without pruning, and its bandwidths [K] (model.md, section 4).
 
-    It is the unit of deadlines, so energy budgets, which may forbid a dense round at any deadline, do not count in it.
+    It is the unit of deadlines, and therefore finite: devices without a link are left out of it (0 when no device is left), energy
+    budgets, which may forbid a dense round at any deadline, do not count in it, nor do least bandwidths that exceed the band together.
     """
-    if problem.limits is not None:
-        unbounded = np.full(len(problem.weight), np.inf)
-        problem = replace(problem, limits=replace(problem.limits, energy_budget_j=unbounded))
-    return least_deadline(problem, np.ones(len(problem.weight)))
+    linked = problem.linked
+    if not linked.all():
+        deadline_s, bandwidth_hz = 0.0, np.zeros(len(linked))
+        if linked.any():
+            deadline_s, bandwidth_hz[linked] = dense_deadline(problem.take(np.flatnonzero(linked)))
+        return deadline_s, bandwidth_hz
+    everything = np.ones(len(problem.weight))
+    if problem.limits is None:
+        return least_deadline(problem, everything)
+    limits = replace(problem.limits, energy_budget_j=np.full(len(everything), np.inf))
+    deadline_s, bandwidth_hz = least_deadline(replace(problem, limits=limits), everything)
+    if deadline_s == np.inf:
+        limits = replace(limits, min_bandwidth_hz=np.zeros(len(everything)))
+        deadline_s, bandwidth_hz = least_deadline(replace(problem, limits=limits), everything)
+    return deadline_s, bandwidth_hz

@@ -36,7 +36,6 @@ from fedprune_cli.allocate.problem import (
 )
 from fedprune_cli.store.state import Array
 
-TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
 SAMPLE = 4_096  # devices that guess the price for a much larger number
 
 
@@ -251,7 +250,9 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     primal = max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
         float((bandwidth_hz / problem.most_hz).max()) - 1,
-        float((1 - bandwidth_hz / np.maximum(problem.least_hz, 1e-300)).max(initial=0.0, where=problem.least_hz > 0)),
+        float(
+            (1 - np.divide(bandwidth_hz, problem.least_hz, out=np.ones(len(kept)), where=problem.least_hz > 0)).max()
+        ),
         float(late.max()),
         float((kept - 1).max()),
         float((floor - kept).max()),

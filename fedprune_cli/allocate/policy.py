@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 
 from fedprune_cli.allocate.deadline import least_feasible
-from fedprune_cli.allocate.kkt import TOLERANCE, certify
+from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.problem import (
     TIGHT,
+    TOLERANCE,
     Allocation,
     Certificate,
     Problem,
@@ -22,7 +23,7 @@ from fedprune_cli.allocate.problem import (
     required_bandwidth,
     resources,
 )
-from fedprune_cli.errors import CertificateError, InfeasibleError, require
+from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
 Policy = Literal["stretch", "drop", "fail"]
@@ -55,6 +56,38 @@ def has_room(problem: Problem) -> bool:
     return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
 
 
+def keeps_least(problem: Problem) -> bool:
+    """Whether the devices really keep their least, to a certificate's tolerance, on bandwidths that fit.
+
+    Where a deadline is many times what a device's upload may take of it, its last digit decides how much bandwidth that needs.
+    """
+    if not np.isfinite(required_bandwidth(problem, problem.min_kept).sum()):
+        return False
+    if has_room(problem):
+        return True
+    bandwidth_hz, price = solve_p1(problem)
+    return certify(problem, kept_on(problem, bandwidth_hz), bandwidth_hz, price).holds
+
+
+def can_meet(problem: Problem, least_s: float, least: Least) -> bool:
+    """Whether the problem's deadline is at least `least_s`, and that in digits and not only in theory."""
+    if least_s == np.inf or least_s > problem.deadline_s * (1 + TIGHT):
+        return False
+    return least is not least_feasible or problem.deadline_s == np.inf or keeps_least(problem)
+
+
+def _stretched(problem: Problem, least_s: float, least: Least) -> Problem:
+    """Returns the problem with the deadline `least_s`, or as many last digits later as it takes to meet it."""
+    later, step_s = replace(problem, deadline_s=least_s), float(np.spacing(least_s))
+    while not can_meet(later, least_s, least):
+        if step_s > least_s:
+            raise InfeasibleError(
+                f"no deadline can be computed for devices {listed(problem.names)}: their figures are too far apart"
+            )
+        later, step_s = replace(problem, deadline_s=least_s + step_s), 2 * step_s
+    return later
+
+
 def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
     """Returns what the policy for infeasible rounds makes of a problem.
 
@@ -66,7 +99,7 @@ def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
     if least is least_feasible and has_room(problem):
         return Settled(problem, everyone, "feasible", "")
     feasible_s = least(problem)
-    if feasible_s <= problem.deadline_s * (1 + TIGHT) and feasible_s < np.inf:
+    if can_meet(problem, feasible_s, least):
         return Settled(problem, everyone, "feasible", "")
     missing = _missing(problem, feasible_s)
     if policy == "fail":
@@ -75,24 +108,36 @@ def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
             knobs += ", devices.max_bandwidth_mhz or devices.energy_budget_j"
         raise InfeasibleError(f"{missing}: raise {knobs}, or choose allocator.on_infeasible=stretch or drop")
     if policy == "stretch" and feasible_s < np.inf:
-        stretched = replace(problem, deadline_s=feasible_s)
-        return Settled(stretched, everyone, "stretched", f"{missing}: stretched to {feasible_s:.6g} s")
+        stretched = _stretched(problem, feasible_s, least)
+        return Settled(stretched, everyone, "stretched", f"{missing}: stretched to {stretched.deadline_s:.6g} s")
     if policy == "stretch":
         admitted, bound = _largest_set(replace(problem, deadline_s=np.inf), least)
     else:
         admitted, bound = _largest_set(problem, least)
     message = f"{missing}: {_dropped(problem, admitted, bound)}"
     rest = problem.take(np.flatnonzero(admitted)) if admitted.any() else problem
-    if policy == "stretch" and admitted.any() and (rest_s := least(rest)) > problem.deadline_s * (1 + TIGHT):
-        later = replace(rest, deadline_s=rest_s)
-        return Settled(later, admitted, "stretched", f"{message}; stretched to {rest_s:.6g} s")
+    if policy == "stretch" and admitted.any() and not can_meet(rest, rest_s := least(rest), least):
+        later = _stretched(rest, rest_s, least)
+        return Settled(later, admitted, "stretched", f"{message}; stretched to {later.deadline_s:.6g} s")
     return Settled(rest, admitted, "dropped", message)
+
+
+def leave_out(problem: Problem, gone: Array) -> Settled:
+    """Returns a round without the devices `gone` (bool [K]), whom nothing helps: what an allocator without a policy makes of them."""
+    if not gone.any():
+        return Settled(problem, ~gone, "feasible", "")
+    message = f"no bandwidth helps devices {listed(problem.names[gone])}: {_dropped(problem, ~gone, 0.0)}"
+    return Settled(problem if gone.all() else problem.take(np.flatnonzero(~gone)), ~gone, "dropped", message)
 
 
 def _missing(problem: Problem, feasible_s: float) -> str:
     """Says what an infeasible round lacks."""
     floor_hz = required_bandwidth(problem, problem.min_kept)
-    hopeless = np.flatnonzero(~np.isfinite(floor_hz))
+    hopeless = np.flatnonzero(np.isinf(floor_hz))
+    if feasible_s == np.inf:
+        always_hz = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
+        if np.isinf(always_hz).any():  # not those whom a later deadline would help
+            hopeless = np.flatnonzero(np.isinf(always_hz))
     missing_hz = floor_hz.sum() - problem.bandwidth_hz
     text = f"for devices that may drop {problem.max_ratio.max():.3g} of the shared part "
     if feasible_s < np.inf:
@@ -109,12 +154,13 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
     floor_hz = required_bandwidth(problem, problem.min_kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = floor_hz / problem.weight
-    order = np.argsort(np.where(np.isnan(cost), 0.0, cost), kind="stable")
+    # those whom nothing helps stand behind those without a weight
+    order = np.lexsort((np.where(np.isnan(cost), 0.0, cost), np.isinf(floor_hz)))
     fits, too_many = 0, len(order)  # by bisection: one more device never makes room
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        least_s = least(problem.take(order[:count]))
-        if least_s < np.inf and least_s <= problem.deadline_s * (1 + TIGHT):
+        some = problem.take(order[:count])
+        if can_meet(some, least(some), least):
             fits = count
         else:
             too_many = count
@@ -144,20 +190,27 @@ def solve_under_policy(problem: Problem, policy: Policy, solve: Solve, least: Le
 
     Every device keeps all that its bandwidth allows. Raises CertificateError when an exact solution is not what it claims.
     """
-    settled = settle(problem, policy, least)
+    settled = settle(with_deadline(problem), policy, least)
     if not settled.admitted.any():
         return nobody(problem, settled)
     feasible = settled.feasible
     bandwidth_hz, price = solve(feasible)
     kept = kept_on(feasible, bandwidth_hz)
     certificate = certify(feasible, kept, bandwidth_hz, price) if exact else None
-    if certificate and not max(certificate.residual, abs(certificate.gap)) <= TOLERANCE:
+    if certificate and not certificate.holds:
         raise CertificateError(
             f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
         )
     if exact and settled.status == "feasible":
         settled = replace(settled, status="optimal")
     return build_allocation(problem, settled, kept, bandwidth_hz, price, certificate)
+
+
+def with_deadline(problem: Problem) -> Problem:
+    """Returns the problem; raises ConfigError when its deadline is open."""
+    if problem.deadline_s == np.inf:
+        raise ConfigError("deadline_s=inf: must be finite for an allocator that aims at it")
+    return problem
 
 
 def nobody(problem: Problem, settled: Settled) -> Allocation:

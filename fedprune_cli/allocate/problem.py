@@ -16,6 +16,25 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
 TIGHT = 1e-12  # relative slack within which a bound counts as met
+TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
+SMALLEST, LARGEST = 1e-40, 1e40  # of a figure that is not 0: no product or square that follows from it overflows
+LATEST = 1e100  # seconds: what the largest payload takes at the least rate
+NO_LINK = 1e-9  # a signal below this share of the noise in the whole band (-90 dB) carries nothing
+IN_RANGE = f"(0, or {SMALLEST:g} to {LARGEST:g})"
+
+
+def in_range(values: Array) -> Array:
+    """Whether figures are 0 or of a size that the equations can be computed with; False for NaN."""
+    return (values == 0) | ((values >= SMALLEST) & (values <= LARGEST))
+
+
+def refuse_first(name: str, values: Array, good: Array, allowed: str, names: Array) -> None:
+    """Raises ConfigError naming the first device whose value is not `good`, if any, and what is `allowed`."""
+    if good.shape != names.shape:
+        raise ConfigError(f"{name}: {good.shape} entries for {len(names)} devices")
+    if not good.all():
+        at = int(np.flatnonzero(~good)[0])
+        raise ConfigError(f"device {names[at]}, {name}={values[at]}: must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -38,21 +57,19 @@ class Limits:
     tx_power_w: Array
 
     def __post_init__(self) -> None:
-        size = len(self.tx_power_w)
+        devices, endless, amount = np.arange(len(self.tx_power_w)), np.isinf, f"finite and >= 0 {IN_RANGE}"
         for name, allowed, good in (
-            ("min_bandwidth_hz", "finite and >= 0", np.isfinite(self.min_bandwidth_hz) & (self.min_bandwidth_hz >= 0)),
+            ("min_bandwidth_hz", amount, in_range(self.min_bandwidth_hz)),
             ("max_bandwidth_hz", "> 0 and at least the minimum",
-             (self.max_bandwidth_hz > 0) & (self.max_bandwidth_hz >= self.min_bandwidth_hz)),
-            ("energy_budget_j", ">= 0", self.energy_budget_j >= 0),
-            ("shared_energy_j", "finite and >= 0", np.isfinite(self.shared_energy_j) & (self.shared_energy_j >= 0)),
-            ("fixed_energy_j", "finite and >= 0", np.isfinite(self.fixed_energy_j) & (self.fixed_energy_j >= 0)),
-            ("tx_power_w", "finite and > 0", np.isfinite(self.tx_power_w) & (self.tx_power_w > 0)),
+             ((self.max_bandwidth_hz >= SMALLEST) & (self.max_bandwidth_hz <= LARGEST) | endless(self.max_bandwidth_hz))
+             & (self.max_bandwidth_hz >= self.min_bandwidth_hz)),
+            ("energy_budget_j", f">= 0 {IN_RANGE}",
+             in_range(self.energy_budget_j) | (endless(self.energy_budget_j) & (self.energy_budget_j > 0))),
+            ("shared_energy_j", amount, in_range(self.shared_energy_j)),
+            ("fixed_energy_j", amount, in_range(self.fixed_energy_j)),
+            ("tx_power_w", "finite and > 0", in_range(self.tx_power_w) & (self.tx_power_w > 0)),
         ):  # fmt: skip
-            if good.shape != (size,):
-                raise ConfigError(f"{name}: {good.shape} entries for {size} devices")
-            if not good.all():
-                at = int(np.flatnonzero(~good)[0])
-                raise ConfigError(f"device {at}, {name}={getattr(self, name)[at]}: must be {allowed}")
+            refuse_first(name, getattr(self, name), good, allowed, devices)
 
     def take(self, index: Array) -> Limits:
         """Returns the limits of some of the devices."""
@@ -66,7 +83,8 @@ class Problem:
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
     bandwidth_hz B; deadline_s T, infinite when open; ids: the devices' names in messages, int [K], their positions when None;
-    limits: None when there are none. Raises ConfigError naming the first bad entry.
+    limits: None when there are none. A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
+    Raises ConfigError naming the first bad entry.
     """
 
     shared_compute_s: Array
@@ -86,21 +104,21 @@ class Problem:
             raise ConfigError("an allocation problem needs at least one device")
         if self.limits is not None and len(self.limits.tx_power_w) != size:
             raise ConfigError(f"limits: {len(self.limits.tx_power_w)} entries for {size} devices")
-        for field in fields(self)[:-2]:
-            values = np.atleast_1d(getattr(self, field.name))
-            if field.name not in ("bandwidth_hz", "deadline_s") and values.shape != (size,):
-                raise ConfigError(f"{field.name}: {values.shape} entries for {size} devices")
-            top = 1.0 if field.name == "max_ratio" else np.inf
-            good = (values >= 0) & (values <= top) & (np.isfinite(values) | (field.name == "deadline_s"))
-            if not good.all():
-                at = int(np.flatnonzero(~good)[0])
-                where = (
-                    f"device {at}, " if len(values) == size and field.name not in ("bandwidth_hz", "deadline_s") else ""
-                )
-                allowed = "in [0, 1]" if top == 1.0 else "finite and >= 0"
-                raise ConfigError(f"{where}{field.name}={values[at]}: must be {allowed}")
-        if self.bandwidth_hz == 0:
-            raise ConfigError("bandwidth_hz=0: must be > 0")
+        if not SMALLEST <= self.bandwidth_hz <= LARGEST:
+            raise ConfigError(
+                f"bandwidth_hz={self.bandwidth_hz:g}: must be > 0 and finite ({SMALLEST:g} to {LARGEST:g})"
+            )
+        if not (self.deadline_s == 0 or SMALLEST <= self.deadline_s <= LATEST or self.deadline_s == np.inf):
+            raise ConfigError(f"deadline_s={self.deadline_s}: must be >= 0 (0, or {SMALLEST:g} to {LATEST:g})")
+        amount = f"finite and >= 0 {IN_RANGE}"
+        for name in ("shared_compute_s", "payload_bits", "fixed_s", "weight"):
+            refuse_first(name, getattr(self, name), in_range(getattr(self, name)), amount, self.names)
+        refuse_first("snr_hz", self.snr_hz, (self.snr_hz >= 0) & (self.snr_hz <= LARGEST), amount, self.names)
+        good = (self.max_ratio >= 0) & (self.max_ratio <= 1)
+        refuse_first("max_ratio", self.max_ratio, good, "in [0, 1]", self.names)
+        weak = (self.snr_hz > 0) & (self.snr_hz < NO_LINK * self.bandwidth_hz)
+        if weak.any():
+            object.__setattr__(self, "snr_hz", np.where(weak, 0.0, self.snr_hz))
 
     @property
     def min_kept(self) -> Array:
@@ -113,6 +131,11 @@ class Problem:
         limits = None if self.limits is None else self.limits.take(index)
         chosen = {name: getattr(self, name)[index] for name in arrays}
         return replace(self, ids=self.names[index], limits=limits, **chosen)
+
+    @property
+    def linked(self) -> Array:
+        """Whether each device can send what it has to, bool [K]: it has a link, or nothing to send."""
+        return (self.snr_hz > 0) | (self.payload_bits == 0)
 
     @property
     def names(self) -> Array:
@@ -150,6 +173,11 @@ class Certificate:
     def residual(self) -> float:
         """The largest of the four residuals."""
         return max(self.primal, self.stationarity, self.dual, self.slackness)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the residuals and the gap are within the tolerance; False where one is NaN."""
+        return max(self.residual, abs(self.gap)) <= TOLERANCE
 
 
 Status = Literal["optimal", "feasible", "stretched", "dropped"]
@@ -258,6 +286,20 @@ def most_kept(problem: Problem) -> Array:
     """Returns the most that each device could keep with the whole band to itself [K]."""
     everything = np.where(problem.payload_bits > 0, problem.most_hz, 0.0)
     return np.minimum(1.0, kept_fraction(problem, rate(everything, problem.snr_hz)))
+
+
+def fit_band(problem: Problem, bandwidth_hz: Array) -> Array:
+    """Returns bandwidths [K] that the band has room for: all scaled down alike, or what they have above their least."""
+    total_hz = bandwidth_hz.sum()
+    if total_hz <= problem.bandwidth_hz:
+        return bandwidth_hz
+    scaled_hz = bandwidth_hz * (problem.bandwidth_hz / total_hz)
+    least_hz = problem.least_hz
+    if (scaled_hz >= least_hz * (1 - TOLERANCE)).all():
+        return scaled_hz
+    above_hz = np.maximum(bandwidth_hz - least_hz, 0.0)
+    room_hz = max(problem.bandwidth_hz - least_hz.sum(), 0.0)
+    return least_hz + above_hz * min(room_hz / max(above_hz.sum(), SMALLEST), 1.0)
 
 
 def required_rate(problem: Problem, kept: Array) -> Array:

@@ -9,10 +9,12 @@ import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.kkt import solve_p1
-from fedprune_cli.allocate.policy import solve_under_policy
-from fedprune_cli.allocate.problem import TIGHT, Problem, kept_on, most_kept, required_bandwidth, resources
-from fedprune_cli.errors import InfeasibleError
+from fedprune_cli.allocate.policy import can_meet, listed, settle, solve_under_policy
+from fedprune_cli.allocate.problem import TIGHT, Problem, fit_band, kept_on, most_kept, required_bandwidth, resources
+from fedprune_cli.errors import ConfigError, InfeasibleError
 from fedprune_cli.store.state import Array
+
+MAX_FRACTION = 1e6  # of the dense optimum
 
 
 def min_max(problem: Problem) -> tuple[Array, float]:
@@ -34,48 +36,72 @@ def min_max(problem: Problem) -> tuple[Array, float]:
     else:
         low = 1.0
     bandwidth_hz = needs(low)
-    share = min(problem.bandwidth_hz / max(bandwidth_hz.sum(), 1e-300), 1 / TIGHT)
-    return np.minimum(bandwidth_hz * share, problem.most_hz), 0.0
+    total_hz = bandwidth_hz.sum()
+    if total_hz <= problem.bandwidth_hz:  # what is left is shared in proportion
+        bandwidth_hz = bandwidth_hz * min(problem.bandwidth_hz / max(total_hz, 1e-300), 1 / TIGHT)
+    else:
+        bandwidth_hz = fit_band(problem, bandwidth_hz)
+    return np.minimum(bandwidth_hz, problem.most_hz), 0.0
+
+
+def mean_ratio(problem: Problem, kept: Array) -> float:
+    """Returns the weighted mean pruning ratio of devices that keep `kept` [K]; 0 when none has a weight."""
+    total = problem.weight.sum()
+    return float(problem.weight @ (1 - kept)) / total if total else 0.0
 
 
 def min_latency(problem: Problem, budget: float) -> float:
     """Returns P2's deadline: the smallest T at which the weighted mean ratio of P1 is at most `budget`.
 
-    Raises InfeasibleError when energy budgets keep the mean ratio above it at any deadline.
+    Raises InfeasibleError when devices without a link or energy budgets keep the mean ratio above it at any deadline.
     """
-    total = problem.weight.sum()
     low, high = least_feasible(problem), dense_deadline(problem)[0]
 
-    def mean_ratio(deadline_s: float) -> float:
+    def ratio_at(deadline_s: float) -> float:
         at = replace(problem, deadline_s=deadline_s)
-        b, _ = solve_p1(at)
-        return float(at.weight @ (1 - kept_on(at, b))) / total if total else 0.0
+        return mean_ratio(at, kept_on(at, solve_p1(at)[0]))
 
-    if mean_ratio(low) <= budget:
+    if ratio_at(low) <= budget:
         return low
-    if len(resources(problem)) > 1:
+    if len(resources(problem)) > 1 or not problem.linked.all():
         high = max(low, high) * 2**20  # only the energy budgets bind that late
-        if mean_ratio(high) > budget:
+        if (least_ratio := ratio_at(high)) > budget:
+            lost = problem.names[~problem.linked]
+            alone = f"devices {listed(lost)} without a link" if len(lost) else "the energy budgets alone"
             raise InfeasibleError(
-                f"no deadline brings the weighted mean ratio to {budget:g}: the energy budgets alone cost {mean_ratio(high):.4g}; "
+                f"no deadline brings the weighted mean ratio to {budget:g}: {alone} cost {least_ratio:.4g}; "
                 "raise devices.energy_budget_j or allocator.mean_ratio"
             )
     while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
-        low, high = (low, middle) if mean_ratio(middle) <= budget else (middle, high)
+        low, high = (low, middle) if ratio_at(middle) <= budget else (middle, high)
     return high
 
 
-def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
-    """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible."""
+def deadlines_at(problem: Problem, fractions: Sequence[float]) -> Array:
+    """Returns the deadlines, in seconds, that are these fractions of the dense optimum; raises ConfigError naming one that is not."""
+    for fraction in fractions:
+        if not 0 < fraction <= MAX_FRACTION:
+            allowed = f"must be > 0 and at most {MAX_FRACTION:g}"
+            raise ConfigError(f"fractions: {fraction:g} is not allowed: {allowed}", key="fractions")
     dense_s = dense_deadline(problem)[0]
-    deadlines = np.array([fraction * dense_s for fraction in fractions])
+    return np.array([fraction * dense_s for fraction in fractions])
+
+
+def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
+    """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible.
+
+    Devices that no deadline helps, for want of a link, are left out. Raises ConfigError naming a fraction that is none.
+    """
+    deadlines = deadlines_at(problem, fractions)
     ratios = np.full(len(deadlines), np.nan)
+    settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
+    if not settled.admitted.any():
+        return deadlines, ratios
     for i, deadline_s in enumerate(deadlines):
-        at = replace(problem, deadline_s=float(deadline_s))
-        if least_feasible(at) <= deadline_s * (1 + TIGHT):
-            ratios[i] = (
-                1
-                - solve_under_policy(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
-            )
+        at = replace(settled.feasible, deadline_s=float(deadline_s))
+        if can_meet(at, least_feasible(at), least_feasible):
+            best = solve_under_policy(at, "fail", solve_p1, least_feasible, exact=True)
+            total = at.weight.sum()
+            ratios[i] = 1 - best.objective / total if total else 0.0
     return deadlines, ratios

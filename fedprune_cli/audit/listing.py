@@ -11,7 +11,7 @@ from typing import Literal
 
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report.page import percent, seconds
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import read_json
 from fedprune_cli.terminal import Table
 
@@ -63,9 +63,9 @@ def _look(path: Path) -> Listed:
 
 
 def _status(path: Path) -> Status:
-    if folder.is_held(path):
+    if lock.is_held(path):
         return "running"
-    if not (path / folder.SUMMARY).exists():
+    if not folder.is_finished(path):
         return "interrupted"
     return "pruned" if folder.is_pruned(path) else "finished"
 
@@ -114,5 +114,5 @@ def prune(paths: Sequence[Path]) -> None:
             with folder.writing(path):
                 shutil.rmtree(path)
     for run_dir in dict.fromkeys(path.parent for path in paths if path.name == folder.STATE):
-        with folder.locked(run_dir):
+        with lock.locked(run_dir):
             folder.drop_checkpoint(run_dir)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import TOLERANCE, certify
-from fedprune_cli.allocate.problem import Certificate, rate
+from fedprune_cli.allocate.kkt import certify
+from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
 from fedprune_cli.round.memory import next_slots

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import parse_json, read_bytes, read_json
 from fedprune_cli.store.record import RoundRecord, parse_record
 from fedprune_cli.terminal import Table
@@ -135,8 +135,8 @@ class Look:
 def look(run_dir: Path, prices: Prices) -> Look:
     """Returns what a run's folder shows now; a line that is being written is not seen yet. Raises CheckpointError."""
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
-    held = folder.is_held(run_dir)
-    finished = (run_dir / folder.SUMMARY).exists()
+    held = lock.is_held(run_dir)
+    finished = folder.is_finished(run_dir)
     path = run_dir / folder.RECORDS
     lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:

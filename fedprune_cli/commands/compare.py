@@ -19,6 +19,7 @@ from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import note, status, tell_error
 
 if TYPE_CHECKING:
+    from fedprune_cli.config.experiment import Experiment
     from fedprune_cli.many.side_by_side import Failure, Member
 
 
@@ -49,7 +50,7 @@ def compare(
 
     members = _members(overrides or [], config_dir, methods, parse_seeds(seeds))
     with safe(lambda: SAME_COMMAND if any(member.run_dir.exists() for member in members) else NOTHING):
-        unfinished = [member for member in members if not (member.run_dir / "summary.json").exists()]
+        unfinished = [member for member in members if not member.finished]
         if len(unfinished) < len(members):
             note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
         failures = _run_members(unfinished, min(jobs or usable_cores(), len(unfinished)))
@@ -85,11 +86,22 @@ def _members(overrides: list[str], config_dir: Path | None, methods: str | None,
     arms = _arms(overrides, config_dir, methods)
     chosen = [(arm, seed) for seed in seeds for arm in arms]
     configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"], config_dir) for arm, seed in chosen]
-    run_dirs = [build_experiment(config).run_dir for config in configs]
+    experiments = [build_experiment(config) for config in configs]
     return [
-        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), run_dir)
-        for (arm, seed), config, run_dir in zip(chosen, configs, run_dirs, strict=True)
+        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), experiment.run_dir, _finished(experiment))
+        for (arm, seed), config, experiment in zip(chosen, configs, experiments, strict=True)
     ]
+
+
+def _finished(experiment: Experiment) -> bool:
+    """Whether a member has nothing left to do; a damaged one has, and says so when it is begun."""
+    from fedprune_cli.errors import CheckpointError
+    from fedprune_cli.runs.life import is_done
+
+    try:
+        return is_done(experiment)
+    except CheckpointError:
+        return False
 
 
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:

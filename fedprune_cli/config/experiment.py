@@ -15,6 +15,7 @@ from typing import Any
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
+from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, read_input
 from fedprune_cli.errors import require
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
@@ -31,6 +32,10 @@ from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PartitionConfig
+
+ARITHMETIC = (
+    2  # raised by a change that gives a configuration other numbers; 1: a batch could be larger than a device's data
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run, complete and checked. What `execution`, `tracking`, `out` and `data.root` say does not change its numbers."""
+    """One run, complete and checked. What `execution`, `tracking` and `out` say does not change its numbers, nor where its files lie."""
 
     name: str
     seed: int
@@ -109,12 +114,25 @@ class Experiment:
         return not (self.faults.none and self.failsafe.none)
 
     @functools.cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The tables that the run reads; raises DataError when one cannot be read."""
+        parts = {key: getattr(self, key.split(".")[0]) for key in TABLES}
+        return tuple(read_input(key, part.file) for key, part in parts.items() if hasattr(part, "file"))
+
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the run's numbers, apart from the seed: the configuration and the numerics."""
+        """Everything that decides the run's numbers, apart from the seed: the configuration, what it reads, and the numerics.
+
+        What is read stands there by the SHA-256 of its content. Raises DataError when it cannot be read.
+        """
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         for key in ("seed", "out", "execution", "tracking"):
             del fields[key]
         fields["data"].pop("root", None)
+        if sha256 := dataset_sha256(self.data):
+            fields["data"]["sha256"] = sha256
+        for one in self.inputs:
+            fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
         if fields["channel"].get("gaps") == "refuse":
             del fields["channel"]["gaps"]
         if self.branch is None:
@@ -125,6 +143,7 @@ class Experiment:
             "torch": version("torch"),
             "threads": 1,
             "evaluation_batch": EVALUATION_BATCH,
+            "arithmetic": ARITHMETIC,
         }
         return fields | {"numerics": numerics}
 

@@ -19,6 +19,11 @@ def personal_blocks(blocks: Sequence[str], personal: str) -> frozenset[str]:
     """Returns the names of the personalized blocks.
 
     personal: `none`, `all`, `head` (the last block), `input` (the first), `last_<k>` (the k last) or block names joined by `+`.
+
+    >>> sorted(personal_blocks(["conv1", "conv2", "head"], "last_2"))
+    ['conv2', 'head']
+    >>> sorted(personal_blocks(["conv1", "conv2", "head"], "conv1+head"))
+    ['conv1', 'head']
     """
     if personal == "none":
         return frozenset()

@@ -104,6 +104,10 @@ class Masks:
 
     rank: int64 [U], 0 for the most important entry, ties by index. kept: int64 [K].
     units: for whole channels the rank of each unit, an array a channel group; empty for single entries.
+
+    >>> masks = Masks(rank=np.array([2, 0, 1]), kept=np.array([1, 2]))  # the second entry matters most
+    >>> masks[0].tolist(), masks[1].tolist()
+    ([False, True, False], [False, True, True])
     """
 
     rank: Array

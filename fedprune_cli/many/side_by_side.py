@@ -19,12 +19,13 @@ from fedprune_cli.runs.life import begin_or_reopen, serially
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison: its arm and seed, its configuration as YAML, and where it is kept."""
+    """One run of a comparison: its arm and seed, its configuration as YAML, where it is kept, and whether it was finished before."""
 
     arm: str
     seed: int
     config: str
     run_dir: Path
+    finished: bool = False
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"

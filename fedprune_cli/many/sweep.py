@@ -21,7 +21,7 @@ from fedprune_cli.errors import explained, unknown
 from fedprune_cli.execute import end_when_orphaned
 from fedprune_cli.report.run import write_report
 from fedprune_cli.report.sweep import COMBINATION, Combination
-from fedprune_cli.runs.life import begin_or_reopen, check_holds, run, serially
+from fedprune_cli.runs.life import begin_or_reopen, is_done, run, serially
 from fedprune_cli.store import folder
 from fedprune_cli.terminal import progress
 
@@ -51,12 +51,10 @@ def run_combination(config: DictConfig) -> float | list[float] | None:
         experiment = build_experiment(config)
         run_dir = str(experiment.run_dir)
         names = config.get("objectives") or OBJECTIVES
-        if not (experiment.run_dir / folder.SUMMARY).exists():
+        if not is_done(experiment):
             _run_to_end(
                 config, shown=in_turn, serial=not in_turn and not any(o.startswith("execution") for o in overrides)
             )
-        else:
-            check_holds(experiment)
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         ran, values = Combination(overrides, run_dir), objectives(experiment, names)

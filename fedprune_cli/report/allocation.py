@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
-from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import Problem
-from fedprune_cli.allocate.variants import frontier
+from fedprune_cli.allocate.variants import deadlines_at, frontier
 from fedprune_cli.report import figures
 from fedprune_cli.report.page import csv_text, seconds, write_files
 from fedprune_cli.round.first import FirstRound
@@ -127,16 +129,21 @@ class Rung:
 
 
 def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[Rung]:
-    """Returns what every allocator drops at deadlines that are fractions of the dense optimum."""
-    dense_s, rungs = dense_deadline(problem)[0], []
-    for fraction in fractions:
-        at = replace(problem, deadline_s=fraction * dense_s)
-        rungs.append(Rung(fraction, at.deadline_s, {name: _ratios(at, one) for name, one in allocators.items()}))
+    """Returns what every allocator drops at deadlines that are fractions of the dense optimum.
+
+    Raises ConfigError naming a fraction that is none, and InfeasibleError naming the devices that no deadline helps.
+    """
+    deadlines = deadlines_at(problem, fractions)
+    settle(replace(problem, deadline_s=math.inf), "fail", least_feasible)  # names whom no deadline helps
+    rungs = []
+    for fraction, deadline_s in zip(fractions, deadlines.tolist(), strict=True):
+        at = replace(problem, deadline_s=deadline_s)
+        rungs.append(Rung(fraction, deadline_s, {name: _ratios(at, one) for name, one in allocators.items()}))
     return rungs
 
 
 def _ratios(problem: Problem, allocator: Allocator) -> tuple[float, float] | None:
-    allocation, weight = allocator.solve(problem, 0, 0), problem.weight / problem.weight.sum()
+    allocation, weight = allocator.solve(problem, 0, 0), problem.weight / (problem.weight.sum() or 1.0)
     met = allocation.deadline_s <= problem.deadline_s * (1 + 1e-9) and bool(allocation.admitted.all())
     return (float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())) if met else None
 

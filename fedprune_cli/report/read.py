@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict, cast
 
 from fedprune_cli.errors import CheckpointError, one_line
+from fedprune_cli.runs.inputs import check_inputs
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import Plain, fits, read_json
 from fedprune_cli.store.record import RoundRecord
@@ -124,8 +125,9 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Returns the run; raises CheckpointError when the folder is not one, or is damaged."""
+    """Returns the run; raises CheckpointError when the folder is not one, is damaged, or its run read what was edited since."""
     folder.check(path, folder.MANIFEST)
+    check_inputs(path)
     found, summary = read_json(path / folder.MANIFEST, CheckpointError), folder.read_summary(path)
     if not fits(found, MANIFEST_FORM) or len({found["dataset"]["num_classes"], *map(len, found["histogram"])}) > 1:
         raise CheckpointError(f"{path / folder.MANIFEST}: damaged (not the manifest of a run)")

@@ -59,6 +59,11 @@ class Plan:
     ratios: Array
 
     @property
+    def deadline_s(self) -> float:
+        """T, as given or stretched."""
+        return self.allocation.deadline_s
+
+    @property
     def taking(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
         return np.flatnonzero(self.allocation.admitted)

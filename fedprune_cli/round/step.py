@@ -7,13 +7,13 @@ from fedprune_cli.round.bill import charge
 from fedprune_cli.round.evaluate import evaluate_round
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import plan_round
+from fedprune_cli.round.receive import receive
 from fedprune_cli.round.record import Finished, build_record
 from fedprune_cli.round.rest import rest
 from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.round.work import assign, train_round
-from fedprune_cli.serve.aggregate import Contribution
-from fedprune_cli.serve.deliver import Arrival, Sent, deliver
+from fedprune_cli.serve.deliver import Sent
 from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.state import State
 
@@ -29,12 +29,8 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
     results = train_round(setup, work, workers)
     bill = charge(setup, roster, plan, work, results)  # modelled seconds, joules and bytes: at the truth
 
-    sent = Sent(
-        results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.allocation.deadline_s
-    )
-    delivery = deliver(experiment.failsafe, state, sent)  # what arrives, and when the server stops waiting
-    contributions = [contribution(setup, arrival) for arrival in delivery.arrivals]
-    shared, gradient = experiment.failsafe.aggregator.combine(state.shared, contributions)
+    sent = Sent(results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s)
+    delivery, shared, gradient = receive(setup, state, sent)  # what arrives, when the server stops waiting, the new u
 
     finished = Finished(plan, work, results, bill, delivery)
     outcome = finished.outcome(state, gradient)  # the facts that memories learn from
@@ -42,11 +38,3 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
     new = State(state.round + 1, shared, personal, next_slots(experiment, state.slots, outcome))
     scores = evaluate_round(setup, new, work.masks, workers)
     return new, build_record(setup, new, finished, outcome, scores)
-
-
-def contribution(setup: Setup, arrival: Arrival) -> Contribution:
-    """Returns what an arrival adds: it counts by its samples and less by its age; its change is spread over its steps' sizes."""
-    samples = float(setup.scenario.partition.train.sizes[arrival.device])
-    steps = sum(phase.steps for phase in setup.schedule(arrival.device) if phase.kind != "personal")
-    lr = setup.experiment.training.lr
-    return Contribution(arrival.mask, arrival.values, samples / (1 + arrival.age), lr * max(steps, 1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,15 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import branch_config
 from fedprune_cli.config.experiment import Branch, Experiment
+from fedprune_cli.config.inputs import ROOT
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import executor, ready
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
+from fedprune_cli.runs.inputs import check_dataset, read_config
+from fedprune_cli.runs.machine import another_processor, processor
 from fedprune_cli.runs.manifest import build_manifest, summarise
-from fedprune_cli.store import folder
-from fedprune_cli.store.files import read_json, read_yaml
+from fedprune_cli.store import folder, lock
+from fedprune_cli.store.files import read_json
 from fedprune_cli.store.record import RoundRecord
-from fedprune_cli.store.state import same_form
+from fedprune_cli.store.state import Saved, State, same_form
 from fedprune_cli.track import check, following
 
 
@@ -31,24 +36,33 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[RoundRec
     wait: for another process that is writing the run, instead of raising CheckpointError.
     """
     experiment = setup.experiment
-    with folder.locked(run_dir, wait=wait):
+    with lock.locked(run_dir, wait=wait):
         saved = folder.load(run_dir, experiment.config_hash)
         if not same_form(saved.state, setup.initial):
             raise CheckpointError(f"{run_dir / folder.STATE}: damaged checkpoint (of another model or fleet)")
+        if warning := another_processor(run_dir):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         with following(experiment.tracking, run_dir) as log:
-            if saved.state.round < experiment.rounds:
-                build = functools.partial(build_learner, experiment, setup.scenario)
-                with executor(experiment.execution, build, [__name__]) as workers:
-                    while saved.state.round < experiment.rounds:
-                        started = time.perf_counter()
-                        state, record = round_step(setup, saved.state, workers)
-                        timing = {"round": state.round, "wall_s": time.perf_counter() - started}
-                        saved = folder.commit(
-                            run_dir, saved, state, {folder.RECORDS: record.as_json(), folder.TIMINGS: timing}
-                        )
-                        log(record)
-                        yield record
+            for record in _remaining(setup, run_dir, saved):
+                log(record)
+                yield record
         folder.finish(run_dir, summarise(experiment, run_dir))
+
+
+def _remaining(setup: Setup, run_dir: Path, saved: Saved) -> Iterator[RoundRecord]:
+    """Runs the rounds after a checkpoint; yields each one's record once it is on disk."""
+    experiment = setup.experiment
+    if saved.state.round >= experiment.rounds:
+        return
+    build = functools.partial(build_learner, experiment, setup.scenario)
+    with executor(experiment.execution, build, [__name__]) as workers:
+        while saved.state.round < experiment.rounds:
+            started = time.perf_counter()
+            state, record = round_step(setup, saved.state, workers)
+            wall_s = time.perf_counter() - started
+            timing = {"round": state.round, "wall_s": wall_s, "processor": processor()}
+            saved = folder.commit(run_dir, saved, state, {folder.RECORDS: record.as_json(), folder.TIMINGS: timing})
+            yield record
 
 
 def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
@@ -57,12 +71,24 @@ def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     if setup.experiment.branch:
         raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
     _have_what_it_needs(setup)
-    folder.create(run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), setup.initial)
+    folder.create(run_dir, _beginning(setup, config, setup.initial))
 
 
 def _have_what_it_needs(setup: Setup) -> None:
     """Raises what the rounds would raise for want of processes or temporary space, while nothing is written yet."""
     ready(setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario))
+
+
+def _beginning(setup: Setup, config: DictConfig, state: State, origin: Path | None = None) -> folder.Beginning:
+    """Returns what a run's folder begins with; paths in its configuration are made absolute, and small inputs are kept."""
+    experiment = setup.experiment
+    config = config.copy()
+    for one in experiment.inputs:
+        OmegaConf.update(config, one.key, os.path.abspath(one.path))
+    if root := OmegaConf.select(config, ROOT):
+        OmegaConf.update(config, ROOT, os.path.abspath(root))
+    kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as is not None}
+    return folder.Beginning(OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), state, kept, origin)
 
 
 def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
@@ -75,11 +101,9 @@ def branch(run_dir: Path, overrides: Sequence[str]) -> Setup:
     if not state.round:
         raise CheckpointError(f"{run_dir}: no round is finished, there is nothing to branch from")
     old = setup.experiment
-    config = DictConfig(OmegaConf.create(read_yaml(run_dir / folder.CONFIG, CheckpointError)))
-    config = branch_config(config, overrides, Branch(f"{old.config_hash}-s{old.seed}", state.round))
+    config = branch_config(read_config(run_dir), overrides, Branch(f"{old.config_hash}-s{old.seed}", state.round))
     new = prepare(build_experiment(config))
-    _have_what_it_needs(new)
-    folder.create(new.experiment.run_dir, OmegaConf.to_yaml(config, resolve=True), build_manifest(new), state, run_dir)
+    folder.create(new.experiment.run_dir, _beginning(new, config, state, run_dir))
     return new
 
 
@@ -100,8 +124,15 @@ def begin_or_reopen(config: DictConfig) -> Setup:
         else:
             return setup
     check_holds(experiment)
-    setup = reopen(run_dir)
-    return replace(setup, blueprint=replace(setup.blueprint, experiment=experiment))
+    return _same_world(run_dir, experiment)
+
+
+def is_done(experiment: Experiment) -> bool:
+    """Whether the run that an experiment asks for is finished; raises CheckpointError when its folder is damaged or holds another one."""
+    if not experiment.run_dir.exists():
+        return False
+    check_holds(experiment)
+    return folder.is_finished(experiment.run_dir)
 
 
 def check_holds(experiment: Experiment) -> None:
@@ -119,13 +150,20 @@ def check_holds(experiment: Experiment) -> None:
 def reopen(run_dir: Path) -> Setup:
     """Returns the setup that a run folder was made with; raises CheckpointError naming what differs."""
     folder.check(run_dir, folder.CONFIG, folder.MANIFEST)
-    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
-    text = read_yaml(run_dir / folder.CONFIG, CheckpointError)
     try:
-        experiment = build_experiment(DictConfig(OmegaConf.create(text)))
+        experiment = build_experiment(read_config(run_dir))
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged file makes the YAML parser say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{run_dir / folder.CONFIG}: {reason}") from None
+    return _same_world(run_dir, experiment)
+
+
+def _same_world(run_dir: Path, experiment: Experiment) -> Setup:
+    """Returns the setup of an experiment that a run folder was made with; raises CheckpointError naming what differs by now."""
+    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
+    check_dataset(experiment, manifest)
     setup = prepare(experiment)
     now = build_manifest(setup)
     for key in sorted(now.keys() - {"versions"}, key=lambda key: (key != "config", key)):

@@ -40,7 +40,13 @@ class Aggregator(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of each entry over the devices that kept it, with their weights; float64 sums in device order."""
+    """The mean of each entry over the devices that kept it, with their weights; float64 sums in device order.
+
+    >>> one = Contribution(np.array([True, True, False]), np.array([1, 2], np.float32), weight=3, step_size=0.1)
+    >>> other = Contribution(np.array([True, False, False]), np.array([5], np.float32), weight=1, step_size=0.1)
+    >>> Mean().combine(np.zeros(3, np.float32), [one, other])[0].tolist()
+    [2.0, 2.0, 0.0]
+    """
 
     needs: ClassVar[Literal["sum", "each"]] = "sum"
 

@@ -7,13 +7,13 @@ state.safetensors            the last finished round, and the chained hash of th
 personal-<round>.f32         the devices' personalized parts, appended to; begun anew when most of its rows are old
 SHA256SUMS                   of config.yaml and manifest.json, and after the last round of every file, for `sha256sum -c` too
 summary.json, report/        after the last round
+inputs/                      copies of the tables that the run reads, by the key that names each
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -21,9 +21,8 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,9 @@ STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
     "SHA256SUMS",
 )
 RECORDS, TIMINGS = "rounds.jsonl", "timings.jsonl"
+INPUTS = "inputs"
 MAX_BYTES = 2**36  # of a state or a log: more than any run writes, and less than a disk
 PLAIN_NAME = r"[A-Za-z0-9]+(-[0-9]+)?(\.[a-z0-9]+)?"
-LOCK_TRIES = 5
 DEAD_ROWS = 4  # rows a live one, from which a file of personal rows is begun anew
 
 
@@ -59,13 +58,22 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {str(path)!r}: no file can have this name ({error})") from None
 
 
-def create(
-    run_dir: Path, config_yaml: str, manifest: Mapping[str, Any], state: State, origin: Path | None = None
-) -> None:
-    """Makes the folder with its first checkpoint; raises CheckpointError when it exists.
+@dataclass(frozen=True)
+class Beginning:
+    """What a run's folder begins with: config.yaml, the manifest, the first state, and copies of inputs by their names.
 
     origin: the folder of the run that this one goes on from at `state`, whose records, timings and personal rows it begins with.
     """
+
+    config_yaml: str
+    manifest: Mapping[str, object]
+    state: State
+    inputs: Mapping[str, bytes] = field(default_factory=dict)
+    origin: Path | None = None
+
+
+def create(run_dir: Path, begin: Beginning) -> None:
+    """Makes the folder with its first checkpoint; raises CheckpointError when it exists."""
     exists = f"{run_dir} exists: continue it with `fedprune resume {run_dir}`, or choose another with out=DIR"
     with writing(run_dir):
         if run_dir.exists():
@@ -74,16 +82,14 @@ def create(
         try:
             _clear(run_dir)
             new.mkdir(parents=True)
-            (new / CONFIG).write_text(config_yaml)
-            (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            logs = {log: _lines(origin / log, read_state(origin)) if origin else [] for log in (RECORDS, TIMINGS)}
-            for log, lines in logs.items():
-                (new / log).write_bytes(b"".join(lines))
-            if origin and state.personal.stored.size:
-                (new / state.personal.name).write_bytes(state.personal.stored.tobytes())
-            records = functools.reduce(link, logs[RECORDS], "")
+            (new / CONFIG).write_text(begin.config_yaml)
+            (new / MANIFEST).write_text(json.dumps(begin.manifest, indent=1) + "\n")
+            records = _begin_logs(new, begin)
+            for name, content in begin.inputs.items():
+                (new / INPUTS).mkdir(exist_ok=True)
+                (new / INPUTS / name).write_bytes(content)
             write_whole(new / SUMS, _sums({name: _sha256(new / name) for name in (CONFIG, MANIFEST)}))
-            write_whole(new / STATE, encode(Saved(state, manifest["config_hash"], records)))
+            write_whole(new / STATE, encode(Saved(begin.state, str(begin.manifest["config_hash"]), records)))
             new.rename(run_dir)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -93,6 +99,17 @@ def create(
             ):  # another process was first
                 raise CheckpointError(exists) from None
             raise
+
+
+def _begin_logs(new: Path, begin: Beginning) -> str:
+    """Writes the logs and personal rows that a run begins with; returns the chained hash of its records."""
+    origin, state = begin.origin, begin.state
+    logs = {log: _lines(origin / log, read_state(origin)) if origin else [] for log in (RECORDS, TIMINGS)}
+    for log, lines in logs.items():
+        (new / log).write_bytes(b"".join(lines))
+    if origin and state.personal.stored.size:
+        (new / state.personal.name).write_bytes(state.personal.stored.tobytes())
+    return functools.reduce(link, logs[RECORDS], "")
 
 
 def _clear(run_dir: Path) -> None:
@@ -117,51 +134,6 @@ def alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the folder for this process; raises CheckpointError when it is not there, or another one has it and `wait` is not wanted."""
-    try:
-        descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise CheckpointError(f"{run_dir}: {error.strerror}; a run folder is expected") from None
-    try:
-        try:
-            _lock(descriptor, wait=wait)
-        except BlockingIOError:
-            raise CheckpointError(f"{run_dir}: another process is writing this run") from None
-        except OSError as error:
-            raise CheckpointError(f"{run_dir}: cannot be locked ({error.strerror})") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, *, wait: bool) -> None:
-    """Takes the lock; who only looks whether a run is held has it for a moment, and so one refusal is not yet believed."""
-    if not wait:
-        for _ in range(LOCK_TRIES - 1):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.02)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def is_held(run_dir: Path) -> bool:
-    """Whether a process is writing the run now."""
-    try:
-        descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError(f"{run_dir}: {error.strerror}; a run folder is expected") from None
-    return False
 
 
 def commit(run_dir: Path, saved: Saved, state: State, entries: Mapping[str, Mapping[str, Any]]) -> Saved:
@@ -327,7 +299,7 @@ def check(run_dir: Path, *names: str) -> None:
     Raises CheckpointError naming the first that is damaged, and for a link: what is written to it would go elsewhere.
     """
     try:
-        for place in (run_dir, run_dir / "report"):
+        for place in (run_dir, run_dir / "report", run_dir / INPUTS):
             for entry in os.scandir(place) if place.is_dir() or place == run_dir else ():
                 if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                     raise CheckpointError(
@@ -361,13 +333,30 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has had its last round: its summary is there, is what SHA256SUMS says, and is of all planned rounds.
+
+    Raises CheckpointError when there is a summary that the run has not written.
+    """
+    summary = read_summary(run_dir)
+    if summary is None:
+        return False
+    check(run_dir, MANIFEST)
+    planned = read_json(run_dir / MANIFEST, CheckpointError).get("config", {}).get("rounds")
+    if summary["rounds"] != planned:
+        raise CheckpointError(f"{run_dir / SUMMARY}: damaged (of {summary['rounds']} rounds, {planned} are planned)")
+    return True
+
+
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """Returns summary.json, None while the run is unfinished; raises CheckpointError when it is damaged."""
     if not (run_dir / SUMMARY).exists():
         return None
     check(run_dir, SUMMARY)
     summary = read_json(run_dir / SUMMARY, CheckpointError)
-    if not fits(summary, {"state_sha256": str, "final_accuracy": float, "time_to_target_s": (float, None)}):
+    if not fits(
+        summary, {"state_sha256": str, "rounds": int, "final_accuracy": float, "time_to_target_s": (float, None)}
+    ):
         raise CheckpointError(f"{run_dir / SUMMARY}: damaged (not the summary of a run)")
     return summary
 

@@ -39,7 +39,12 @@ class Ragged(Sequence[Array]):
 
 
 def ragged(pieces: Sequence[Array]) -> Ragged:
-    """Returns the arrays laid end to end."""
+    """Returns the arrays laid end to end.
+
+    >>> pieces = ragged([np.array([4, 7]), np.array([], dtype=int), np.array([9])])
+    >>> pieces[0].tolist(), pieces.sizes.tolist()
+    ([4, 7], [2, 0, 1])
+    """
     flat = np.concatenate(pieces) if len(pieces) else np.zeros(0, dtype=np.int64)
     return Ragged(flat, np.cumsum([0, *map(len, pieces)]))
 

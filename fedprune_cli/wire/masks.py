@@ -8,7 +8,12 @@ from fedprune_cli.store.state import Array
 
 
 def encode_mask(mask: Array) -> bytes:
-    """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which."""
+    """Returns the cheaper code of a mask [U]: a bitmap, or Rice-coded gaps between kept entries; a byte says which.
+
+    >>> few = np.arange(8000) % 1000 == 0  # eight of 8,000 entries: gaps take eleven bits each
+    >>> len(encode_mask(few)), len(encode_mask(np.arange(8000) % 2 == 0))
+    (12, 1001)
+    """
     bitmap = b"\xff" + np.packbits(mask).tobytes()
     kept = np.flatnonzero(mask)
     gaps = np.diff(kept, prepend=-1) - 1
@@ -26,7 +31,11 @@ def encode_mask(mask: Array) -> bytes:
 
 
 def decode_mask(code: bytes, size: int, kept: int) -> Array:
-    """Returns the mask [size] with `kept` entries that `encode_mask` coded."""
+    """Returns the mask [size] with `kept` entries that `encode_mask` coded.
+
+    >>> decode_mask(encode_mask(np.array([True, False, True])), size=3, kept=2).tolist()
+    [True, False, True]
+    """
     bits = np.unpackbits(np.frombuffer(code[1:], dtype=np.uint8))
     if code[0] == 0xFF:
         return bits[:size].astype(bool)

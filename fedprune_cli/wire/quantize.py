@@ -18,17 +18,30 @@ BLOCK = 1024  # entries that share a scale
 
 
 def bits_per_value(bits: int) -> float:
-    """Returns what a value costs on the uplink, with its share of its block's scale."""
+    """Returns what a value costs on the uplink, with its share of its block's scale.
+
+    >>> bits_per_value(8), bits_per_value(32)
+    (8.03125, 32.0)
+    """
     return float(bits) if bits == BITS_PER_PARAM else bits + BITS_PER_PARAM / BLOCK
 
 
 def levels(bits: int) -> int:
-    """Returns L, the number of steps between zero and a block's largest magnitude."""
+    """Returns L, the number of steps between zero and a block's largest magnitude.
+
+    >>> [levels(bits) for bits in QUANTIZED_BITS]
+    [1, 7, 127, 32767]
+    """
     return int(2 ** (bits - 1)) - 1
 
 
 def quantize(values: Array, bits: int, rng: np.random.Generator) -> bytes:
-    """Returns the code of float32 `values` [n]: the scales, then the numbers in `bits` bits each."""
+    """Returns the code of float32 `values` [n]: the scales, then the numbers in `bits` bits each.
+
+    >>> code = quantize(np.array([3, -3, 0], np.float32), 2, np.random.default_rng(0))
+    >>> len(code), dequantize(code, 3, 2).tolist()  # a scale of four bytes, and three numbers in a byte
+    (5, [3.0, -3.0, 0.0])
+    """
     padded = np.zeros((math.ceil(len(values) / BLOCK), BLOCK), dtype=np.float32)
     padded.ravel()[: len(values)] = values
     scale = np.abs(padded).max(1, initial=0.0)

@@ -14,7 +14,7 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report.run import write_report
 from fedprune_cli.runs import life
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 
 
 def interrupted(run_dir: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_list_says_what_each_run_is(tmp_path: Path) -> None:
     run_to_end(root / "c/damaged")
     (root / "c/damaged/manifest.json").write_text("{")
     run_to_end(root / "d/running")
-    with folder.locked(root / "d/running"):
+    with lock.locked(root / "d/running"):
         found = {Path(of.path).name: of for of in runs.find_runs(root)}
     assert {name: of.status for name, of in found.items()} == {name: name for name in found}
     assert (found["interrupted"].rounds, found["interrupted"].wanted_rounds) == (1, 3)

@@ -31,7 +31,7 @@ from fedprune_cli.round.setup import build_learner
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs import life
 from fedprune_cli.serve.participation import Participation
-from fedprune_cli.store import folder
+from fedprune_cli.store import folder, lock
 from fedprune_cli.store.memory import Sizes
 
 
@@ -310,9 +310,9 @@ def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: 
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run")
     with (
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
         pytest.raises(CheckpointError, match="another process"),
-        folder.locked(tmp_path / "run"),
+        lock.locked(tmp_path / "run"),
     ):
         pass
 

@@ -1,11 +1,13 @@
-"""The layers point down, and heavy imports live in one home each."""
+"""The layers point down, heavy imports live in one home each, and the code keeps the form that `make shape` prints."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import fedprune_cli
 
@@ -23,6 +25,15 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("many", "audit", "bench"),
     ("commands",),
 )
+WIDE = {"learn.batched._run_phase", "meter.build_problem", "world.scenario.build_scenario"}  # over six parameters
+OVERRIDES = {  # concrete methods that a class of ours replaces: none is to be added
+    "ConfigError.__init__ of FedpruneError", "Faded.__post_init__ of Radio", "Urban.__post_init__ of Faded",
+    "Umi.__post_init__ of Faded", "Uma.__post_init__ of Umi", "Uma.shadowing_sigma_db of Umi", "Uma.path_loss_db of Umi",
+    "Trace.__post_init__ of Radio", "Trace.available of Radio", "FashionMnist.places of Mnist",
+    "FashionMnist.sources of Downloaded", "Placed.__post_init__ of Common", "Sampled.__post_init__ of Placed",
+    "Classes.__post_init__ of Placed", "Dirichlet.__post_init__ of Iid", "Dirichlet.assign of Iid",
+    "Quantity.__post_init__ of Iid", "Quantity.assign of Iid", "Shards.__post_init__ of Iid", "Shards.assign of Iid",
+}  # fmt: skip
 HEIGHT = {part: at for at, row in enumerate(LAYERS) for part in row}
 
 
@@ -43,6 +54,64 @@ def test_imports_point_down() -> None:
         if part not in ("__main__", "__init__"):
             upward = {other for other in imported(path) - {part} if HEIGHT[other] >= HEIGHT[part]}
             assert not upward, f"{path} imports from {upward}"
+
+
+def shape() -> ModuleType:
+    """Returns the module that measures the code's form."""
+    spec = importlib.util.spec_from_file_location("shape", ROOT.parent / ".ci" / "shape.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shape"] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+SHAPE = shape()
+MODULES = SHAPE.read_modules(ROOT.parent)
+
+
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    """Neither when they are loaded, nor within functions, nor for type checkers."""
+    found = [one for module in MODULES.values() for one in SHAPE.imports(module, MODULES)]
+    assert len(found) > len(MODULES)
+    assert SHAPE.cycles([(one.source, one.target) for one in found]) == []
+
+
+def test_no_class_overrides_a_concrete_method_of_another() -> None:
+    assert {*SHAPE.overrides(MODULES)} <= OVERRIDES
+
+
+def test_few_functions_take_more_than_six_parameters() -> None:
+    wide = {
+        name
+        for module in MODULES.values()
+        if module.part != "commands"  # whose functions are the options of a command line
+        for name, node, method in SHAPE.functions(module)
+        if SHAPE.count_parameters(node, method=method) > SHAPE.PARAMETERS
+    }
+    assert wide <= WIDE
+    assert len(WIDE) <= 3
+
+
+def test_a_bad_form_is_seen(tmp_path: Path) -> None:
+    """What these tests look for, in a package that has it."""
+    package = tmp_path / "fedprune_cli"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text(
+        "class A:\n    def f(self, a, b, c, d, e, f, *, g): return 1\n    def g(self): ...\n"
+        "def late():\n    from fedprune_cli.b import B\n    return B\n"
+    )
+    (package / "b.py").write_text(
+        "from fedprune_cli.a import A\nclass B(A):\n    def f(self): return 2\n    def g(self): return 3\n"
+    )
+    modules = SHAPE.read_modules(tmp_path)
+    assert SHAPE.overrides(modules) == ["B.f of A"]
+    found = [(one.source, one.target) for module in modules.values() for one in SHAPE.imports(module, modules)]
+    assert SHAPE.cycles(found) == [["a", "b"]]
+    counts = {name: SHAPE.count_parameters(node, method=method) for name, node, method in SHAPE.functions(modules["a"])}
+    assert counts == {"a.A.f": 7, "a.A.g": 0, "a.late": 0}
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -9,9 +10,12 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,6 +210,87 @@ def hostile_environments(count: int, seed: int) -> list[tuple[str, tuple[str, ..
 @pytest.mark.timeout(7200)
 def test_300_hostile_environments_are_one_line_each(finished: Path) -> None:
     assert [text for of in hostile_environments(300, seed=0) if (text := answer(*of, finished).wrong)] == []
+
+
+# --- another process writes or deletes in between -------------------------------------------------------------------------
+
+
+def remove(run_dir: Path) -> None:
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def become_a_file(run_dir: Path) -> None:
+    remove(run_dir)
+    run_dir.write_text("no folder")
+
+
+def become_another(run_dir: Path) -> None:
+    run_dir.rename(run_dir.with_name("away"))
+    run_dir.mkdir()
+
+
+def lose(name: str, run_dir: Path) -> None:
+    (run_dir / name).unlink(missing_ok=True)
+
+
+RACES: dict[str, Callable[[Path], None]] = {
+    "removed": remove,
+    "become a file": become_a_file,
+    "become another": become_another,
+    **{
+        f"without {name}": functools.partial(lose, name)
+        for name in ("rounds.jsonl", "state.safetensors", "manifest.json")
+    },
+}
+
+
+def change_later(race: str, after_s: float) -> None:
+    """Changes the run folder `run`, as another process would, some time from now."""
+    folder = os.getcwd()
+
+    def change() -> None:
+        time.sleep(after_s)
+        with contextlib.suppress(OSError):
+            RACES[race](Path(folder, "run"))
+
+    threading.Thread(target=change, daemon=True).start()
+
+
+def check_race(arguments: Sequence[str], race: str, after_s: float, finished: Path) -> None:
+    """Checks that whatever a race leads to is a whole answer, or one line that names the folder."""
+    for place in ("run", "away"):
+        with contextlib.suppress(OSError):
+            Path(place).unlink()
+        shutil.rmtree(place, ignore_errors=True)
+    if arguments[0] != "train":
+        shutil.copytree(finished, "run")
+    result = fedprune(*arguments, before=functools.partial(change_later, race, after_s))
+    said = [line for line in result.stderr.splitlines() if not line.startswith("round ")]
+    what = f"{arguments[0]}, {race} after {after_s:.2f} s: exit {result.returncode}: {result.stderr}"
+    assert result.returncode in (0, 4, 5, 6, 8), what
+    assert said == [] if result.returncode == 0 else len(said) == 1, what
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_run_whose_folder_is_changed_by_another_ends_in_one_line(
+    race: Callable[[Path], None], finished: Path
+) -> None:
+    check_race(("train", *TINY, "rounds=150", "out=run"), race, 0.7, finished)
+
+
+@pytest.mark.slow
+def test_whoever_looks_at_a_folder_that_another_changes_says_one_line(finished: Path) -> None:
+    draw = random.Random(0)
+    commands = (
+        ("report", "run"),
+        ("verify", "run"),
+        ("resume", "run"),
+        ("runs", "."),
+        ("watch", "run", "--once"),
+        ("train", *TINY, "out=run"),
+    )
+    for _ in range(120):
+        check_race(draw.choice(commands), draw.choice(list(RACES)), draw.uniform(0, 1), finished)
 
 
 # --- the words, without a process ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from fedprune_cli.report.comparison import compare
 from fedprune_cli.report.comparison_page import comparison_table, write_comparison
 from fedprune_cli.report.read import read_run
 from fedprune_cli.report.run import write_report
-from fedprune_cli.round.table import problem_from_csv
+from fedprune_cli.round.first import ask
 from fedprune_cli.runs import life
 from fedprune_cli.store import files, folder
 from fedprune_cli.world.channel import Trace
@@ -240,7 +240,7 @@ def read_bad_table(path: Path, kind: bytes) -> None:
         trace.gain(0, 1, make_setup().scenario.fleet.take(np.arange(2)))
         return
     experiment = make_setup().experiment
-    problem = problem_from_csv(path, experiment)
+    problem = ask(experiment, path).problem
     experiment.allocator.solve(problem, 0, 0)
 
 
@@ -421,7 +421,7 @@ def test_links_and_devices_in_a_run_folder_are_neither_read_nor_written(tmp_path
                 read(tmp_path / "copy")
         assert outside.read_bytes() == before
     with pytest.raises(DataError, match="not a plain file"):
-        problem_from_csv(Path("/dev/zero"), make_experiment())
+        ask(make_experiment(), Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Files that a run reads. They are part of its identity by their content and not by their path, so that no result can be stale."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune_cli.errors import CheckpointError, DataError, FedpruneError
+from fedprune_cli.store.files import read_bytes
+from fedprune_cli.world.datasets import DatasetConfig
+
+TABLES = ("devices.file", "channel.file")  # keys of the configuration that name a table
+ROOT = "data.root"
+MAX_BYTES = 2**30  # of a file that is read
+MAX_KEPT = 16 * 2**20  # bytes of a file of which a run folder keeps a copy
+MAX_FILES = 2000  # of a data folder, up to which a look at sizes and times tells whether to read it again
+
+
+@dataclass(frozen=True)
+class Input:
+    """A table that a run reads: the key that names it, where it is, and its content."""
+
+    key: str
+    path: Path
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of its content."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def kept_as(self) -> str | None:
+        """The name of its copy in a run folder, None for one that is too large to be kept."""
+        return f"{self.key}.csv" if len(self.content) <= MAX_KEPT else None
+
+
+def read_input(key: str, path: str, error: type[FedpruneError] = DataError) -> Input:
+    """Returns the input that a key of the configuration names; raises `error` when it cannot be read."""
+    return Input(key, Path(path), read_bytes(Path(path), MAX_BYTES, error))
+
+
+def dataset_sha256(data: DatasetConfig) -> str | None:
+    """Returns the SHA-256 of what a dataset reads from files that a user may edit, None for one that is part of a package.
+
+    Raises DataError when it cannot be had. A folder whose files have the sizes and times of the last look is not read again.
+    """
+    folder = getattr(data, "folder", None)
+    return None if folder is None else _sha256_of(_Look(data, _stamp(folder)))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A dataset, and its folder's files as they were at one moment."""
+
+    data: DatasetConfig
+    stamp: object
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256_of(look: _Look) -> str:
+    return look.data.load().sha256
+
+
+def _stamp(folder: Path) -> object:
+    """Returns the sizes and times of a folder's files; of one with too many, something that equals nothing."""
+    walked = ((Path(place) / name for name in sorted(names)) for place, _, names in os.walk(folder))
+    files = list(itertools.islice(itertools.chain.from_iterable(walked), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        return object()
+    seen = []
+    for path in sorted(files):
+        status = path.stat()
+        seen.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(seen)
+
+
+def edited(what: object, now: str, then: str) -> CheckpointError:
+    """Returns the error for something that a run was made with and that has another content by now."""
+    return CheckpointError(
+        f"{what}: edited since the run was made: SHA-256 {now} now, {then} then; put the old content back, or make a new run"
+    )

@@ -1,0 +1,77 @@
+"""Every arm of every experiment in conf/experiment runs: one small round on small data, and the heavy ones as they are."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pytest
+from conftest import steps_of
+
+from fedprune_cli import CONF
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.errors import DataError
+from fedprune_cli.round.setup import prepare
+from fedprune_cli.store.record import RoundRecord, parse_record
+
+SMALL = (
+    "rounds=1", "devices.count=4", "devices.fresh=1", "training.batch_size=8", "training.shared_steps=1",
+    "training.personal_steps=1", "evaluation.fresh_steps=1", "execution.kind=serial",
+)  # fmt: skip
+HEAVY = ("colour", "headline_fmnist")  # whose data and models are large: slow tests, with `headline`'s arms
+LIGHT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in HEAVY)
+RUN: dict[str, RoundRecord] = {}  # arms that several experiments share run once
+
+
+@functools.cache
+def arms_of(name: str) -> dict[str, list[str]]:
+    """Returns an experiment's arms, name -> overrides; itself where it has none."""
+    return {str(arm): [*of] for arm, of in (compose_config([f"experiment={name}"]).arms or {name: []}).items()}
+
+
+def run_arm(experiment: Experiment) -> RoundRecord:
+    """Returns the record of the one round of an arm."""
+    key = json.dumps({**experiment.identity, "name": ""}, sort_keys=True)
+    if key not in RUN:
+        (step,) = steps_of(prepare(experiment), 1)
+        RUN[key] = step.record
+    return RUN[key]
+
+
+def check(record: RoundRecord) -> None:
+    """Raises AssertionError where a round did not do what a round does."""
+    assert parse_record(json.loads(json.dumps(record.as_json()))) == record
+    assert record.accuracy is not None
+    assert record.fresh_accuracy is not None
+    if record.devices.id:
+        assert record.simulated_s > 0
+        assert record.joules > 0
+        assert record.train_loss is None or 0 < record.train_loss < math.inf
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_arm_runs_a_round_and_asks_something_of_its_own(name: str) -> None:
+    arms = [
+        build_experiment(compose_config([f"experiment={name}", *SMALL, *overrides]))
+        for overrides in arms_of(name).values()
+    ]
+    assert len({experiment.config_hash for experiment in arms}) == len(arms)
+    for experiment in arms:
+        check(run_arm(experiment))
+    assert any(run_arm(experiment).train_loss is not None for experiment in arms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arm"), [(name, arm) for name in HEAVY for arm in arms_of(name)])
+def test_every_heavy_arm_runs_a_round(name: str, arm: str) -> None:
+    """On its own data and model; where the data is not on this machine, on digits."""
+    words = [f"experiment={name}", *SMALL, *arms_of(name)[arm]]
+    experiment = build_experiment(compose_config(words))
+    try:
+        experiment.data.load()
+    except DataError:
+        experiment = build_experiment(compose_config([*words, "data=digits"]))
+    check(run_arm(experiment))
