@@ -319,6 +319,15 @@ def test_the_page_of_the_architecture_shows_the_layers_that_are_tested() -> None
     assert rows in [[" ".join(line.split()) for line in block.splitlines()] for block in shown]
 
 
+def test_the_page_of_the_architecture_names_modules_that_are_there() -> None:
+    package = ROOT / "fedprune_cli"
+    named = {*re.findall(r"\b[\w/]+\.py\b", (DOCS / "architecture.md").read_text())}
+    assert len(named) > 20
+    assert [name for name in named if not (package / name).exists() and not (package / "round" / name).exists()] == []
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert [room for room in rooms if f"  {room}/" not in (DOCS / "architecture.md").read_text()] == []
+
+
 # --- links and looks ------------------------------------------------------------------------------------------------
 
 
