@@ -298,7 +298,7 @@ def test_no_command_ends_with_the_exit_code_of_the_base_of_all_errors() -> None:
     """Where it is made, to speak of several runs, it is given the code of the first of them that failed."""
     for path in sorted((ROOT / "fedprune_cli").rglob("*.py")):
         lines = path.read_text().splitlines()
-        for line, following in itertools.pairwise(lines):
+        for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
             if re.search(r"\bFedpruneError\(", line) and not line.startswith("class "):
                 assert re.search(r"error\.exit_code = fail\w+\[0\]\.exit_code", following), f"{path}: {line}"
 
