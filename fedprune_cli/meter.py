@@ -4,7 +4,6 @@ Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, wit
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
-Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
 
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import Limits, Problem, rate
+from fedprune_cli.allocate.problem import NO_LINK, Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
@@ -28,7 +27,7 @@ from fedprune_cli.world.devices import Fleet
 
 @dataclass(frozen=True)
 class Meter:
-    """What a round's latency includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`."""
+    """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`."""
 
     name: str
     mask_overhead: bool
@@ -58,7 +57,7 @@ class Load:
         return self.cycles(kept) / self.fleet.cpu_hz
 
     def compute_j(self, kept: Array) -> Array:
-        """Returns the joules [K] of computing when the fraction `kept` [K] of u remains: kappa f^2 a cycle."""
+        """Returns the joules [K] of computing when the fraction `kept` [K] of u remains: kappa f^2 per cycle."""
         return self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
 
     def cycles(self, kept: Array) -> Array:
@@ -77,18 +76,30 @@ def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase
 
 
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
-    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst gain; 0 if not metered."""
-    if not meter.downlink or payload_bits == 0:
+    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst link; 0 if not metered.
+
+    A device without a link hears nothing, and the broadcast does not wait for it.
+    """
+    snr_hz = channel.bs_power_w * gain / channel.noise_w_per_hz
+    snr_hz = snr_hz[snr_hz >= NO_LINK * channel.bandwidth_hz]
+    if not meter.downlink or payload_bits == 0 or not len(snr_hz):
         return 0.0
-    snr_hz = channel.bs_power_w * gain.min() / channel.noise_w_per_hz
-    return float(payload_bits / rate(np.array(channel.bandwidth_hz), np.array(snr_hz)))
+    return float(payload_bits / rate(np.array(channel.bandwidth_hz), snr_hz.min()))
 
 
-def build_problem(
-    load: Load, channel: Channel, gain: Array, weight: Array, shared_params: int, t_down_s: float, max_ratio: float
-) -> Problem:
+@dataclass(frozen=True)
+class Uplink:
+    """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning."""
+
+    channel: Channel
+    gain_linear: Array
+    shared_params: int
+
+
+def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
     """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI."""
-    ones, zeros, fleet = np.ones(len(gain)), np.zeros(len(gain)), load.fleet
+    fleet, channel = load.fleet, uplink.channel
+    ones, zeros = np.ones(len(weight)), np.zeros(len(weight))
     fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
@@ -96,9 +107,9 @@ def build_problem(
     )  # fmt: skip
     return Problem(
         shared_compute_s=fleet.cycles_per_flop * load.shared_flops / fleet.cpu_hz,
-        payload_bits=ones * BITS_PER_PARAM * shared_params,
+        payload_bits=ones * BITS_PER_PARAM * uplink.shared_params,
         fixed_s=fixed_s,
-        snr_hz=fleet.tx_power_w * gain / channel.noise_w_per_hz,
+        snr_hz=fleet.tx_power_w * uplink.gain_linear / channel.noise_w_per_hz,
         weight=weight,
         bandwidth_hz=channel.bandwidth_hz,
         deadline_s=np.inf,
@@ -159,7 +170,7 @@ def measure(
 ) -> Measurement:
     """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
 
-    Energy: kappa f^2 a cycle and the radio's power while it sends; receiving and idling are ignored.
+    Energy: kappa f^2 per cycle and the radio's power while it sends; receiving and idling are ignored.
     """
     uplink_s = np.zeros(len(kept))
     sends = payload_bytes > 0

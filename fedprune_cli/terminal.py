@@ -70,7 +70,8 @@ PLAIN = {"±": "+-", "−": "-", "–": "-", "×": "x", "≤": "<=", "≥": ">="
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
+    if not isinstance(error, UnicodeEncodeError):  # what is read is not made plain
+        raise error
     return "".join(PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
 
 
@@ -371,7 +372,7 @@ def all_refused(record: RoundRecord) -> str:
 
 
 def figures_of(record: RoundRecord) -> str:
-    """Returns a round's figures in a few words."""
+    """Returns the figures of a round in a few words."""
     accuracy = "" if record.accuracy is None else f"accuracy {100 * record.accuracy:.1f} %  "
     ratio = "" if record.mean_ratio is None else f"  ratio {record.mean_ratio:.2f}"
     return f"{accuracy}simulated {record.simulated_s:.4g} s{ratio}"

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 from fedprune_cli.errors import CheckpointError, ConfigError, require
 from fedprune_cli.store import folder
-from fedprune_cli.store.files import read_json
+from fedprune_cli.store.files import Plain, read_json
 from fedprune_cli.store.record import RoundRecord
 
 Log = Callable[[RoundRecord], None]
@@ -232,12 +232,23 @@ def following(tracking: Tracking, run_dir: Path) -> Iterator[Log]:
 # --- what trackers are told -----------------------------------------------------------------------------------------
 
 
-def read(run_dir: Path) -> tuple[dict[str, Any], list[RoundRecord]]:
+class Manifest(TypedDict):
+    """What a run was made of, as far as trackers are told."""
+
+    experiment: str
+    method: str
+    seed: int
+    config_hash: str
+    config: Mapping[str, Plain]
+
+
+def read(run_dir: Path) -> tuple[Manifest, list[RoundRecord]]:
     """Returns the run's manifest, and the records of its finished rounds."""
-    return read_json(run_dir / folder.MANIFEST, CheckpointError), folder.read_records(run_dir)
+    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
+    return cast(Manifest, manifest), folder.read_records(run_dir)
 
 
-def run_id(manifest: Mapping[str, Any]) -> str:
+def run_id(manifest: Manifest) -> str:
     """Returns what a run is called everywhere: its configuration's hash and its seed."""
     return f"{manifest['config_hash']}-s{manifest['seed']}"
 
@@ -247,16 +258,17 @@ def figures(record: RoundRecord) -> dict[str, int | float]:
     return {key: value for key, value in record.figures().items() if isinstance(value, int | float) and key != "round"}
 
 
-def parameters(manifest: Mapping[str, Any]) -> dict[str, str | int | float]:
+def parameters(manifest: Manifest) -> dict[str, str | int | float]:
     """Returns the configuration with dotted keys; what is neither text nor a number is JSON."""
 
-    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str | int | float]]:
+    def flat(values: Mapping[str, Plain], prefix: str) -> Iterator[tuple[str, str | int | float]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from flat(value, f"{prefix}{key}.")
+            elif isinstance(value, str | int | float) and not isinstance(value, bool):
+                yield f"{prefix}{key}", value
             else:
-                plain = isinstance(value, str | int | float) and not isinstance(value, bool)
-                yield f"{prefix}{key}", value if plain else json.dumps(value)
+                yield f"{prefix}{key}", json.dumps(value)
 
     return dict(flat(manifest["config"], ""))
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +111,7 @@ def calibrate(experiment: Experiment, ratios: Sequence[float], turns: int, cpu_h
     batch = slices[0].schedule[0].batch
     flops = [batch * sum(cost.flops["both"]) for cost in costs]
     measured = [statistics.median(column) for column in columns]
-    # every ratio counts the same: the median of its seconds a FLOP
+    # every ratio counts the same: the median of its seconds per FLOP
     seconds_per_flop = statistics.median(s / f for s, f in zip(measured[: len(ratios)], flops, strict=True))
     points = []
     for at, ratio in enumerate(ratios):
@@ -190,10 +189,14 @@ def fleet_yaml(calibration: Calibration) -> str:
     )
 
 
-def to_json(calibration: Calibration) -> dict[str, Any]:
+def point_rows(calibration: Calibration) -> list[dict[str, float]]:
+    """Returns the points by key, each with the model's error."""
+    return [asdict(point) | {"error": point.error} for point in calibration.points]
+
+
+def to_json(calibration: Calibration) -> dict[str, object]:
     """Returns the calibration as one JSON object."""
-    points = [asdict(point) | {"error": point.error} for point in calibration.points]
-    return asdict(calibration) | {"points": points}
+    return asdict(calibration) | {"points": point_rows(calibration)}
 
 
 def write(out: Path, calibration: Calibration) -> None:
@@ -201,7 +204,7 @@ def write(out: Path, calibration: Calibration) -> None:
     with folder.writing(out):
         (out / "devices").mkdir(parents=True, exist_ok=True)
         (out / "calibration.json").write_text(json.dumps(to_json(calibration), indent=1) + "\n")
-        (out / "calibration.svg").write_text(figures.calibration_figure(to_json(calibration)["points"]).svg())
+        (out / "calibration.svg").write_text(figures.calibration_figure(point_rows(calibration)).svg())
         (out / "devices" / "calibrated.yaml").write_text(fleet_yaml(calibration))
 
 

@@ -38,7 +38,8 @@ def allocate(
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
     from fedprune_cli.config.words import parse_choice
-    from fedprune_cli.round.table import allocate_first_round, answer, frontier_rows, price_sentence
+    from fedprune_cli.report.allocation import allocation_table, answer, frontier_rows, price_sentence, write_allocation
+    from fedprune_cli.round.first import allocate_first_round
 
     allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
     parse_choice(objective, "objective", allocators)
@@ -52,16 +53,12 @@ def allocate(
     first = allocate_first_round(experiment, devices)
     problem, result = first.problem, answer(first, of_several=len(experiment.payload.bits) > 1)
     if out:
-        from fedprune_cli.report.allocation import write_allocation
-
         write_allocation(out, result, frontier_rows(problem))
     if as_json:
         print_json(result)
         return
-    from fedprune_cli.report.allocation import allocation_table
-
     show(allocation_table(result))
-    show(price_sentence(problem, result))
+    show(price_sentence(problem, result["price_per_hz"]))
     if out:
         say(f"written: {out}/allocation.csv, allocation.json, frontier.csv, frontier.svg")
 
@@ -82,8 +79,9 @@ def ladder(
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
     from fedprune_cli.config.words import parse_names, parse_numbers
-    from fedprune_cli.round.table import ask
-    from fedprune_cli.round.table import ladder as build_ladder
+    from fedprune_cli.report.allocation import ladder as build_ladder
+    from fedprune_cli.report.allocation import ladder_table
+    from fedprune_cli.round.first import ask
 
     wanted = parse_numbers(fractions, "--fractions", lambda fraction: 0 < fraction < math.inf, "above 0")
     chosen = {
@@ -91,10 +89,8 @@ def ladder(
         for name in parse_names(allocators, "--allocators")
     }
     problem = ask(next(iter(chosen.values()))).problem
-    rows = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
+    rungs = build_ladder(problem, {name: experiment.allocator for name, experiment in chosen.items()}, wanted)
     if as_json:
-        print_json(rows)
+        print_json([rung.as_json() for rung in rungs])
         return
-    from fedprune_cli.report.allocation import ladder_table
-
-    show(ladder_table(rows))
+    show(ladder_table(rungs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fedprune_cli import CONF
+from fedprune_cli.store.files import Plain
 
 # Typer's own script takes the words that bash has split, and bash splits at '='. This one splits the line at blanks, and gives bash back
 # only what comes after the last '=' where bash will put it there; it changes nothing for other programs.
@@ -47,7 +47,7 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def keys() -> dict[str, Any]:
+def keys() -> dict[str, Plain]:
     """Returns the dotted keys of the configuration and of every option of its groups, with their values."""
     found = dict(_leaves(_read(CONF / "config.yaml"), ""))
     for group, options in groups().items():
@@ -70,14 +70,14 @@ def values(key: str) -> list[str]:
     return ["true", "false"] if isinstance(keys().get(key), bool) else []
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Plain]:
     import yaml
 
     content = yaml.safe_load(path.read_text())
     return content if isinstance(content, dict) else {}
 
 
-def _leaves(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(content: dict[str, Plain], prefix: str) -> Iterator[tuple[str, Plain]]:
     for key, value in content.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")

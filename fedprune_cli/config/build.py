@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,12 +72,8 @@ UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 
 
-def _to_si(values: Plain, where: str) -> Plain:
+def _to_si(values: Mapping[str, Plain], where: str) -> dict[str, Plain]:
     """Returns nested `values` with human units converted, and the keys renamed."""
-    if isinstance(values, list):
-        return [_to_si(value, f"{where}[{i}]") for i, value in enumerate(values)]
-    if not isinstance(values, dict):
-        return values
     converted: dict[str, Plain] = {}
     for key, value in values.items():
         suffix, si, convert = next((unit for unit in UNITS if str(key).endswith(unit[0])), ("", "", lambda x: x))
@@ -86,8 +82,14 @@ def _to_si(values: Plain, where: str) -> Plain:
                 value = convert(value)
             except OverflowError:
                 raise ConfigError(f"{where}.{key}={value}: too large") from None
-        converted[str(key).removesuffix(suffix) + si] = _to_si(value, f"{where}.{key}")
+        converted[str(key).removesuffix(suffix) + si] = _inner_to_si(value, f"{where}.{key}")
     return converted
+
+
+def _inner_to_si(value: Plain, where: str) -> Plain:
+    if isinstance(value, list):
+        return [_inner_to_si(item, f"{where}[{at}]") for at, item in enumerate(value)]
+    return _to_si(value, where) if isinstance(value, dict) else value
 
 
 def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
@@ -98,8 +100,7 @@ def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
 
 def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
     """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
-    si = _to_si(dict(values), where)
-    assert isinstance(si, dict)
+    si = _to_si(values, where)
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key, name in zip(values, si, strict=True):
@@ -109,7 +110,7 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         if name not in si:
             raise ConfigError(f"{where}.{name}: missing value")
     try:
-        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si)))
     except ConfigError as error:
         if not error.key:
             raise ConfigError(f"{where}: {error}") from None
@@ -123,8 +124,6 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         raise ConfigError(f"{at}: {reason(error, hints.get(name))}") from None
     except OverflowError as error:
         raise ConfigError(f"{where}: {error}".splitlines()[0]) from None
-    assert isinstance(instance, cls)
-    return instance
 
 
 def _without_value(error: ConfigError) -> str:
@@ -140,11 +139,18 @@ def _missing(values: Plain, at: str = "") -> Iterator[str]:
         yield from _missing(value, f"{at}.{key}" if at else str(key))
 
 
+def _group(key: str, values: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Returns the values under a key; raises ConfigError when it holds something else."""
+    group = values[key]
+    if not isinstance(group, dict):
+        raise ConfigError(f"{key}={group}: must be a group of values, such as {key}.KEY=VALUE")
+    return group
+
+
 def _values(config: DictConfig) -> dict[str, Plain]:
     """Returns the configuration with every key of an Experiment and no other; raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(Experiment)]
     values = plain(config)
-    assert isinstance(values, dict)
     for key in ("hydra", "arms", "objectives"):  # how runs are launched and compared, not what one of them is
         values.pop(key, None)
     for key in values:
@@ -155,13 +161,12 @@ def _values(config: DictConfig) -> dict[str, Plain]:
     for key in fields:
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
-        if key in SECTIONS and not isinstance(values[key], dict):  # seen before others refer to what is in it
-            raise ConfigError(f"{key}={values[key]}: must be a group of values, such as {key}.KEY=VALUE")
+        if key in SECTIONS:  # seen before others refer to what is in it
+            _group(key, values)
     try:
         resolved = plain(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {reason(error)}") from None
-    assert isinstance(resolved, dict)
     values = {key: resolved[key] for key in values}
     if missing := next(_missing(values), None):
         raise ConfigError(f"{missing}: missing value, type {missing}=VALUE")
@@ -179,9 +184,7 @@ def build_experiment(config: DictConfig) -> Experiment:
             raise unknown(group, name, table)
         parts[group] = _construct(table[name], chosen, group)
     for section, cls in SECTIONS.items():
-        chosen = values[section]
-        assert isinstance(chosen, dict)
-        parts[section] = _construct(cls, chosen, section)
+        parts[section] = _construct(cls, _group(section, values), section)
     branch = values["branch"]
     if branch is not None and not isinstance(branch, dict):
         raise ConfigError(f"branch={branch}: must be null; `fedprune resume RUN_DIR KEY=VALUE` makes branches")
@@ -189,11 +192,11 @@ def build_experiment(config: DictConfig) -> Experiment:
     build: Callable[..., Experiment] = Experiment  # whose parts are of the classes of GROUPS and SECTIONS
     scalars = {key: value for key, value in values.items() if key not in parts}
     try:
-        checked = plain(OmegaConf.merge(OmegaConf.structured(_Scalars), scalars))
+        merged = OmegaConf.merge(OmegaConf.structured(_Scalars), scalars)
+        checked = cast(dict[str, Plain], OmegaConf.to_container(merged))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None
-    assert isinstance(checked, dict)
     try:
         return build(**checked, **parts)
     except ConfigError as error:

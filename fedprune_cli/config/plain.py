@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.store.files import Plain
 
 
-def plain(config: DictConfig | ListConfig, *, resolve: bool = False) -> Plain:
+def plain(config: DictConfig, *, resolve: bool = False) -> dict[str, Plain]:
     """Returns the values, `${...}` as it stands or resolved; raises what OmegaConf raises."""
-    return cast(Plain, OmegaConf.to_container(config, resolve=resolve))
+    return cast(dict[str, Plain], OmegaConf.to_container(config, resolve=resolve))
 
 
 def leaves(values: Plain, at: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Small models of several devices trained side by side: one batched matrix product a layer instead of a step a device.
+"""Small models of several devices trained side by side: one batched matrix product per layer instead of a step per device.
 
 A step of a small multilayer perceptron costs more Python than arithmetic. A block of devices takes its steps together, with the
 backward pass written out and the update made by the product itself. The unit of arithmetic is the block: it always has the same number
@@ -42,6 +42,21 @@ class _Layer:
     is_personal: bool
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Devices that train side by side, always as many as `training.block`.
+
+    members: their tasks; layers: views of all members' models; shared: their u, float32 [members, U], which steps change in place;
+    keep: 1 for each entry of u that a member keeps and 0 for others, in the same shape, None when all keep everything.
+    """
+
+    learner: Learner
+    members: Sequence[Task]
+    layers: Sequence[_Layer]
+    shared: Tensor
+    keep: Tensor | None
+
+
 def batches(parts: Parts, training: Training) -> bool:
     """Whether the model is a small perceptron, trained in a way that blocks can follow."""
     leaves = [module for module in parts.model.modules() if not isinstance(module, nn.Sequential)]
@@ -73,10 +88,10 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
-    layers = _layers(learner.parts, shared, personal)
+    block = _Block(learner, members, _layers(learner.parts, shared, personal), shared, keep)
     losses: list[float | None] = [None] * len(members)
     for index in range(len(tasks[0].schedule)):
-        _run_phase(learner, members, index, layers, shared, keep, losses)
+        losses = _run_phase(block, index, losses)
     updates = []
     for row, (task, loss) in enumerate(zip(tasks, losses, strict=False)):
         mask = None if keep is None else keep[row].numpy() > 0
@@ -103,37 +118,35 @@ def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
         for (name, count), param in zip(parts.names[first:], params, strict=False):
             views[name] = vector[:, start : start + count].view(-1, *param.shape)
             start += count
-    own = {id(param) for param in parts.personal_params}
+    personal_ids = {id(param) for param in parts.personal_params}
     return [
-        _Layer(views[f"{name}.weight"], views.get(f"{name}.bias"), id(layer.weight) in own)
+        _Layer(views[f"{name}.weight"], views.get(f"{name}.bias"), id(layer.weight) in personal_ids)
         for name, layer in parts.model.named_modules()
         if isinstance(layer, nn.Linear)
     ]
 
 
-def _run_phase(
-    learner: Learner, members: Sequence[Task], index: int, layers: Sequence[_Layer], shared: Tensor, keep: Tensor | None,
-    losses: list[float | None],
-) -> None:  # fmt: skip
-    """Takes one phase's SGD steps of all members in place, and notes their mean losses."""
-    config, phases = learner.training, [task.schedule[index] for task in members]
-    rates = [_rate(layer, phases[0], config) for layer in layers]
+def _run_phase(block: _Block, index: int, previous: Sequence[float | None]) -> list[float | None]:
+    """Takes one phase's SGD steps of all members in place; returns their mean losses, the previous ones where there was nothing to do."""
+    learner, config = block.learner, block.learner.training
+    phases = [task.schedule[index] for task in block.members]
+    rates = [_rate(layer, phases[0], config) for layer in block.layers]
     steps = np.array([phase.steps for phase in phases])
     if not steps.any() or not any(rates):
-        return
-    tables = [_positions(learner, task, index) for task in members]
-    total = torch.zeros(len(members))
+        return [*previous]
+    tables = [_positions(learner, task, index) for task in block.members]
+    total, shared = torch.zeros(len(block.members)), block.shared
     for start in range(0, int(steps.max()), STEPS):
         x, y, sizes = _gather(learner, tables, start, min(STEPS, int(steps.max()) - start))
         for step in range(x.shape[1]):
-            total += _step(layers, rates, x[:, step], y[:, step], sizes[:, step], config.weight_decay)
-            if keep is not None:
-                shared *= keep
-    for row, (task, phase) in enumerate(zip(members, phases, strict=True)):
-        if phase.steps:
-            losses[row] = require_finite(
-                float(total[row]) / phase.steps, task, phase, learner.training, learner.images.shape[1:]
-            )
+            total += _step(block.layers, rates, x[:, step], y[:, step], sizes[:, step], config.weight_decay)
+            if block.keep is not None:
+                shared *= block.keep
+    shape = learner.images.shape[1:]
+    return [
+        require_finite(float(sum_) / phase.steps, task, phase, config, shape) if phase.steps else before
+        for task, phase, sum_, before in zip(block.members, phases, total, previous, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -145,11 +158,11 @@ class _Positions:
 
 
 def _positions(learner: Learner, task: Task, index: int) -> _Positions:
-    phase, own = task.schedule[index], learner.train[task.device]
+    phase, indices = task.schedule[index], learner.train[task.device]
     sizes = np.array(phase.sizes, dtype=np.int64)
     table = np.zeros((len(sizes), learner.training.batch_size), dtype=np.int64)
-    chosen = batch_positions(learner.seed, task, index, len(own), phase.samples)
-    table[np.arange(table.shape[1]) < sizes[:, None]] = own[chosen]
+    chosen = batch_positions(learner.seed, task, index, len(indices), phase.samples)
+    table[np.arange(table.shape[1]) < sizes[:, None]] = indices[chosen]
     return _Positions(table, sizes)
 
 
@@ -167,10 +180,10 @@ def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: 
     batch = learner.training.batch_size
     chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
     sizes = np.zeros((len(members), steps), dtype=np.float32)
-    for at, own in enumerate(members):
-        part = own.table[start : start + steps]
+    for at, member in enumerate(members):
+        part = member.table[start : start + steps]
         chosen[at, : len(part)] = part
-        sizes[at, : len(part)] = own.sizes[start : start + steps]
+        sizes[at, : len(part)] = member.sizes[start : start + steps]
     x, y = samples(learner, chosen.ravel())
     return (
         x.flatten(1).view(len(members), steps, batch, -1),

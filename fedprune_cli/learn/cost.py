@@ -22,7 +22,7 @@ class ModelCost:
 
     shared_params U, personal_params V; param_flops: per training step kind (`personal`, `shared`, `both`: which part is
     updated) the FLOPs of one sample, forward and backward, that each parameter takes part in, float64 [parameters], the
-    `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs a multiply-add); elementwise work is not.
+    `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs per multiply-add); elementwise work is not.
     """
 
     shared_params: int
@@ -66,9 +66,8 @@ def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -
     set_trained(parts, trained)
     of_layer: dict[str, float] = {}
 
-    def count(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = layer.weight
-        assert isinstance(weight, Tensor)
         forward = 2 * output.numel() * weight[0].numel()
         # the gradients of the weight and of the input each cost what the forward pass costs
         of_layer[name] = forward * (1 + weight.requires_grad + inputs[0].requires_grad)
@@ -85,6 +84,6 @@ def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -
     names = [name for name, _ in parts.names]
     flops = np.array([of_layer.get(name.removesuffix(".weight"), 0.0) for name in names], dtype=np.float64)
     for block, _ in parts.model.named_children():
-        own = np.array([name.split(".")[0] == block for name in names])
-        flops[own] += (of_block.get(block, 0) - flops[own].sum()) / max(own.sum(), 1)
+        within = np.array([name.split(".")[0] == block for name in names])
+        flops[within] += (of_block.get(block, 0) - flops[within].sum()) / max(within.sum(), 1)
     return flops

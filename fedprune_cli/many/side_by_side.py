@@ -71,8 +71,8 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
                     process.start()
                 sender.close()
                 running[process.sentinel] = (process, member, receiver)
-            for sentinel in wait(list(running)):
-                assert isinstance(sentinel, int)
+            ended = wait(list(running))
+            for sentinel in [one for one in running if one in ended]:
                 process, member, receiver = running.pop(sentinel)
                 process.join()
                 yield member, _failure(process, member, receiver)
@@ -94,9 +94,7 @@ def _failure(process: ForkServerProcess, member: Member, receiver: Connection) -
 
 
 def _begin(member: Member) -> Setup:
-    config = OmegaConf.create(member.config)
-    assert isinstance(config, DictConfig)
-    return begin_or_reopen(config)
+    return begin_or_reopen(DictConfig(OmegaConf.create(member.config)))
 
 
 def _work(member: Member, sender: Connection) -> None:

@@ -1,21 +1,163 @@
-"""An allocation by itself, and allocators compared by deadline, for the terminal and as files."""
+"""An allocation by itself, and allocators compared by deadline: as JSON, for the terminal and as files."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+import numpy as np
+
+from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.policy import settle
+from fedprune_cli.allocate.problem import Problem
+from fedprune_cli.allocate.variants import deadlines_at, frontier
 from fedprune_cli.report import figures
 from fedprune_cli.report.page import csv_text, seconds, write_files
-from fedprune_cli.report.read import Record
+from fedprune_cli.round.first import FirstRound
 from fedprune_cli.terminal import Table
 
 CSV_KEYS = ("id", "prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
+FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
-def allocation_table(result: Record) -> Table:
-    """Returns the devices of `table.answer` for the terminal, with the certificate above."""
+class Proof(TypedDict):
+    """How far an allocation is from the exact conditions of optimality: the largest KKT residual, and the duality gap, both relative."""
+
+    residual: float
+    gap: float
+
+
+class _Named(TypedDict, total=False):
+    name: str
+
+
+class _Compressed(TypedDict, total=False):
+    bits: int
+
+
+class DeviceAnswer(TypedDict):
+    """What one device gets. name: what the table calls it, where it does; binds: which limit holds it."""
+
+    id: int
+    name: NotRequired[str]
+    prune_ratio: float
+    bandwidth_hz: float
+    rate_bps: float
+    latency_s: float
+    binds: str
+    admitted: bool
+
+
+class Answer(TypedDict):
+    """An allocation as one JSON object. objective: the weighted mean of what is kept; bits: of a value, where they were chosen."""
+
+    status: str
+    deadline_s: float
+    objective: float
+    price_per_hz: float | None
+    certificate: Proof | None
+    message: str
+    bits: NotRequired[int]
+    devices: list[DeviceAnswer]
+
+
+def answer(first: FirstRound, *, of_several: bool) -> Answer:
+    """Returns the first round's allocation as one JSON object.
+
+    of_several: whether the bits were chosen, and are worth a word.
+    """
+    allocation, certificate = first.allocation, first.allocation.certificate
+    compressed: _Compressed = {"bits": first.bits} if of_several else {}
+    return {
+        "status": allocation.status,
+        "deadline_s": allocation.deadline_s,
+        "objective": allocation.objective,
+        "price_per_hz": allocation.price_per_hz,
+        "certificate": None
+        if certificate is None
+        else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
+        "message": allocation.message,
+        **compressed,
+        "devices": [_device(first, at) for at in range(len(allocation.binds))],
+    }
+
+
+def _device(first: FirstRound, at: int) -> DeviceAnswer:
+    allocation = first.allocation
+    named: _Named = {"name": first.names[at]} if first.names else {}
+    return {
+        "id": at,
+        **named,
+        "prune_ratio": float(allocation.prune_ratio[at]),
+        "bandwidth_hz": float(allocation.bandwidth_hz[at]),
+        "rate_bps": float(allocation.rate_bps[at]),
+        "latency_s": float(allocation.latency_s[at]),
+        "binds": allocation.binds[at],
+        "admitted": bool(allocation.admitted[at]),
+    }
+
+
+def frontier_rows(problem: Problem) -> list[dict[str, float]]:
+    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
+    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
+    return [
+        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
+        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
+        if np.isfinite(r)
+    ]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A deadline, also as a fraction of the dense optimum, and what each allocator drops there: the weighted mean and the largest ratio.
+
+    An allocator that cannot meet the deadline has None: no round is stretched to look feasible.
+    """
+
+    fraction: float
+    deadline_s: float
+    ratios: Mapping[str, tuple[float, float] | None]
+
+    def as_json(self) -> dict[str, object]:
+        """Returns the rung as one JSON object, the allocators by name beside the deadline."""
+        return {"fraction": self.fraction, "deadline_s": self.deadline_s, **self.ratios}
+
+
+def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[Rung]:
+    """Returns what every allocator drops at deadlines that are fractions of the dense optimum.
+
+    Raises ConfigError naming a fraction that is none, and InfeasibleError naming the devices that no deadline helps.
+    """
+    deadlines = deadlines_at(problem, fractions)
+    settle(replace(problem, deadline_s=math.inf), "fail", least_feasible)  # names whom no deadline helps
+    rungs = []
+    for fraction, deadline_s in zip(fractions, deadlines.tolist(), strict=True):
+        at = replace(problem, deadline_s=deadline_s)
+        rungs.append(Rung(fraction, deadline_s, {name: _ratios(at, one) for name, one in allocators.items()}))
+    return rungs
+
+
+def _ratios(problem: Problem, allocator: Allocator) -> tuple[float, float] | None:
+    allocation, weight = allocator.solve(problem, 0, 0), problem.weight / (problem.weight.sum() or 1.0)
+    met = allocation.deadline_s <= problem.deadline_s * (1 + 1e-9) and bool(allocation.admitted.all())
+    return (float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())) if met else None
+
+
+def price_sentence(problem: Problem, price_per_hz: float | None) -> str:
+    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
+    if not price_per_hz:
+        return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
+    lowered = 1e6 * price_per_hz / float(problem.weight.sum())
+    return f"One more MHz lowers the weighted mean ratio by {lowered:.3g}, for a small change."
+
+
+def allocation_table(result: Answer) -> Table:
+    """Returns the devices for the terminal, with the certificate above."""
     certificate = result["certificate"]
     proof = (
         "no certificate"
@@ -27,39 +169,37 @@ def allocation_table(result: Record) -> Table:
     )
     rows = [
         [
-            str(d["id"]),
-            f"{d['prune_ratio']:.3f}",
-            f"{d['bandwidth_hz'] / 1e6:.4f}",
-            f"{d['latency_s']:.4g}",
-            d["binds"],
-            f"{d['rate_bps'] / 1e6:.4g}",
+            str(device["id"]),
+            f"{device['prune_ratio']:.3f}",
+            f"{device['bandwidth_hz'] / 1e6:.4f}",
+            f"{device['latency_s']:.4g}",
+            device["binds"],
+            f"{device['rate_bps'] / 1e6:.4g}",
         ]
-        for d in result["devices"]
+        for device in result["devices"]
     ]
     headers = ["device", "ratio", "MHz", "seconds", "binds", "Mbit/s"]
     return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
 
 
-def ladder_table(rows: Sequence[Record]) -> Table:
-    """Returns `table.ladder` for the terminal."""
-    names = [key for key in rows[0] if key not in ("fraction", "deadline_s")]
-    cells = [
-        [
-            f"{row['fraction']:.2f}",
-            seconds(row["deadline_s"]),
-            *("cannot" if row[n] is None else f"{row[n][0]:.3f} / {row[n][1]:.3f}" for n in names),
-        ]
-        for row in rows
+def ladder_table(rungs: Sequence[Rung]) -> Table:
+    """Returns the rungs of a ladder for the terminal."""
+    rows = [
+        [f"{rung.fraction:.2f}", seconds(rung.deadline_s), *map(_ratios_text, rung.ratios.values())] for rung in rungs
     ]
-    headers = ["of dense", "deadline", *names]
-    return Table.of("weighted mean / largest pruning ratio", headers, cells, elsewhere="in --json")
+    headers = ["of dense", "deadline", *rungs[0].ratios]
+    return Table.of("weighted mean / largest pruning ratio", headers, rows, elsewhere="in --json")
 
 
-def write_allocation(out: Path, result: Record, frontier: Sequence[Mapping[str, float]]) -> Path:
+def _ratios_text(ratios: tuple[float, float] | None) -> str:
+    return "cannot" if ratios is None else f"{ratios[0]:.3f} / {ratios[1]:.3f}"
+
+
+def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, float]]) -> Path:
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
-    devices = [[device[key] for key in CSV_KEYS] for device in result["devices"]]
+    devices: Sequence[Mapping[str, object]] = result["devices"]
     files = {
-        "allocation.csv": csv_text(CSV_KEYS, devices),
+        "allocation.csv": csv_text(CSV_KEYS, [[device[key] for key in CSV_KEYS] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",
         "frontier.csv": csv_text(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
         "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),

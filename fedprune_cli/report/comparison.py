@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +15,14 @@ from fedprune_cli.report.read import Run, crossing, held_accuracy
 
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
 EQUAL_SUFFIX = " (equal bandwidth)"
-SAME_WORLD = ("data", "partition", "devices", "channel", "rounds")  # parts of a configuration that compared runs share
+# parts of a configuration that compared runs share
+SAME_WORLD: tuple[Literal["data", "partition", "devices", "channel", "rounds"], ...] = (
+    "data",
+    "partition",
+    "devices",
+    "channel",
+    "rounds",
+)
 Arms = Mapping[str, Mapping[int, Run]]  # arm -> seed -> its run
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
 from fedprune_cli.errors import CheckpointError, one_line
 from fedprune_cli.runs.inputs import check_inputs
 from fedprune_cli.store import folder
-from fedprune_cli.store.files import fits, read_json
+from fedprune_cli.store.files import Plain, fits, read_json
 from fedprune_cli.store.record import RoundRecord
 
-# a JSON object that was checked when it was read, or made by the code below
-Record = Mapping[str, Any]
 HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
 
 MANIFEST_FORM = {
@@ -30,6 +28,52 @@ class Dataset(TypedDict):
     num_classes: int
 
 
+class PrunerConfig(TypedDict):
+    """What a configuration says of its pruner."""
+
+    granularity: str
+
+
+class BranchConfig(TypedDict):
+    """The run that a branch comes from, and the last round that they share."""
+
+    run: str
+    round: int
+
+
+class FailsafeConfig(TypedDict):
+    """What a configuration says of fail-safes."""
+
+    late: Literal["wait", "drop", "defer"]
+    wait_factor: float
+    max_staleness: int
+    aggregation: str
+    clip_norm: float | None
+    safe_ratio: bool
+    quarantine_after: int | None
+    quarantine_rounds: int | None
+
+
+class Config(TypedDict):
+    """A run's configuration; what has been a key only since a later version is not required."""
+
+    data: Mapping[str, Plain]
+    partition: Mapping[str, Plain]
+    devices: Mapping[str, Plain]
+    channel: Mapping[str, Plain]
+    pruner: PrunerConfig
+    rounds: int
+    branch: NotRequired[BranchConfig | None]
+    failsafe: NotRequired[FailsafeConfig | None]
+
+
+class Summary(TypedDict):
+    """What came of a finished run, as far as reports ask."""
+
+    time_to_target_s: float | None
+    state_sha256: str
+
+
 class Manifest(TypedDict):
     """What a run was made of, as far as reports ask; `MANIFEST_FORM` is what is checked when it is read."""
 
@@ -38,9 +82,9 @@ class Manifest(TypedDict):
     fresh_devices: int
     train_samples: list[int]
     histogram: list[list[int]]
-    config: Record
+    config: Config
     dataset: Dataset
-    model: Record
+    model: Mapping[str, Plain]
     versions: Mapping[str, str]
 
 
@@ -64,7 +108,7 @@ class Run:
     path: Path
     manifest: Manifest
     rounds: tuple[RoundRecord, ...]
-    summary: Record | None
+    summary: Summary | None
 
     @property
     def method(self) -> str:
@@ -90,7 +134,7 @@ def read_run(path: Path) -> Run:
     rounds = tuple(folder.read_records(path))
     if not accuracies(rounds):
         raise CheckpointError(f"{path}: no round has been tested yet, there is nothing to report")
-    return Run(path, cast(Manifest, found), rounds, summary)
+    return Run(path, cast(Manifest, found), rounds, cast("Summary | None", summary))
 
 
 def accuracies(rounds: Sequence[RoundRecord]) -> list[Accuracies]:

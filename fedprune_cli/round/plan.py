@@ -10,7 +10,7 @@ import numpy as np
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.problem import Allocation, Problem, rate
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.meter import build_load, build_problem, compress, downlink_s
+from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Blueprint, Setup
 from fedprune_cli.serve.failsafe import with_margins
@@ -106,7 +106,7 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     gain = beliefs.gain_linear
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits)
     weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
-    problem = build_problem(load, experiment.channel, gain, weight, size, t_down_s, blueprint.max_ratio)
+    problem = build_problem(load, Uplink(experiment.channel, gain, size), weight, t_down_s, blueprint.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     problem = replace(problem, deadline_s=deadline_s, ids=ids)

@@ -18,7 +18,7 @@ from fedprune_cli.learn.structured import Layout, find_channels, no_channels
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
-from fedprune_cli.world.scenario import Scenario, build_scenario
+from fedprune_cli.world.scenario import Scenario, World, build_scenario
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,14 @@ class Setup:
 
 def prepare(experiment: Experiment) -> Setup:
     """Returns the setup of an experiment; raises DataError or ConfigError when its world cannot be built."""
-    scenario = build_scenario(
-        experiment.data, experiment.partition, experiment.devices, experiment.channel,
-        experiment.evaluation.test_fraction, experiment.seed, experiment.rounds,
-    )  # fmt: skip
+    world = World(
+        experiment.data,
+        experiment.partition,
+        experiment.devices,
+        experiment.channel,
+        experiment.evaluation.test_fraction,
+    )
+    scenario = build_scenario(world, experiment.seed, experiment.rounds)
     parts = build_parts(experiment, scenario)
     blueprint = build_blueprint(experiment, parts, scenario.dataset.images.shape[1:])
     slots = first_slots(experiment, Sizes(scenario.num_devices, blueprint.cost.shared_params))

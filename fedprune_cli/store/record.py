@@ -1,4 +1,4 @@
-"""A round's record: the one schema of a line of rounds.jsonl, for whoever writes, checks, watches, tracks or draws it.
+"""The record of a round: the one schema of a line of rounds.jsonl, for whoever writes, checks, watches, tracks or draws it.
 
 Every figure is modelled; measured wall time stands in timings.jsonl. Units are in the names; docs/run-folder.md explains each key.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from fedprune_cli.store.files import fits
 
@@ -158,7 +158,7 @@ _FORMS: Mapping[object, object] = {
 }  # fmt: skip
 
 
-def _form(of: type) -> dict[str, Any]:
+def _form(of: type) -> dict[str, object]:
     return {key: _FORMS[hint] for key, hint in get_type_hints(of).items() if hint in _FORMS}
 
 

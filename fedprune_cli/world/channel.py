@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Channel(Protocol):
 def gilbert_elliott(draw: Callable[[int], Array], rounds: int, num_devices: int, enter: float, leave: float) -> Array:
     """Returns who is in the bad state, bool [rounds, N], from the stationary distribution on.
 
-    draw: uniform numbers [N] of a round; enter, leave: probabilities a round of entering and leaving the state.
+    draw: returns the uniform numbers [N] of a round; enter, leave: probabilities per round of entering and of leaving the state.
     """
     bad = np.zeros((rounds, num_devices), dtype=bool)
     bad[0] = draw(0) < enter / (enter + leave)
@@ -58,11 +59,11 @@ def gilbert_elliott(draw: Callable[[int], Array], rounds: int, num_devices: int,
 
 
 @dataclass(frozen=True)
-class Radio:
-    """The band and its outages, common to all channels.
+class _RadioBand:
+    """The band and its outages, common to all channels; each checks them by `_check_band`.
 
     bandwidth_hz B; noise_w_per_hz N0; bs_power_w: the base station's, for the downlink;
-    outage_enter, outage_leave: Gilbert-Elliott probabilities a round of losing and of regaining a device, 0 to enter: never.
+    outage_enter, outage_leave: Gilbert-Elliott probabilities per round of losing and of regaining a device, 0 to enter: never.
     """
 
     name: str
@@ -72,30 +73,32 @@ class Radio:
     outage_enter: float
     outage_leave: float
 
-    def __post_init__(self) -> None:
-        for key in ("bandwidth_hz", "noise_w_per_hz", "bs_power_w"):
-            require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "> 0 and finite")
-        require(0 <= self.outage_enter <= 1, "outage_enter", self.outage_enter, "in [0, 1]")
-        require(0 < self.outage_leave <= 1, "outage_leave", self.outage_leave, "in (0, 1]")
 
-    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
-        """Gilbert-Elliott, in outage a fraction enter / (enter + leave) of the time."""
-        if self.outage_enter == 0:
-            return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
-        if rounds * num_devices > MAX_OUTAGES:
-            raise ConfigError(
-                f"channel.outage_enter={self.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
-                f"must be at most {MAX_OUTAGES}"
-            )
+def _check_band(band: _RadioBand) -> None:
+    for key in ("bandwidth_hz", "noise_w_per_hz", "bs_power_w"):
+        require(0 < getattr(band, key) < math.inf, key, getattr(band, key), "> 0 and finite")
+    require(0 <= band.outage_enter <= 1, "outage_enter", band.outage_enter, "in [0, 1]")
+    require(0 < band.outage_leave <= 1, "outage_leave", band.outage_leave, "in (0, 1]")
 
-        def draw(number: int) -> Array:
-            return stream(seed, "outage", number).random(num_devices)
 
-        return ~gilbert_elliott(draw, rounds, num_devices, self.outage_enter, self.outage_leave)
+def _without_outage(band: _RadioBand, seed: int, rounds: int, num_devices: int) -> Array:
+    """Returns who is in no outage, bool [rounds, N]: by Gilbert-Elliott, in outage a fraction enter / (enter + leave) of the time."""
+    if band.outage_enter == 0:
+        return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
+    if rounds * num_devices > MAX_OUTAGES:
+        raise ConfigError(
+            f"channel.outage_enter={band.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
+            f"must be at most {MAX_OUTAGES}"
+        )
+
+    def draw(number: int) -> Array:
+        return stream(seed, "outage", number).random(num_devices)
+
+    return ~gilbert_elliott(draw, rounds, num_devices, band.outage_enter, band.outage_leave)
 
 
 @dataclass(frozen=True)
-class Faded(Radio):
+class _Fading(_RadioBand, ABC):
     """Path loss and log-normal shadowing, fixed for a device, times block fading, redrawn each round.
 
     A fleet's own `path_gain_linear` stands in for path loss and shadowing where it is given.
@@ -103,13 +106,9 @@ class Faded(Radio):
 
     fading: str
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.fading in ("rayleigh", "none"), "fading", self.fading, "'rayleigh' or 'none'")
-
+    @abstractmethod
     def loss_db(self, seed: int, distance_m: Array) -> Array:
         """Returns path loss plus shadowing, dB [N]."""
-        raise NotImplementedError
 
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
         size = len(fleet.distance_m)
@@ -123,15 +122,23 @@ class Faded(Radio):
             return large_scale
         return large_scale * stream(seed, "fading", number).exponential(size=size)
 
+    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
+        return _without_outage(self, seed, rounds, num_devices)
+
+
+def _check_fading(channel: _Fading) -> None:
+    require(channel.fading in ("rayleigh", "none"), "fading", channel.fading, "'rayleigh' or 'none'")
+
 
 @dataclass(frozen=True)
-class Urban(Faded):
+class Urban(_Fading):
     """128.1 + 37.6 log10(d_km) dB, the field's usual urban macro cell at 2 GHz (model.md, section 5)."""
 
     shadowing_db: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_band(self)
+        _check_fading(self)
         require(0 <= self.shadowing_db <= 100, "shadowing_db", self.shadowing_db, "in [0, 100]")
 
     def loss_db(self, seed: int, distance_m: Array) -> Array:
@@ -140,9 +147,10 @@ class Urban(Faded):
 
 
 @dataclass(frozen=True)
-class Umi(Faded):
-    """3GPP TR 38.901 UMi street canyon: LOS probability (table 7.4.2-1), path loss and shadowing (table 7.4.1-1).
+class _Tr38901(_Fading, ABC):
+    """A street scenario of 3GPP TR 38.901: LOS probability (table 7.4.2-1), path loss and shadowing (table 7.4.1-1).
 
+    los_decay_m: of the LOS probability; los_shadowing_db, nlos_shadowing_db: standard deviations with and without line of sight.
     Ignored: indoor loss, blockage, spatial correlation of shadowing and of line of sight, clusters (block Rayleigh instead).
     The tables hold from 10 m to 5 km, with the base station 10 m high (UMi) or 25 m (UMa); beyond, the formulas are extended as they are.
     """
@@ -150,27 +158,17 @@ class Umi(Faded):
     carrier_hz: float
     bs_height_m: float
     device_height_m: float
-    los_decay_m: ClassVar[float] = 36.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0.5e9 <= self.carrier_hz <= 100e9, "carrier_hz", self.carrier_hz, "in 0.5..100 GHz, the range of TR 38.901"
-        )
-        require(2 <= self.bs_height_m <= 150, "bs_height_m", self.bs_height_m, "in [2, 150]")
-        require(
-            1.5 <= self.device_height_m <= 22.5,
-            "device_height_m",
-            self.device_height_m,
-            "in [1.5, 22.5] (table 7.4.1-1)",
-        )
+    los_decay_m: ClassVar[float]
+    los_shadowing_db: ClassVar[float]
+    nlos_shadowing_db: ClassVar[float]
 
     def loss_db(self, seed: int, distance_m: Array) -> Array:
         line_of_sight = stream(seed, "los").random(len(distance_m)) < self.los_probability(distance_m)
         los_db, nlos_db = self.path_loss_db(distance_m)
-        los_sigma, nlos_sigma = self.shadowing_sigma_db()
         normal = stream(seed, "shadowing").normal(size=len(distance_m))
-        return np.where(line_of_sight, los_db + los_sigma * normal, nlos_db + nlos_sigma * normal)
+        return np.where(
+            line_of_sight, los_db + self.los_shadowing_db * normal, nlos_db + self.nlos_shadowing_db * normal
+        )
 
     def los_probability(self, distance_m: Array) -> Array:
         """Returns the probability of line of sight by the 2D distance (table 7.4.2-1)."""
@@ -178,39 +176,65 @@ class Umi(Faded):
         probability: Array = near + np.exp(-distance_m / self.los_decay_m) * (1 - near)
         return probability
 
-    def shadowing_sigma_db(self) -> tuple[float, float]:
-        """Returns the standard deviations of shadowing with and without line of sight (table 7.4.1-1)."""
-        return 4.0, 7.82
-
+    @abstractmethod
     def path_loss_db(self, distance_m: Array) -> tuple[Array, Array]:
         """Returns the path loss with and without line of sight, dB [N], by the 2D distance (table 7.4.1-1)."""
-        d3, log_f = self._distance_3d(distance_m), math.log10(self.carrier_hz / 1e9)
-        near = 32.4 + 21 * np.log10(d3) + 20 * log_f
-        breakpoint_m = self._breakpoint_m()
-        height = self.bs_height_m - self.device_height_m
-        far = 32.4 + 40 * np.log10(d3) + 20 * log_f - 9.5 * math.log10(breakpoint_m**2 + height**2)
-        los = np.where(distance_m <= breakpoint_m, near, far)
-        nlos = 35.3 * np.log10(d3) + 22.4 + 21.3 * log_f - 0.3 * (self.device_height_m - 1.5)
-        return los, np.maximum(los, nlos)
 
-    def _distance_3d(self, distance_m: Array) -> Array:
-        """2D distances below the model's 10 m count as 10 m."""
-        distance_3d_m: Array = np.hypot(np.maximum(distance_m, 10.0), self.bs_height_m - self.device_height_m)
+    @property
+    def height_m(self) -> float:
+        """How far the base station is above a device."""
+        return self.bs_height_m - self.device_height_m
+
+    @property
+    def breakpoint_m(self) -> float:
+        """d'_BP of note 1 under table 7.4.1-1, with the effective environment height of 1 m."""
+        return 4 * (self.bs_height_m - 1) * (self.device_height_m - 1) * self.carrier_hz / LIGHT_M_PER_S
+
+    def distance_3d_m(self, distance_m: Array) -> Array:
+        """Returns the 3D distances [N]; 2D distances below the model's 10 m count as 10 m."""
+        distance_3d_m: Array = np.hypot(np.maximum(distance_m, 10.0), self.height_m)
         return distance_3d_m
 
-    def _breakpoint_m(self) -> float:
-        """Returns d'_BP of note 1 under table 7.4.1-1, with the effective environment height of 1 m."""
-        return 4 * (self.bs_height_m - 1) * (self.device_height_m - 1) * self.carrier_hz / LIGHT_M_PER_S
+
+def _check_street(channel: _Tr38901) -> None:
+    _check_band(channel)
+    _check_fading(channel)
+    carrier, bs_height, device_height = channel.carrier_hz, channel.bs_height_m, channel.device_height_m
+    require(0.5e9 <= carrier <= 100e9, "carrier_hz", carrier, "in 0.5..100 GHz, the range of TR 38.901")
+    require(2 <= bs_height <= 150, "bs_height_m", bs_height, "in [2, 150]")
+    require(1.5 <= device_height <= 22.5, "device_height_m", device_height, "in [1.5, 22.5] (table 7.4.1-1)")
 
 
 @dataclass(frozen=True)
-class Uma(Umi):
-    """3GPP TR 38.901 UMa: like UMi with its own LOS probability, path loss and shadowing; devices up to 13 m high."""
+class Umi(_Tr38901):
+    """3GPP TR 38.901 UMi, a street canyon."""
 
-    los_decay_m: ClassVar[float] = 63.0
+    los_decay_m: ClassVar[float] = 36.0
+    los_shadowing_db: ClassVar[float] = 4.0
+    nlos_shadowing_db: ClassVar[float] = 7.82
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_street(self)
+
+    def path_loss_db(self, distance_m: Array) -> tuple[Array, Array]:
+        d3, log_f = self.distance_3d_m(distance_m), math.log10(self.carrier_hz / 1e9)
+        near = 32.4 + 21 * np.log10(d3) + 20 * log_f
+        far = 32.4 + 40 * np.log10(d3) + 20 * log_f - 9.5 * math.log10(self.breakpoint_m**2 + self.height_m**2)
+        los = np.where(distance_m <= self.breakpoint_m, near, far)
+        nlos = 35.3 * np.log10(d3) + 22.4 + 21.3 * log_f - 0.3 * (self.device_height_m - 1.5)
+        return los, np.maximum(los, nlos)
+
+
+@dataclass(frozen=True)
+class Uma(_Tr38901):
+    """3GPP TR 38.901 UMa, an urban macro cell; devices up to 13 m high."""
+
+    los_decay_m: ClassVar[float] = 63.0
+    los_shadowing_db: ClassVar[float] = 4.0
+    nlos_shadowing_db: ClassVar[float] = 6.0
+
+    def __post_init__(self) -> None:
+        _check_street(self)
         require(
             self.device_height_m <= 13,
             "device_height_m",
@@ -218,22 +242,17 @@ class Uma(Umi):
             "at most 13 (above, table 7.4.2-1 adds a term that is left out)",
         )
 
-    def shadowing_sigma_db(self) -> tuple[float, float]:
-        return 4.0, 6.0
-
     def path_loss_db(self, distance_m: Array) -> tuple[Array, Array]:
-        d3, log_f = self._distance_3d(distance_m), math.log10(self.carrier_hz / 1e9)
+        d3, log_f = self.distance_3d_m(distance_m), math.log10(self.carrier_hz / 1e9)
         near = 28 + 22 * np.log10(d3) + 20 * log_f
-        breakpoint_m = self._breakpoint_m()
-        height = self.bs_height_m - self.device_height_m
-        far = 28 + 40 * np.log10(d3) + 20 * log_f - 9 * math.log10(breakpoint_m**2 + height**2)
-        los = np.where(distance_m <= breakpoint_m, near, far)
+        far = 28 + 40 * np.log10(d3) + 20 * log_f - 9 * math.log10(self.breakpoint_m**2 + self.height_m**2)
+        los = np.where(distance_m <= self.breakpoint_m, near, far)
         nlos = 13.54 + 39.08 * np.log10(d3) + 20 * log_f - 0.6 * (self.device_height_m - 1.5)
         return los, np.maximum(los, nlos)
 
 
 @dataclass(frozen=True)
-class Trace(Radio):
+class Trace(_RadioBand):
     """Recorded gains: a CSV file with the columns round, device, gain_db and, if known, available (1 or 0).
 
     It holds the devices in the rounds from 0 to its last one, and starts again after that. The gains are whole: the fleet's
@@ -246,7 +265,7 @@ class Trace(Radio):
     gaps: str
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_band(self)
         require(self.gaps in ("refuse", "hold", "outage"), "gaps", self.gaps, "'refuse', 'hold' or 'outage'")
 
     def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
@@ -256,7 +275,7 @@ class Trace(Radio):
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
         _, recorded = self._read(num_devices)
-        both: Array = recorded[np.arange(rounds) % len(recorded)] & super().available(seed, rounds, num_devices)
+        both: Array = recorded[np.arange(rounds) % len(recorded)] & _without_outage(self, seed, rounds, num_devices)
         return both
 
     def _read(self, num_devices: int) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -13,16 +14,20 @@ import socket
 import subprocess
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.files import read_bytes
 from fedprune_cli.store.state import Array
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 MAX_BYTES = 2**30  # of a file, unpacked
 SUM_SUFFIX = ".sha256"  # of a file beside each that was brought here, with its SHA-256: a disk may change a pixel
@@ -136,15 +141,27 @@ def _tiles(photograph: Array, tile: int) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class Downloaded:
-    """A dataset that torchvision reads from `root`, and downloads to it where the network allows."""
+class DebianPackage:
+    """A package of Debian that holds a dataset: its name, and the folder within it."""
+
+    name: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class _Downloaded(ABC):
+    """A dataset that torchvision reads from `root`, and downloads to it where the network allows.
+
+    torchvision_name: of its class there; files: what a person has to put into `root`; package: where it comes from first, if any.
+    """
 
     name: str
     root: str | None
     limit: int | None
     torchvision_name: ClassVar[str]
     num_classes: ClassVar[int] = 10
-    files: ClassVar[str]  # what a person has to put into `root`
+    files: ClassVar[str]
+    package: ClassVar[DebianPackage | None] = None
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
@@ -154,28 +171,8 @@ class Downloaded:
         """Where the files are looked for and kept."""
         return Path(self.root or os.environ.get("FEDPRUNE_DATA") or Path.home() / ".cache" / "fedprune")
 
-    def sources(self) -> list[tuple[str, Callable[[], None]]]:
-        """Returns the ways to bring the files into the folder, in order, each with the name it has in an error."""
-        return [("download", self._download)]
-
     def load(self) -> Dataset:
-        tried = []
-        if (found := self._read()) is None:
-            tried.append(f"{self.folder}: no {self.torchvision_name} files")
-            for name, bring in self.sources():
-                try:
-                    bring()
-                except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                    tried.append(f"{name}: {_reason(error)}")
-                    continue
-                if (found := self._read()) is not None:
-                    break
-            else:
-                raise DataError(
-                    f"{self.name} cannot be had. Tried {'; '.join(tried)}. Put {self.files} into a folder and give it as data.root=DIR"
-                )
-        assert found is not None
-        images, labels = found
+        images, labels = self._read() or self._bring()
         if len(images) != len(labels):
             raise DataError(f"{self.folder}: damaged {self.name} files: {len(images)} images, {len(labels)} labels")
         if (bad := np.flatnonzero((labels < 0) | (labels >= self.num_classes))).size:
@@ -185,14 +182,48 @@ class Downloaded:
             )
         return _dataset(self.name, images, labels, self.num_classes, 255.0, self.limit)
 
+    @abstractmethod
     def _read(self) -> tuple[Array, Array] | None:
         """Returns images uint8 [N, C, H, W] and labels [N] of both files, or None when they are not there; DataError when damaged."""
-        raise NotImplementedError
 
-    def _torchvision(self) -> Any:
-        from torchvision import datasets
+    def _bring(self) -> tuple[Array, Array]:
+        """Returns what `_read` does once the files are here; raises DataError saying which ways to bring them were tried."""
+        tried = [f"{self.folder}: no {self.torchvision_name} files"]
+        for name, bring in self._sources():
+            try:
+                bring()
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                tried.append(f"{name}: {_reason(error)}")
+                continue
+            if (found := self._read()) is not None:
+                return found
+        raise DataError(
+            f"{self.name} cannot be had. Tried {'; '.join(tried)}. Put {self.files} into a folder and give it as data.root=DIR"
+        )
 
-        return getattr(datasets, self.torchvision_name)
+    def _sources(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Yields the ways to bring the files into the folder, in order, each with the name it has in an error."""
+        if self.package:
+            yield f"Debian package {self.package.name}", functools.partial(self._unpack, self.package)
+        yield "download", self._download
+
+    def _unpack(self, package: DebianPackage) -> None:
+        """Takes the files out of the package, which needs no rights to unpack."""
+        if not (shutil.which("apt-get") and shutil.which("dpkg")):
+            raise OSError("no apt-get here")
+        with _staged(self.folder) as stage, tempfile.TemporaryDirectory() as work:
+            for command in (
+                ["apt-get", "download", package.name],
+                ["sh", "-c", f"dpkg -x {package.name}_*.deb ."],
+            ):
+                done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300, check=False)
+                if done.returncode:
+                    raise OSError((done.stderr.strip().splitlines() or ["failed"])[-1])
+            raw = stage / self.torchvision_name / "raw"
+            raw.mkdir(parents=True)
+            for path in (Path(work) / package.folder).glob("*-ubyte.gz"):
+                with gzip.open(path) as packed, (raw / path.stem).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
 
     def _download(self) -> None:
         """torchvision downloads into a folder beside; its files move to the real one when all are whole."""
@@ -204,7 +235,9 @@ class Downloaded:
             timeout = socket.getdefaulttimeout()
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
             try:
-                self._torchvision()(root=str(stage), train=True, download=True)
+                from torchvision import datasets
+
+                getattr(datasets, self.torchvision_name)(root=str(stage), train=True, download=True)
             except Exception as error:
                 raise OSError(_reason(error)) from None
             finally:
@@ -232,10 +265,9 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Mnist(Downloaded):
-    """MNIST in IDX files, plain or .gz, in `root`/MNIST/raw (torchvision's layout), `root`/raw or a given `root` itself."""
+class _IdxFiles(_Downloaded):
+    """IDX files, plain or .gz, in `root`/NAME/raw (torchvision's layout), `root`/raw, a given `root` itself, or as a package has them."""
 
-    torchvision_name: ClassVar[str] = "MNIST"
     parts: ClassVar[tuple[str, ...]] = (
         "train-images-idx3",
         "t10k-images-idx3",
@@ -244,12 +276,17 @@ class Mnist(Downloaded):
     )
     files: ClassVar[str] = ", ".join(f"{part}-ubyte" for part in parts) + " (plain or .gz)"
 
-    def places(self) -> list[Path]:
-        """Returns the folders that are looked into, in order. Loose files count only in a folder that the user named."""
-        return [self.folder / self.torchvision_name / "raw", *([self.folder / "raw", self.folder] if self.root else [])]
+    def _places(self) -> Iterator[Path]:
+        """Yields the folders that are looked into, in order. Loose files count only in a folder that the user named."""
+        yield self.folder / self.torchvision_name / "raw"
+        if self.root:
+            yield self.folder / "raw"
+            yield self.folder
+        if self.package:
+            yield self.folder / self.package.folder
 
     def _read(self) -> tuple[Array, Array] | None:
-        for place in self.places():
+        for place in self._places():
             paths = [_plain_or_gz(place / f"{part}-ubyte") for part in self.parts]
             if all(path.is_file() for path in paths):
                 train, test, train_labels, test_labels = (
@@ -295,45 +332,28 @@ def _read_idx(path: Path, rank: int) -> Array:
 
 
 @dataclass(frozen=True)
-class FashionMnist(Mnist):
-    """Fashion-MNIST, as MNIST; where apt works, from Debian's package dataset-fashion-mnist, which needs no rights to unpack."""
+class Mnist(_IdxFiles):
+    """MNIST, handwritten digits in IDX files."""
 
-    torchvision_name: ClassVar[str] = "FashionMNIST"
-    debian: ClassVar[str] = "usr/share/datasets/fashion-mnist"
-
-    def places(self) -> list[Path]:
-        return [*super().places(), self.folder / self.debian]
-
-    def sources(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("Debian package dataset-fashion-mnist", self._unpack_debian), *super().sources()]
-
-    def _unpack_debian(self) -> None:
-        if not (shutil.which("apt-get") and shutil.which("dpkg")):
-            raise OSError("no apt-get here")
-        with _staged(self.folder) as stage, tempfile.TemporaryDirectory() as work:
-            for command in (
-                ["apt-get", "download", "dataset-fashion-mnist"],
-                ["sh", "-c", "dpkg -x dataset-fashion-mnist_*.deb ."],
-            ):
-                done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300, check=False)
-                if done.returncode:
-                    raise OSError((done.stderr.strip().splitlines() or ["failed"])[-1])
-            raw = stage / self.torchvision_name / "raw"
-            raw.mkdir(parents=True)
-            for path in (Path(work) / self.debian).glob("*-ubyte.gz"):
-                with gzip.open(path) as packed, (raw / path.stem).open("wb") as plain:
-                    shutil.copyfileobj(packed, plain)
+    torchvision_name: ClassVar[str] = "MNIST"
 
 
 @dataclass(frozen=True)
-class Cifar10(Downloaded):
-    """CIFAR-10 in torchvision's layout. Its files are pickles, so they are opened only when their published digests match."""
+class FashionMnist(_IdxFiles):
+    """Fashion-MNIST, pictures of clothes in IDX files; where apt works, from Debian's package."""
 
-    torchvision_name: ClassVar[str] = "CIFAR10"
-    files: ClassVar[str] = "the folder cifar-10-batches-py"
+    torchvision_name: ClassVar[str] = "FashionMNIST"
+    package: ClassVar[DebianPackage | None] = DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class _CifarBatches(_Downloaded):
+    """CIFAR in torchvision's layout. Its files are pickles, so they are opened only when their published digests match."""
 
     def _read(self) -> tuple[Array, Array] | None:
-        dataset = self._torchvision()
+        from torchvision import datasets
+
+        dataset: type[CIFAR10] = getattr(datasets, self.torchvision_name)
         listed = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
         paths = [self.folder / dataset.base_folder / name for name, _ in listed]
         if not all(path.is_file() for path in paths):
@@ -348,7 +368,15 @@ class Cifar10(Downloaded):
 
 
 @dataclass(frozen=True)
-class Cifar100(Cifar10):
+class Cifar10(_CifarBatches):
+    """CIFAR-10."""
+
+    torchvision_name: ClassVar[str] = "CIFAR10"
+    files: ClassVar[str] = "the folder cifar-10-batches-py"
+
+
+@dataclass(frozen=True)
+class Cifar100(_CifarBatches):
     """CIFAR-100 with its fine labels."""
 
     torchvision_name: ClassVar[str] = "CIFAR100"

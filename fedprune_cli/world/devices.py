@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -23,8 +24,8 @@ class Fleet:
 
     cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (a cycle costs kappa f^2 joules);
     path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it;
-    min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of a round's
-    computing and sending, infinite without one; names: what a table calls the devices, None where it does not.
+    min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of
+    computing and sending, per round, infinite without one; names: what a table calls the devices, None where it does not.
     """
 
     cpu_hz: Array
@@ -59,7 +60,7 @@ class Devices(Protocol):
 
     @property
     def per_round(self) -> int | None:
-        """Devices that take part in a round, None: all that can be reached."""
+        """Devices that take part per round, None: all that can be reached."""
 
     @property
     def fresh(self) -> int: ...
@@ -79,7 +80,7 @@ class Devices(Protocol):
 
 
 @dataclass(frozen=True)
-class Common:
+class _EveryFleet:
     """What every fleet says: who takes part, who never trains, what energy costs, and the limits of every device (None: none)."""
 
     name: str
@@ -90,18 +91,6 @@ class Common:
     max_bandwidth_hz: float | None
     energy_budget_j: float | None
 
-    def __post_init__(self) -> None:
-        require(self.per_round is None or self.per_round >= 1, "per_round", self.per_round, ">= 1 or null")
-        require(0 <= self.fresh <= MAX_DEVICES, "fresh", self.fresh, ">= 0")
-        coefficient = self.energy_coefficient
-        require(0 <= coefficient < math.inf, "energy_coefficient", coefficient, ">= 0")
-        least, most, budget = self.min_bandwidth_hz, self.max_bandwidth_hz, self.energy_budget_j
-        require(0 <= least < math.inf, "min_bandwidth_hz", least, ">= 0")
-        require(
-            most is None or max(least, 1) <= most < math.inf, "max_bandwidth_hz", most, "at least the minimum, or null"
-        )
-        require(budget is None or 0 < budget < math.inf, "energy_budget_j", budget, "> 0 or null")
-
     def limits(self, size: int) -> dict[str, Array]:
         """Returns the limits of every device as columns of a Fleet [size]."""
         values = {
@@ -110,6 +99,18 @@ class Common:
             "energy_budget_j": math.inf if self.energy_budget_j is None else self.energy_budget_j,
         }
         return {name: np.full(size, value) for name, value in values.items()}
+
+
+def _check_every(fleet: _EveryFleet) -> None:
+    require(fleet.per_round is None or fleet.per_round >= 1, "per_round", fleet.per_round, ">= 1 or null")
+    require(0 <= fleet.fresh <= MAX_DEVICES, "fresh", fleet.fresh, ">= 0")
+    coefficient = fleet.energy_coefficient
+    require(0 <= coefficient < math.inf, "energy_coefficient", coefficient, ">= 0")
+    least, most, budget = fleet.min_bandwidth_hz, fleet.max_bandwidth_hz, fleet.energy_budget_j
+    require(0 <= least < math.inf, "min_bandwidth_hz", least, ">= 0")
+    allowed = "at least the minimum, or null"
+    require(most is None or max(least, 1) <= most < math.inf, "max_bandwidth_hz", most, allowed)
+    require(budget is None or 0 < budget < math.inf, "energy_budget_j", budget, "> 0 or null")
 
 
 def limit_columns(file: str, rows: Rows, default: Mapping[str, Array]) -> dict[str, Array]:
@@ -134,30 +135,23 @@ def _check_range(config: object, low: str, high: str, least: float, most: float)
 
 
 @dataclass(frozen=True)
-class Placed(Common):
+class _DrawnFleet(_EveryFleet, ABC):
     """A fleet of `count` devices and `fresh` more that never train, placed uniformly in a disk with a hole."""
 
     count: int
     min_distance_m: float
     radius_m: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(1 <= self.count <= MAX_DEVICES, "count", self.count, f"in 1..{MAX_DEVICES}")
-        require(
-            self.per_round is None or self.per_round <= self.count,
-            "per_round",
-            self.per_round,
-            f"at most count={self.count}",
-        )
-        _check_range(self, "min_distance_m", "radius_m", 1, 1e7)
+    @abstractmethod
+    def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
+        """Returns clocks (Hz), cycles per FLOP and powers (W) [N] for two uniform draws in [0, 1) per device."""
 
     @property
     def num_devices(self) -> int:
         return self.count
 
     def draw(self, seed: int) -> Fleet:
-        # one row of draws a device: more devices change no earlier one
+        # one row of draws per device: more devices change no earlier one
         size = self.count + self.fresh
         first, second, place = stream(seed, "fleet").random((size, 3)).T
         cpu_hz, cycles_per_flop, tx_power_w = self.kind(first, second)
@@ -172,13 +166,17 @@ class Placed(Common):
             **self.limits(size),
         )
 
-    def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
-        """Returns clocks (Hz), cycles per FLOP and powers (W) [N] for two uniform draws in [0, 1) a device."""
-        raise NotImplementedError
+
+def _check_drawn(fleet: _DrawnFleet) -> None:
+    _check_every(fleet)
+    require(1 <= fleet.count <= MAX_DEVICES, "count", fleet.count, f"in 1..{MAX_DEVICES}")
+    chosen = fleet.per_round
+    require(chosen is None or chosen <= fleet.count, "per_round", chosen, f"at most count={fleet.count}")
+    _check_range(fleet, "min_distance_m", "radius_m", 1, 1e7)
 
 
 @dataclass(frozen=True)
-class Sampled(Placed):
+class SampledFleet(_DrawnFleet):
     """Clocks log-uniform, cycles per FLOP uniform, one power for all (model.md, section 5)."""
 
     min_cpu_hz: float
@@ -188,7 +186,7 @@ class Sampled(Placed):
     tx_power_w: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_drawn(self)
         _check_range(self, "min_cpu_hz", "max_cpu_hz", 1e3, 1e15)
         _check_range(self, "min_cycles_per_flop", "max_cycles_per_flop", 1e-6, 1e6)
         require(1e-13 <= self.tx_power_w <= 1e7, "tx_power_w", self.tx_power_w, "in -100..100 dBm")
@@ -213,13 +211,13 @@ class DeviceClass:
 
 
 @dataclass(frozen=True)
-class Classes(Placed):
+class FleetOfClasses(_DrawnFleet):
     """Every device is of one class, drawn in proportion to the classes' shares."""
 
     classes: tuple[DeviceClass, ...]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_drawn(self)
         require(len(self.classes) >= 1, "classes", self.classes, "at least one class")
         for entry in self.classes:
             for key, least, most in (
@@ -242,7 +240,7 @@ class Classes(Placed):
 
 
 @dataclass(frozen=True)
-class Table(Common):
+class FleetTable(_EveryFleet):
     """A fleet from a CSV file with the columns cpu_ghz, cycles_per_flop, tx_power_dbm and either distance_km or gain_db.
 
     min_bandwidth_mhz, max_bandwidth_mhz and energy_budget_j may be columns too, and then replace the configuration's.
@@ -250,6 +248,9 @@ class Table(Common):
     """
 
     file: str
+
+    def __post_init__(self) -> None:
+        _check_every(self)
 
     @property
     def num_devices(self) -> int:
@@ -287,4 +288,4 @@ class Table(Common):
         )
 
 
-FLEETS: dict[str, type[Devices]] = {"sampled": Sampled, "classes": Classes, "table": Table}
+FLEETS: dict[str, type[Devices]] = {"sampled": SampledFleet, "classes": FleetOfClasses, "table": FleetTable}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,19 +28,20 @@ class PartitionConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Iid:
-    """Samples dealt at random, equally many to every device."""
+class _Cover(ABC):
+    """A disjoint cover of the data: every sample belongs to exactly one device.
+
+    min_samples: that every device has at least; who would have fewer is filled up with random samples of the largest devices.
+    """
 
     name: str
     min_samples: int
 
-    def __post_init__(self) -> None:
-        require(
-            2 <= self.min_samples <= 10**9, "min_samples", self.min_samples, ">= 2 (one to train on, one to test on)"
-        )
+    @abstractmethod
+    def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
+        """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
 
     def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
-        """A disjoint cover of the data. A device that `assign` left short is filled up with random samples of the largest: no retries."""
         if num_devices * self.min_samples > len(labels):
             raise ConfigError(
                 f"{num_devices} devices with at least {self.min_samples} samples each need {num_devices * self.min_samples} samples, the "
@@ -50,49 +52,64 @@ class Iid:
         _fill_up(owner, num_devices, self.min_samples, rng)
         train, test = [], []
         order = np.argsort(owner, kind="stable")
-        for device, own in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
-            shuffled = stream(seed, "split", device).permutation(own)
-            cut = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+        for device, owned in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
+            shuffled = stream(seed, "split", device).permutation(owned)
+            cut = min(max(round(test_fraction * len(owned)), 1), len(owned) - 1)
             test.append(np.sort(shuffled[:cut]))
             train.append(np.sort(shuffled[cut:]))
         return ragged(train), ragged(test)
 
+
+def _check_least(partition: _Cover) -> None:
+    least = partition.min_samples
+    require(2 <= least <= 10**9, "min_samples", least, ">= 2 (one to train on, one to test on)")
+
+
+def _check_alpha(alpha: float) -> None:
+    require(1e-4 <= alpha <= 1e6, "alpha", alpha, "in [0.0001, 1000000]")
+
+
+@dataclass(frozen=True)
+class Iid(_Cover):
+    """Samples dealt at random, equally many to every device."""
+
+    def __post_init__(self) -> None:
+        _check_least(self)
+
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
-        """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
         owner = np.empty(len(labels), dtype=np.int64)
         owner[rng.permutation(len(labels))] = np.arange(len(labels)) % num_devices
         return owner
 
 
 @dataclass(frozen=True)
-class Dirichlet(Iid):
+class Dirichlet(_Cover):
     """Each class is spread over the devices by its own draw from Dirichlet(alpha): the smaller alpha, the more skewed."""
 
     alpha: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+        _check_least(self)
+        _check_alpha(self.alpha)
 
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         owner = np.empty(len(labels), dtype=np.int64)
         for label in np.unique(labels):
-            own = rng.permutation(np.flatnonzero(labels == label))
-            owner[own] = np.repeat(
-                np.arange(num_devices), _apportion(_dirichlet(rng, self.alpha, num_devices), len(own))
-            )
+            of_class = rng.permutation(np.flatnonzero(labels == label))
+            counts = _apportion(_dirichlet(rng, self.alpha, num_devices), len(of_class))
+            owner[of_class] = np.repeat(np.arange(num_devices), counts)
         return owner
 
 
 @dataclass(frozen=True)
-class Quantity(Iid):
-    """Quantity skew: device sizes are one draw from Dirichlet(alpha), labels are mixed at random."""
+class QuantitySkew(_Cover):
+    """Device sizes are one draw from Dirichlet(alpha), labels are mixed at random."""
 
     alpha: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+        _check_least(self)
+        _check_alpha(self.alpha)
 
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         sizes = _apportion(_dirichlet(rng, self.alpha, num_devices), len(labels))
@@ -102,13 +119,13 @@ class Quantity(Iid):
 
 
 @dataclass(frozen=True)
-class Shards(Iid):
+class Shards(_Cover):
     """Pathological skew (McMahan et al. 2017): every device holds `classes_per_device` classes, each class in equal parts."""
 
     classes_per_device: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_least(self)
         require(1 <= self.classes_per_device <= 10**6, "classes_per_device", self.classes_per_device, "in 1..1000000")
 
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
@@ -137,11 +154,11 @@ class Shards(Iid):
             hands.append(hand)
         owner = np.empty(len(labels), dtype=np.int64)
         for label in classes:
-            own = rng.permutation(np.flatnonzero(labels == label))
+            of_class = rng.permutation(np.flatnonzero(labels == label))
             holders = np.array([device for device, hand in enumerate(hands) if label in hand])
             if not len(holders):  # fewer cards than classes: the class goes to the device with the nearest ones
                 holders = np.array([int(rng.integers(num_devices))])
-            owner[own] = holders[np.arange(len(own)) * len(holders) // len(own)]
+            owner[of_class] = holders[np.arange(len(of_class)) * len(holders) // len(of_class)]
         return owner
 
 
@@ -158,7 +175,7 @@ class Drawn:
 
     def __post_init__(self) -> None:
         require(2 <= self.samples <= 10**6, "samples", self.samples, "in 2..1000000 (one to train on, one to test on)")
-        require(1e-4 <= self.alpha <= 1e6, "alpha", self.alpha, "in [0.0001, 1000000]")
+        _check_alpha(self.alpha)
 
     def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
         if num_devices * self.samples > MAX_DRAWN:
@@ -175,13 +192,13 @@ class Drawn:
         cut = min(max(round(test_fraction * self.samples), 1), self.samples - 1)
         pools = []
         for label in classes:
-            own = rng.permutation(np.flatnonzero(labels == label))
-            edge = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+            of_class = rng.permutation(np.flatnonzero(labels == label))
+            edge = min(max(round(test_fraction * len(of_class)), 1), len(of_class) - 1)
             if edge < 1:
                 raise ConfigError(
-                    f"class {label} has {len(own)} samples: at least 2 are needed, one to train on and one to test on"
+                    f"class {label} has {len(of_class)} samples: at least 2 are needed, one to train on and one to test on"
                 )
-            pools.append((own[edge:], own[:edge]))
+            pools.append((of_class[edge:], of_class[:edge]))
         counts = [self.samples - cut, cut]
         train, test = (self._draw([pool[part] for pool in pools], mix, count, rng) for part, count in enumerate(counts))
         return train, test
@@ -201,7 +218,7 @@ PARTITIONS: dict[str, type[PartitionConfig]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "shards": Shards,
-    "quantity": Quantity,
+    "quantity": QuantitySkew,
     "drawn": Drawn,
 }
 

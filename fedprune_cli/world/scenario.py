@@ -12,8 +12,19 @@ from fedprune_cli.world.partition import Partition, PartitionConfig, build_parti
 
 
 @dataclass(frozen=True)
+class World:
+    """What a scenario is drawn from: the configured parts, and the fraction of its samples that every device is tested on."""
+
+    data: DatasetConfig
+    partition: PartitionConfig
+    devices: Devices
+    channel: Channel
+    test_fraction: float
+
+
+@dataclass(frozen=True)
 class Conditions:
-    """What a round meets: gain_linear [N] and available, bool [N]."""
+    """What a round meets: the devices' power gains, gain_linear [N], and who can be reached, available, bool [N]."""
 
     gain_linear: Array
     available: Array
@@ -39,19 +50,11 @@ class Scenario:
         return Conditions(self.channel.gain(self.seed, number, self.fleet), self.available[number])
 
 
-def build_scenario(
-    data: DatasetConfig,
-    partition: PartitionConfig,
-    devices: Devices,
-    channel: Channel,
-    test_fraction: float,
-    seed: int,
-    rounds: int,
-) -> Scenario:
-    """Returns the scenario; raises ConfigError or DataError when a part cannot be had."""
-    fleet = devices.draw(seed)
+def build_scenario(world: World, seed: int, rounds: int) -> Scenario:
+    """Returns the scenario of one seed; raises ConfigError or DataError when a part cannot be had."""
+    fleet = world.devices.draw(seed)
     size = len(fleet.cpu_hz)
-    available = channel.available(seed, rounds, size)
-    dataset = data.load()
-    owners = build_partition(partition, dataset.labels, dataset.num_classes, size, test_fraction, seed)
-    return Scenario(seed, devices.num_devices, dataset, owners, fleet, channel, available)
+    available = world.channel.available(seed, rounds, size)
+    dataset = world.data.load()
+    owners = build_partition(world.partition, dataset.labels, dataset.num_classes, size, world.test_fraction, seed)
+    return Scenario(seed, world.devices.num_devices, dataset, owners, fleet, world.channel, available)

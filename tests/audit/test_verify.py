@@ -170,3 +170,17 @@ def test_the_length_of_a_code_is_known_beforehand(bits: int, size: int) -> None:
 
     code = quantize(np.ones(size, np.float32), bits, np.random.default_rng(0))
     assert len(code) == code_bytes(np.array([size]), bits)[0]
+
+
+def test_verify_finds_a_sound_run_sound_and_a_changed_one_not(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    findings = verify_run(life.reopen(tmp_path / "run"), tmp_path / "run", every=1)
+    assert findings.failures == ()
+    assert findings.certified == findings.rounds == 3
+    assert findings.solved_again + findings.unsolved == 3
+    assert findings.residual <= 1e-9
+    records = read_lines(tmp_path / "run")
+    records[1]["devices"]["bandwidth_hz"][0] *= 1.001
+    forge(tmp_path / "run", records=records)
+    changed = verify_run(life.reopen(tmp_path / "run"), tmp_path / "run", every=0)
+    assert changed.failures == ("round 2: the recorded allocation is not what the configuration gives",)

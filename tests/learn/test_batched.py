@@ -14,6 +14,7 @@ from fedprune_cli.learn.batched import blocks, train_block
 from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.round.setup import Setup, build_learner
 
 PHASES = (Phase("personal", 2), Phase("shared", 5), Phase("both", 3))
@@ -28,7 +29,7 @@ def tasks_of(setup: Setup, pruned: bool) -> list[Task]:
     return [
         Task(
             "training", 0, device, state.shared, state.personal[device], masks.kept_by(device),
-            tuple(Phase(phase.kind, phase.steps + device % 3) for phase in PHASES),
+            by_steps([Phase(phase.kind, phase.steps + device % 3) for phase in PHASES], 100, 8),
         )
         for device in range(12)
     ]  # fmt: skip

@@ -10,8 +10,8 @@ from conftest import TINY
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
+from fedprune_cli.round.first import FirstRound, allocate_first_round
 from fedprune_cli.round.setup import prepare
-from fedprune_cli.round.table import FirstRound, allocate_first_round
 
 PHYSICS = (("1", "23", "-100"), ("2", "20", "-105"), ("0.5", "23", "-95"), ("1.5", "10", "-98"))
 HEADER = "cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db,samples"

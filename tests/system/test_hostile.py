@@ -28,7 +28,7 @@ from fedprune_cli.report.comparison import compare
 from fedprune_cli.report.comparison_page import comparison_table, write_comparison
 from fedprune_cli.report.read import read_run
 from fedprune_cli.report.run import write_report
-from fedprune_cli.round.table import ask
+from fedprune_cli.round.first import ask
 from fedprune_cli.runs import life
 from fedprune_cli.store import files, folder
 from fedprune_cli.world.channel import Trace

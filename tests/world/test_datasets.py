@@ -13,7 +13,7 @@ import pytest
 
 from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.world import datasets
-from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, Downloaded, FashionMnist, Mnist, Patches
+from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, FashionMnist, Mnist, Patches
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -36,11 +36,11 @@ def write_idx(folder: Path, train: int = 30, test: int = 10, *, compress: bool =
 
 
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: object) -> None:
+    def refuse(*_: object) -> None:
         raise OSError("while trying\nno network\n")
 
-    monkeypatch.setattr(datasets.Downloaded, "_download", refuse)
-    monkeypatch.setattr(datasets.FashionMnist, "_unpack_debian", refuse)
+    monkeypatch.setattr(datasets._Downloaded, "_download", refuse)
+    monkeypatch.setattr(datasets._Downloaded, "_unpack", refuse)
 
 
 def test_digits_are_the_real_ones() -> None:
@@ -58,7 +58,7 @@ def test_digits_are_the_real_ones() -> None:
 @pytest.mark.parametrize("layout", ["{}/raw", "raw", ".", "usr/share/datasets/fashion-mnist"])
 @pytest.mark.parametrize("compress", [False, True])
 def test_local_files_are_read_in_every_layout(
-    tmp_path: Path, cls: type[Mnist], layout: str, compress: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cls: type[Mnist | FashionMnist], layout: str, compress: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = write_idx(tmp_path / layout.format(cls.torchvision_name), compress=compress)
     if "fashion" in layout and cls is Mnist:
@@ -75,7 +75,7 @@ def test_local_files_are_read_in_every_layout(
 @pytest.mark.parametrize(("cls", "other"), [(Mnist, "FashionMNIST"), (FashionMnist, "MNIST")])
 @pytest.mark.parametrize("named", [False, True])
 def test_no_dataset_is_taken_for_another(
-    tmp_path: Path, cls: type[Mnist], other: str, named: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cls: type[Mnist | FashionMnist], other: str, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MNIST and Fashion-MNIST files have the same names and shapes: only the folder tells them apart."""
     write_idx(tmp_path / other / "raw")
@@ -162,7 +162,7 @@ def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: 
         config.load()
 
 
-@pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, Downloaded)])
+@pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, datasets._Downloaded)])
 def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     with pytest.raises(DataError) as caught:
@@ -203,7 +203,8 @@ def test_fashion_mnist_comes_from_the_debian_package(tmp_path: Path, monkeypatch
     """The real 70,000 images, where apt can reach its archive."""
     config = FashionMnist("fmnist", str(tmp_path), None)
     try:
-        config._unpack_debian()
+        assert config.package
+        config._unpack(config.package)
     except OSError as error:
         pytest.skip(str(error))
     without_network(monkeypatch)

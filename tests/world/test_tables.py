@@ -12,7 +12,7 @@ import pytest
 
 from fedprune_cli.errors import DataError, one_line
 from fedprune_cli.world.channel import Trace
-from fedprune_cli.world.devices import Table
+from fedprune_cli.world.devices import FleetTable
 from fedprune_cli.world.tables import RANGES, UNLIMITED, WHOLE, read_header, read_table
 
 FLEET = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "gain_db")
@@ -214,8 +214,8 @@ FAULTS: tuple[Callable[[random.Random, Made], Made], ...] = (
 )  # fmt: skip
 
 
-def fleet_of(path: str) -> Table:
-    return Table("table", None, 0, 1e-28, 0.0, None, None, path)
+def fleet_of(path: str) -> FleetTable:
+    return FleetTable("table", None, 0, 1e-28, 0.0, None, None, path)
 
 
 def check_fleet(rng: random.Random) -> None:
@@ -322,7 +322,7 @@ def test_a_tables_least_bandwidth_is_held_against_the_configurations_most() -> N
     with pytest.raises(
         DataError, match=r"a\.csv, line 3: min_bandwidth=4 MHz is not allowed: must be at most the maximum, 2 MHz"
     ):
-        Table("table", None, 0, 1e-28, 0.0, 2e6, None, "a.csv").draw(0)
+        FleetTable("table", None, 0, 1e-28, 0.0, 2e6, None, "a.csv").draw(0)
 
 
 @pytest.mark.parametrize("gaps", ["hold", "outage"])

@@ -1,4 +1,4 @@
-"""`fedprune allocate` and `fedprune verify`: allocation without training, and the audit of a run."""
+"""`fedprune allocate` and `fedprune ladder`: what they print and write, and that it is what a run would do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import forge, make_experiment, make_setup, read_lines, run_to_end
+from conftest import make_experiment, make_setup, run_to_end
 from problems import literature
 from typer.testing import CliRunner
 
-from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.errors import DataError, FedpruneError
-from fedprune_cli.round.table import allocate_first_round, answer, ask
-from fedprune_cli.runs.life import reopen
+from fedprune_cli.report.allocation import answer
+from fedprune_cli.round.first import allocate_first_round, ask
 
 
 def call(*arguments: str) -> str:
@@ -44,8 +43,7 @@ def test_json_is_all_that_is_printed_and_has_every_key() -> None:
 
 def test_the_first_round_of_a_run_is_what_allocate_says(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run")
-    experiment = make_experiment()
-    result = answer(allocate_first_round(experiment), of_several=False)
+    result = answer(allocate_first_round(make_experiment()), of_several=False)
     assert [device["prune_ratio"] for device in result["devices"]] == records[0]["devices"]["prune_ratio"]
 
 
@@ -170,22 +168,8 @@ def test_the_ladder_ranks_allocators_as_the_theory_does() -> None:
 def test_bad_rows_are_named_with_their_line(text: str, message: str) -> None:
     Path("bad.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        _ = ask(make_experiment(), Path("bad.csv")).problem
+        ask(make_experiment(), Path("bad.csv"))
     with pytest.raises(DataError, match="No such file"):
-        _ = ask(make_experiment(), Path("none.csv")).problem
+        ask(make_experiment(), Path("none.csv"))
     with pytest.raises(FedpruneError, match="unknown objective 'p3'"):
         call("allocate", "--objective", "p3")
-
-
-def test_verify_finds_a_sound_run_sound_and_a_changed_one_not(tmp_path: Path) -> None:
-    run_to_end(tmp_path / "run")
-    findings = verify_run(reopen(tmp_path / "run"), tmp_path / "run", every=1)
-    assert findings.failures == ()
-    assert findings.certified == findings.rounds == 3
-    assert findings.solved_again + findings.unsolved == 3
-    assert findings.residual <= 1e-9
-    records = read_lines(tmp_path / "run")
-    records[1]["devices"]["bandwidth_hz"][0] *= 1.001
-    forge(tmp_path / "run", records=records)
-    changed = verify_run(reopen(tmp_path / "run"), tmp_path / "run", every=0)
-    assert changed.failures == ("round 2: the recorded allocation is not what the configuration gives",)

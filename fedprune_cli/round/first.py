@@ -1,20 +1,15 @@
-"""Allocation by itself, for a radio engineer: problems from a configuration or a CSV file, and answers as rows."""
+"""The first round asked by itself, for a radio engineer: its problem from a configuration or from a CSV file, and its allocation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fedprune_cli.allocate.baselines import Allocator
-from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
-from fedprune_cli.allocate.policy import settle
+from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.problem import Allocation, Limits, Problem
-from fedprune_cli.allocate.variants import deadlines_at, frontier
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model
@@ -38,7 +33,6 @@ OWN_LIMITS = (
     "tx_power_w",
 )
 PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
-FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
 @dataclass(frozen=True)
@@ -150,69 +144,3 @@ def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
         **limit_columns(str(file), rows, experiment.devices.limits(size)),
     )
     return fleet, rows["samples"]
-
-
-def answer(first: FirstRound, *, of_several: bool) -> dict[str, Any]:
-    """Returns the allocation as one JSON object; `objective` is the weighted mean of what is kept.
-
-    of_several: whether the bits were chosen, and are worth a word.
-    """
-    allocation, certificate, names = first.allocation, first.allocation.certificate, first.names
-    rows = zip(
-        allocation.prune_ratio.tolist(), allocation.bandwidth_hz.tolist(), allocation.rate_bps.tolist(),
-        allocation.latency_s.tolist(), allocation.binds, allocation.admitted.tolist(), strict=True,
-    )  # fmt: skip
-    keys = ("prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
-    return {
-        "status": allocation.status,
-        "deadline_s": allocation.deadline_s,
-        "objective": allocation.objective,
-        "price_per_hz": allocation.price_per_hz,
-        "certificate": None
-        if certificate is None
-        else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
-        "message": allocation.message,
-        **({"bits": first.bits} if of_several else {}),
-        "devices": [
-            {"id": at, **({"name": names[at]} if names else {}), **dict(zip(keys, row, strict=True))}
-            for at, row in enumerate(rows)
-        ],
-    }
-
-
-def frontier_rows(problem: Problem) -> list[dict[str, float]]:
-    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
-    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
-    return [
-        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
-        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
-        if np.isfinite(r)
-    ]
-
-
-def ladder(problem: Problem, allocators: Mapping[str, Allocator], fractions: Sequence[float]) -> list[dict[str, Any]]:
-    """Returns the weighted mean and the largest ratio of every allocator at deadlines that are fractions of the dense optimum.
-
-    An allocator that cannot meet a deadline has null there: nobody's round is stretched to look feasible. Raises ConfigError naming a
-    fraction that is none, and InfeasibleError naming the devices that no deadline helps.
-    """
-    deadlines = deadlines_at(problem, fractions)
-    settle(replace(problem, deadline_s=math.inf), "fail", least_feasible)  # names whom no deadline helps
-    rows, weight = [], problem.weight / (problem.weight.sum() or 1.0)
-    for fraction, deadline_s in zip(fractions, deadlines.tolist(), strict=True):
-        at = replace(problem, deadline_s=deadline_s)
-        row: dict[str, Any] = {"fraction": fraction, "deadline_s": at.deadline_s}
-        for name, allocator in allocators.items():
-            allocation = allocator.solve(at, 0, 0)
-            met = allocation.deadline_s <= at.deadline_s * (1 + 1e-9) and bool(allocation.admitted.all())
-            row[name] = [float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())] if met else None
-        rows.append(row)
-    return rows
-
-
-def price_sentence(problem: Problem, allocation: Mapping[str, Any]) -> str:
-    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
-    total = float(problem.weight.sum())
-    if not allocation["price_per_hz"]:
-        return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
-    return f"One more MHz lowers the weighted mean ratio by {1e6 * allocation['price_per_hz'] / total:.3g}, for a small change."
