@@ -246,7 +246,7 @@ def test_the_new_u_is_the_mean_of_what_arrived_and_its_norm_that_of_the_mean_gra
     assert not kept.all()
     np.testing.assert_allclose(of.step.after.shared[kept], total[kept] / weight[kept], rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(of.step.after.shared[~kept], of.state.shared[~kept])
-    assert of.step.record.grad_norm == pytest.approx(np.linalg.norm((pull[kept] / weight[kept])), rel=1e-4)
+    assert of.step.record.grad_norm == pytest.approx(np.linalg.norm(pull[kept] / weight[kept]), rel=1e-4)
 
 
 def test_a_round_lasts_until_the_last_frozen_device_is_done() -> None:
