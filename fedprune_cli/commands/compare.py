@@ -130,8 +130,7 @@ def _arms(overrides: list[str], config_dir: Path | None, methods: str | None) ->
     from fedprune_cli.config.plain import plain
     from fedprune_cli.config.words import parse_names
 
-    values = plain(compose_config(overrides, config_dir))
-    arms = (values.get("arms") if isinstance(values, dict) else None) or {}
+    arms = plain(compose_config(overrides, config_dir))["arms"] or {}
     if methods is not None or not arms:
         return {
             name: [f"method={name}"]

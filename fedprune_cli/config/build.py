@@ -15,7 +15,7 @@ from fedprune_cli.allocate import ALLOCATORS
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS
 from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
-from fedprune_cli.config.plain import merged, plain
+from fedprune_cli.config.plain import plain
 from fedprune_cli.config.refusals import reason
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.execute import Execution
@@ -73,13 +73,7 @@ UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 
 
 def _to_si(values: Mapping[str, Plain], where: str) -> dict[str, Plain]:
-    """Returns the values, those within them too, with human units converted and the keys renamed."""
-
-    def within(value: Plain, at: str) -> Plain:
-        if isinstance(value, list):
-            return [within(item, f"{at}[{i}]") for i, item in enumerate(value)]
-        return _to_si(value, at) if isinstance(value, dict) else value
-
+    """Returns nested `values` with human units converted, and the keys renamed."""
     converted: dict[str, Plain] = {}
     for key, value in values.items():
         suffix, si, convert = next((unit for unit in UNITS if str(key).endswith(unit[0])), ("", "", lambda x: x))
@@ -88,8 +82,14 @@ def _to_si(values: Mapping[str, Plain], where: str) -> dict[str, Plain]:
                 value = convert(value)
             except OverflowError:
                 raise ConfigError(f"{where}.{key}={value}: too large") from None
-        converted[str(key).removesuffix(suffix) + si] = within(value, f"{where}.{key}")
+        converted[str(key).removesuffix(suffix) + si] = _inner_to_si(value, f"{where}.{key}")
     return converted
+
+
+def _inner_to_si(value: Plain, where: str) -> Plain:
+    if isinstance(value, list):
+        return [_inner_to_si(item, f"{where}[{at}]") for at, item in enumerate(value)]
+    return _to_si(value, where) if isinstance(value, dict) else value
 
 
 def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
@@ -110,7 +110,7 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         if name not in si:
             raise ConfigError(f"{where}.{name}: missing value")
     try:
-        return cast(T, OmegaConf.to_object(merged(OmegaConf.structured(cls), si)))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si)))
     except ConfigError as error:
         if not error.key:
             raise ConfigError(f"{where}: {error}") from None
@@ -139,6 +139,14 @@ def _missing(values: Plain, at: str = "") -> Iterator[str]:
         yield from _missing(value, f"{at}.{key}" if at else str(key))
 
 
+def _group(key: str, values: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Returns the values under a key; raises ConfigError when it holds something else."""
+    group = values[key]
+    if not isinstance(group, dict):
+        raise ConfigError(f"{key}={group}: must be a group of values, such as {key}.KEY=VALUE")
+    return group
+
+
 def _values(config: DictConfig) -> dict[str, Plain]:
     """Returns the configuration with every key of an Experiment and no other; raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(Experiment)]
@@ -154,7 +162,7 @@ def _values(config: DictConfig) -> dict[str, Plain]:
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
         if key in SECTIONS:  # seen before others refer to what is in it
-            _section(values, key)
+            _group(key, values)
     try:
         resolved = plain(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -163,14 +171,6 @@ def _values(config: DictConfig) -> dict[str, Plain]:
     if missing := next(_missing(values), None):
         raise ConfigError(f"{missing}: missing value, type {missing}=VALUE")
     return values
-
-
-def _section(values: Mapping[str, Plain], key: str) -> Mapping[str, Plain]:
-    """Returns the values of a section; raises ConfigError where it is none."""
-    section = values[key]
-    if not isinstance(section, dict):
-        raise ConfigError(f"{key}={section}: must be a group of values, such as {key}.KEY=VALUE")
-    return section
 
 
 def build_experiment(config: DictConfig) -> Experiment:
@@ -184,7 +184,7 @@ def build_experiment(config: DictConfig) -> Experiment:
             raise unknown(group, name, table)
         parts[group] = _construct(table[name], chosen, group)
     for section, cls in SECTIONS.items():
-        parts[section] = _construct(cls, _section(values, section), section)
+        parts[section] = _construct(cls, _group(section, values), section)
     branch = values["branch"]
     if branch is not None and not isinstance(branch, dict):
         raise ConfigError(f"branch={branch}: must be null; `fedprune resume RUN_DIR KEY=VALUE` makes branches")
@@ -192,7 +192,8 @@ def build_experiment(config: DictConfig) -> Experiment:
     build: Callable[..., Experiment] = Experiment  # whose parts are of the classes of GROUPS and SECTIONS
     scalars = {key: value for key, value in values.items() if key not in parts}
     try:
-        checked = plain(merged(OmegaConf.structured(_Scalars), scalars))
+        merged = OmegaConf.merge(OmegaConf.structured(_Scalars), scalars)
+        checked = cast(dict[str, Plain], OmegaConf.to_container(merged))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedprune_cli import CONF
 from fedprune_cli.config.experiment import Branch
 from fedprune_cli.config.overrides import check_overrides, parse_override
-from fedprune_cli.config.plain import leaves, merged, plain
+from fedprune_cli.config.plain import leaves, plain
 from fedprune_cli.config.refusals import explain, reason
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.store.files import read_yaml
@@ -47,11 +47,12 @@ def check_config_dir(folder: Path) -> None:
             continue
         text = read_yaml(path, ConfigError)
         try:
-            values = plain(OmegaConf.create(text))
+            created = OmegaConf.create(text)
         except Exception as error:  # whatever OmegaConf makes of it
             raise ConfigError(f"{path}: {reason(error)}") from None
-        if not isinstance(values, dict):
+        if not isinstance(created, DictConfig):
             raise ConfigError(f"{path}: must hold keys with their values, such as rounds: 10")
+        values = plain(created)
         defaults = values.get("defaults")
         keys = leaves(values) + [str(entry) for entry in (defaults if isinstance(defaults, list) else ())]
         bad = [key for key in keys if "_target_" in key or ("hydra" in key and not re.fullmatch(HYDRA_ALLOWED, key))]
@@ -84,7 +85,8 @@ def branch_config(config: DictConfig, overrides: Sequence[str], begun: Branch) -
 
     Raises ConfigError for a key that would change what the state means.
     """
-    branched = merged(config, {"out": None, "branch": dataclasses.asdict(begun)})
+    branched = config.copy()
+    branched.merge_with({"out": None, "branch": dataclasses.asdict(begun)})
     known = [key for key in leaves(plain(config)) if key.split(".")[0] in BRANCH_KEYS]
     for override in overrides:
         parsed = parse_override(override)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast, overload
+from typing import cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.store.files import Plain
 
 
-@overload
-def plain(config: DictConfig, *, resolve: bool = False) -> dict[str, Plain]: ...
-@overload
-def plain(config: DictConfig | ListConfig, *, resolve: bool = False) -> Plain: ...
-def plain(config: DictConfig | ListConfig, *, resolve: bool = False) -> Plain:
+def plain(config: DictConfig, *, resolve: bool = False) -> dict[str, Plain]:
     """Returns the values, `${...}` as it stands or resolved; raises what OmegaConf raises."""
-    return cast(Plain, OmegaConf.to_container(config, resolve=resolve))
-
-
-def merged(config: DictConfig, changes: Mapping[str, object]) -> DictConfig:
-    """Returns the configuration with some of its values changed; raises what OmegaConf raises where a type does not fit."""
-    return cast(DictConfig, OmegaConf.merge(config, changes))
+    return cast(dict[str, Plain], OmegaConf.to_container(config, resolve=resolve))
 
 
 def leaves(values: Plain, at: str = "") -> list[str]:

@@ -24,7 +24,7 @@ EXTRAS = {
     "optuna": "optuna",
 }
 FOREIGN = re.compile(
-    r"hydra|omegaconf|exception|no viable|mismatched|extraneous|struct|interpolation|config search|defaults? list|DictConfig|ListConfig",
+    r"hydra|omegaconf|exception|no viable|mismatched|extraneous|\bstruct\b|interpolation|config search|defaults? list|(Dict|List)Config",
     re.I,
 )
 

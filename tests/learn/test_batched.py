@@ -14,6 +14,7 @@ from fedprune_cli.learn.batched import blocks, train_block
 from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.round.setup import Setup, build_learner
 
 PHASES = (Phase("personal", 2), Phase("shared", 5), Phase("both", 3))
@@ -22,13 +23,14 @@ SCENE = ("devices.count=12", "model.hidden=[32,16]", "training.block=10")
 
 def tasks_of(setup: Setup, pruned: bool) -> list[Task]:
     """Twelve devices with different numbers of steps and, when `pruned`, different masks."""
-    state = setup.initial
+    state, samples = setup.initial, setup.scenario.partition.train.sizes.tolist()
     ratios = np.linspace(0, 0.9, 12) * pruned
     masks = build_masks(setup.experiment.pruner, state, ratios, 0, setup.blueprint.layout)
+    batch_size = setup.experiment.training.batch_size
     return [
         Task(
             "training", 0, device, state.shared, state.personal[device], masks.kept_by(device),
-            tuple(Phase(phase.kind, phase.steps + device % 3) for phase in PHASES),
+            by_steps([Phase(one.kind, one.steps + device % 3) for one in PHASES], samples[device], batch_size),
         )
         for device in range(12)
     ]  # fmt: skip

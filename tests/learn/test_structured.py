@@ -22,6 +22,7 @@ from fedprune_cli.learn.models import MODELS, build_model
 from fedprune_cli.learn.parts import Parts, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import PRUNERS, Masks, build_masks, least_kept, shares_by_level
+from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.round.setup import build_learner, prepare
 from fedprune_cli.store.memory import Sizes
@@ -127,7 +128,7 @@ def test_training_a_slice_is_training_with_dropped_channels_frozen_at_zero() -> 
     assert setup.blueprint.layout.slices
     state = setup.initial
     masks = build_masks(setup.experiment.pruner, state, np.full(4, 0.6), 0, setup.blueprint.layout)
-    phases = (Phase("personal", 2), Phase("shared", 5), Phase("both", 2))
+    phases = by_steps([Phase("personal", 2), Phase("shared", 5), Phase("both", 2)], len(learner.train[1]), 8)
     small, masked = (
         train(learner, Task("training", 0, 1, state.shared, state.personal[1], kept, phases))
         for kept in (Channels(masks.kept_units(1)), Entries(np.packbits(masks[1])))
