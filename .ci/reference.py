@@ -31,7 +31,10 @@ from fedprune_cli.config.experiment import Experiment
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
 GENERATED = "<!-- Written by `make reference` from the program itself. Do not edit: a test compares it. -->\n"
-INTERRUPTED = 130
+SIGNALS = {  # exit code: what it means
+    130: "Ctrl-C (SIGINT) ended the command. Every finished round is safe.",
+    143: "SIGTERM ended the command. Every finished round is safe.",
+}
 
 # Units by the end of a key's name; the first one that fits counts.
 UNIT_OF = (
@@ -158,13 +161,16 @@ def option_rows(function: Any) -> Iterator[list[str]]:
 def exit_codes() -> str:
     """Returns the table of the exit codes, from the error classes."""
     found: dict[int, list[str]] = {0: ["The command did what was asked."]}
-    for cls in vars(errors).values():
-        if isinstance(cls, type) and issubclass(cls, errors.FedpruneError):
-            found.setdefault(cls.exit_code, []).append(f"`{cls.__name__}`: {first_sentence(cls)}")
-    found.setdefault(INTERRUPTED, []).append(
-        "The command was interrupted, by Ctrl-C or SIGTERM. Every finished round is safe."
-    )
+    for cls in kinds_of_error():
+        found.setdefault(cls.exit_code, []).append(f"`{cls.__name__}`: {first_sentence(cls)}")
+    found |= {code: [text] for code, text in SIGNALS.items()}
     return table(["code", "meaning"], [[str(code), "<br>".join(texts)] for code, texts in sorted(found.items())])
+
+
+def kinds_of_error() -> list[type[errors.FedpruneError]]:
+    """Returns the error classes that a command may end with: all but their base, whose exit code no command has."""
+    base = errors.FedpruneError
+    return [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, base) and cls is not base]
 
 
 def first_sentence(cls: type) -> str:

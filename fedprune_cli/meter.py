@@ -4,7 +4,6 @@ Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, wit
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
     t_up,k   = bits of the encoded payload / r_k(b_k)
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
-Departure from model.md: a personal step also runs the shared part forward, and a shared step the personalized part; both are counted.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
 """
 
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import Limits, Problem, rate
+from fedprune_cli.allocate.problem import NO_LINK, Limits, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
@@ -77,11 +76,15 @@ def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase
 
 
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
-    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst gain; 0 if not metered."""
-    if not meter.downlink or payload_bits == 0:
+    """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst link; 0 if not metered.
+
+    A device without a link hears nothing, and the broadcast does not wait for it.
+    """
+    snr_hz = channel.bs_power_w * gain / channel.noise_w_per_hz
+    snr_hz = snr_hz[snr_hz >= NO_LINK * channel.bandwidth_hz]
+    if not meter.downlink or payload_bits == 0 or not len(snr_hz):
         return 0.0
-    snr_hz = channel.bs_power_w * gain.min() / channel.noise_w_per_hz
-    return float(payload_bits / rate(np.array(channel.bandwidth_hz), np.array(snr_hz)))
+    return float(payload_bits / rate(np.array(channel.bandwidth_hz), snr_hz.min()))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, 
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
 
-LOOSE = 1e-6  # of the whole model: how far below its least a conic solver may leave a device
+LOOSE = 1e-4  # of the whole model: how far below its least a conic solver may leave a device
 
 
 class Allocator(Protocol):

@@ -182,3 +182,15 @@ def dense_deadline(problem: Problem) -> tuple[float, Array]:
         limits = replace(limits, min_bandwidth_hz=np.zeros(len(everything)))
         deadline_s, bandwidth_hz = least_deadline(replace(problem, limits=limits), everything)
     return deadline_s, bandwidth_hz
+
+
+def equal_dense_latency(problem: Problem) -> float:
+    """Returns the latency, in seconds, of the round without pruning on equal shares of the band: the naive baseline's.
+
+    Devices without a link are left out of it, as of the dense optimum; 0 when no device is left.
+    """
+    linked = problem.linked
+    if not linked.all():
+        return equal_dense_latency(problem.take(np.flatnonzero(linked))) if linked.any() else 0.0
+    count = len(problem.weight)
+    return float(latency(problem, np.ones(count), np.full(count, problem.bandwidth_hz / count)).max())

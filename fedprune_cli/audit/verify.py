@@ -152,10 +152,9 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
 
 def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool) -> tuple[RoundAudit, Slots]:
     """Returns what is wrong with a round, and what is remembered after it; slots: what was before; solve: also by cvxpy."""
-    experiment, number, num_devices = setup.experiment, record.round - 1, setup.scenario.num_devices
-    if unknown := _unknown_devices(record, num_devices):
-        known: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
-        return RoundAudit((f"device {unknown[0]} is none of the {num_devices} that train",)), known
+    experiment, number = setup.experiment, record.round - 1
+    if impossible := [*_impossible(setup, record)]:  # nothing can be computed from it
+        return RoundAudit(tuple(impossible)), {**slots, "simulated_s": np.array(record.simulated_s)}
     roster = choose_roster(setup, number, slots)
     wrong = [*sums(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
     if not len(roster.training):
@@ -194,6 +193,19 @@ def _unknown_devices(record: RoundRecord, num_devices: int) -> list[int]:
     log = record.faults or FaultLog()
     named = {*record.devices.id, *(device for kind in KINDS for device in log.of(kind))}
     return sorted(device for device in named if not 0 <= device < num_devices)
+
+
+def _impossible(setup: Setup, record: RoundRecord) -> Iterator[str]:
+    """Yields what no round of this run can have recorded."""
+    num_devices, bits = setup.scenario.num_devices, setup.experiment.payload.bits
+    if unknown := _unknown_devices(record, num_devices):
+        yield f"device {unknown[0]} is none of the {num_devices} that train"
+    if record.bits is not None and record.bits not in bits:
+        yield f"bits is {record.bits}, must be one of {', '.join(map(str, bits))}"
+    for key in ("rounding_error", "price_per_hz"):
+        value = getattr(record, key)
+        if value is not None and value < 0:
+            yield f"{key} is {value!r}, must be at least 0"
 
 
 @dataclass(frozen=True)
@@ -265,7 +277,9 @@ def meter_again(setup: Setup, record: RoundRecord, roster: Roster, training: int
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
     coded = code_bytes(kept, record.bits or BITS_PER_PARAM)
-    yield from _bytes_failures(record, np.where(stopped, 0, coded), (work < 1) | slices, at_most=slices)
+    if wrong := [*_bytes_failures(record, np.where(stopped, 0, coded), (work < 1) | slices, at_most=slices)]:
+        yield from wrong
+        return
     masks_bits = 8 * record.bytes_down - BITS_PER_PARAM * size  # what was broadcast beside u
     sends_masks = setup.blueprint.sends_masks
     flags = np.arange(setup.blueprint.layout.flags(size)) % 2 == 0

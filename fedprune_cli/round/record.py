@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import latency
+from fedprune_cli.allocate.deadline import dense_deadline, equal_dense_latency
 from fedprune_cli.learn.client import Score, Update
 from fedprune_cli.meter import Measurement, accuracies
 from fedprune_cli.round.bill import Bill
@@ -67,7 +66,7 @@ def outcome_of_record(record: RoundRecord, slots: Slots) -> Outcome:
         number=record.round - 1,
         simulated_s=record.simulated_s,
         bits=record.bits or 0,
-        rounding_error=record.rounding_error,
+        rounding_error=None if record.rounding_error is None else float(record.rounding_error),
         devices=np.array(rows.id[:training], dtype=int),
         prune_ratio=np.array(rows.prune_ratio[:training]),
         pruning_error=np.array(rows.pruning_error[:training]),
@@ -84,7 +83,6 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
     problem, allocation, admitted = plan.reference, plan.allocation, plan.allocation.admitted
     samples, ids = setup.scenario.partition.train.sizes, plan.devices
     weights = samples[ids] / max(samples[ids].sum(), 1)
-    equal = np.full(len(problem.weight), problem.bandwidth_hz / len(problem.weight))
     certificate, gradient = allocation.certificate, np.zeros(0) if outcome.gradient is None else outcome.gradient
     bandwidth_hz = allocation.bandwidth_hz[admitted].tolist() + [0.0] * len(results.personal_updates)
     return RoundRecord(
@@ -105,7 +103,7 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         grad_norm=float(np.linalg.norm(gradient.astype(np.float64))),
         pruning_error=float(np.dot(weights, outcome.pruning_error)) if len(ids) else None,
         dense_latency_s=dense_deadline(problem)[0],
-        equal_dense_latency_s=float(latency(problem, np.ones(len(equal)), equal).max()),
+        equal_dense_latency_s=equal_dense_latency(problem),
         price_per_hz=allocation.price_per_hz,
         residual=certificate.residual if certificate else None,
         gap=certificate.gap if certificate else None,

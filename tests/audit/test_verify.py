@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Line, forge, make_setup, read_lines, run_to_end
+from conftest import TINY, Line, forge, make_setup, read_lines, run_to_end, steps_of
 from typer.testing import CliRunner
 
-from fedprune_cli.audit.verify import Findings, code_bytes, verify_run
+from fedprune_cli.audit.verify import Findings, audit_round, code_bytes, state_failures, verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, CheckpointError
+from fedprune_cli.round.plan import plan_round
+from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
+from fedprune_cli.store.record import parse_record
 
 OPTIONS = {
     "plain": (),
@@ -76,6 +80,35 @@ def test_each_changed_figure_is_found(tmp_path: Path) -> None:
     assert found["devices", "id"][0] == "round 2: device 4 is none of the 4 that train"
     assert "round 2: device 0: compute_s is" in "".join(found["devices", "compute_s"])
     assert "round 2: device 0 sent" in "".join(found["devices", "bytes_up"])
+
+
+RICH = (
+    "rounds=8", "payload.bits=[4,8]", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "faults.die=0.3", "training.lr=0.02",
+    "participation.freeze_below=0.3", "participation.freeze_window=1", "weights=pruning_error", "faults.clock_error=0.3",
+)  # fmt: skip
+STRANGE = (0, -1, 2**62, 10**9, 1e300, -1e300, 0.5, None, [0], [3, 3], [2**40])
+
+
+def test_a_record_that_no_round_can_have_written_is_a_finding_and_no_crash() -> None:
+    """Whatever stands in the place of any figure of a round: verify says what is wrong, and computes nothing without an end."""
+    setup = make_setup(*RICH)
+    step = next(step for step in steps_of(setup, 8) if step.record.rounding_error and step.before.slots["frozen"].any())
+    line, found = step.record.as_json(), set()
+    assert audit_round(setup, step.before.slots, step.record, solve=False)[0].failures == ()
+    paths = [(key,) for key in line if key != "round"] + [(of, key) for of in ("devices", "faults") for key in line[of]]
+    for path, strange in itertools.product(paths, STRANGE):
+        changed = copy.deepcopy(line)
+        holder = changed if len(path) == 1 else changed[path[0]]
+        of_all = isinstance(holder[path[-1]], list) and path[0] == "devices" and not isinstance(strange, list)
+        holder[path[-1]] = [strange] * len(line["devices"]["id"]) if of_all else strange
+        record = parse_record(changed)
+        if record is None or record == step.record:
+            continue
+        audit, after = audit_round(setup, step.before.slots, record, solve=False)
+        state_failures(step.after, [record], after)
+        plan_round(setup, choose_roster(setup, 3, after), after)  # the next round's audit has something to go on
+        found |= {path} if audit.failures else set()
+    assert {("bits",), ("rounding_error",), ("price_per_hz",), ("devices", "id"), ("faults", "died")} <= found
 
 
 @pytest.mark.parametrize(

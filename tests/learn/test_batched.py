@@ -23,14 +23,13 @@ SCENE = ("devices.count=12", "model.hidden=[32,16]", "training.block=10")
 
 def tasks_of(setup: Setup, pruned: bool) -> list[Task]:
     """Twelve devices with different numbers of steps and, when `pruned`, different masks."""
-    state, samples = setup.initial, setup.scenario.partition.train.sizes.tolist()
+    state = setup.initial
     ratios = np.linspace(0, 0.9, 12) * pruned
     masks = build_masks(setup.experiment.pruner, state, ratios, 0, setup.blueprint.layout)
-    batch_size = setup.experiment.training.batch_size
     return [
         Task(
             "training", 0, device, state.shared, state.personal[device], masks.kept_by(device),
-            by_steps([Phase(one.kind, one.steps + device % 3) for one in PHASES], samples[device], batch_size),
+            by_steps([Phase(phase.kind, phase.steps + device % 3) for phase in PHASES], 100, 8),
         )
         for device in range(12)
     ]  # fmt: skip

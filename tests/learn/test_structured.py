@@ -128,7 +128,7 @@ def test_training_a_slice_is_training_with_dropped_channels_frozen_at_zero() -> 
     assert setup.blueprint.layout.slices
     state = setup.initial
     masks = build_masks(setup.experiment.pruner, state, np.full(4, 0.6), 0, setup.blueprint.layout)
-    phases = by_steps([Phase("personal", 2), Phase("shared", 5), Phase("both", 2)], len(learner.train[1]), 8)
+    phases = by_steps((Phase("personal", 2), Phase("shared", 5), Phase("both", 2)), 100, 8)
     small, masked = (
         train(learner, Task("training", 0, 1, state.shared, state.personal[1], kept, phases))
         for kept in (Channels(masks.kept_units(1)), Entries(np.packbits(masks[1])))

@@ -35,7 +35,11 @@ def worked(steps: list[Step]) -> list[Step]:
     return [step for step in steps if not step.record.rested]
 
 
-@pytest.mark.parametrize("options", [(), EVERYTHING, ("allocator.on_infeasible=drop", "deadline.seconds=1e-9")])
+STRETCHED = ("deadline.fraction=0.01", "pruner.max_ratio=0.3", "failsafe.safe_ratio=true", "faults.clock_error=0.5")
+NOBODY = ("allocator.on_infeasible=drop", "deadline.seconds=1e-9")
+
+
+@pytest.mark.parametrize("options", [(), EVERYTHING, STRETCHED, NOBODY])
 def test_what_a_record_tells_is_what_the_run_learned(options: tuple[str, ...]) -> None:
     setup = make_setup(*options)
     steps = worked(steps_of(setup, setup.experiment.rounds))

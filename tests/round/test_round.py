@@ -216,7 +216,13 @@ def test_without_freezing_no_state_and_no_record_knows_of_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("pruner=taylor", "weights=pruning_error"), ("pruner.granularity=channel",), PAYLOAD]
+    "extra",
+    [
+        (),
+        ("pruner=taylor", "weights=pruning_error", "channel.outage_enter=0.2", "channel.outage_leave=0.5"),
+        ("pruner.granularity=channel",),
+        PAYLOAD,
+    ],
 )
 def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple[str, ...]) -> None:
     overrides = (*FREEZE, *extra)

@@ -18,19 +18,26 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from conftest import run_to_end
+from conftest import TINY, run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from test_architecture import LAYERS
 
 from fedprune_cli import CONF, errors
+from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.config.build import GROUPS, SECTIONS, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn import prune
+from fedprune_cli.round import memory
+from fedprune_cli.round.setup import prepare
+from fedprune_cli.runs import life
+from fedprune_cli.serve import aggregate
+from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
+from fedprune_cli.world import faults
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -202,19 +209,50 @@ def test_every_table_of_parts_is_in_the_guide_to_them() -> None:
     assert [table for table in tables if f"`{table}`" not in text] == []
 
 
-def test_the_example_of_a_part_works() -> None:
+def example_of(heading: str, kind: str) -> str:
+    """Returns the first block of a kind below a heading of the guide to one's own parts."""
     text = (DOCS / "guide" / "your-own-parts.md").read_text()
-    code, values = (
-        re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0] for kind in ("python", "yaml")
-    )
-    scope = {**vars(prune)}
-    exec(code, scope)
-    pruner = scope["Distance"](**yaml.safe_load(values))
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return str(re.findall(rf"^```{kind}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[0])
+
+
+def class_of(heading: str, module: ModuleType) -> type:
+    """Returns the class of an example, which sees what the module that it belongs to sees."""
+    scope = {**vars(module)}
+    exec(example_of(heading, "python"), scope)
+    return next(value for name, value in scope.items() if name not in vars(module) and isinstance(value, type))
+
+
+def test_the_example_of_a_pruner_works() -> None:
+    cls = class_of("A pruner", prune)
+    pruner = cls(**yaml.safe_load(example_of("A pruner", "yaml")))
     state = State(0, np.array([1, 5, 6], dtype=np.float32), untrained(np.zeros(1, dtype=np.float32), 1), {})
     assert pruner.importance(state, 0).tolist() == [3, 1, 2]
     assert pruner.slots(Sizes(1, 3)) == {}
     with pytest.raises(ConfigError):
-        scope["Distance"]("distance", 2.0, "weight")
+        cls("distance", 2.0, "weight")
+
+
+def test_the_examples_of_an_aggregator_a_fault_and_a_memory_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damped = class_of("An aggregator", aggregate)
+    one = aggregate.Contribution(np.array([True, False]), np.array([4], np.float32), 1.0, 0.1)
+    assert damped(0.25).combine(np.zeros(2, np.float32), [one])[0].tolist() == [3, 0]
+    monkeypatch.setitem(aggregate.AGGREGATORS, "damped", damped)
+    monkeypatch.setitem(faults.FAULTS, "settling", class_of("A fault", faults))
+    turns = class_of("A memory", memory)
+    monkeypatch.setitem(memory.MEMORIES, "turns", lambda experiment: turns())
+    config = compose_config([*TINY, "rounds=3", "failsafe.aggregation=damped", "failsafe.trim=0.1"])
+    setup = prepare(build_experiment(config))
+    life.create(setup, config, tmp_path / "run")
+    records = list(life.run(setup, tmp_path / "run"))
+    lost = [list(record.faults.lost) for record in records if record.faults is not None]
+    assert lost == [list(records[0].devices.id), list(records[1].devices.id), []]
+    trained = np.concatenate([record.devices.id for record in records])
+    slots = folder.read_whole_state(tmp_path / "run").slots
+    assert slots["turns"].tolist() == np.bincount(trained, minlength=len(slots["turns"])).tolist()
+    assert verify_run(life.reopen(tmp_path / "run"), tmp_path / "run", every=0).failures == ()
 
 
 def test_examples_say_fedprune() -> None:
@@ -251,8 +289,18 @@ def test_the_page_of_the_run_folder_names_every_file_and_key(tmp_path: Path) -> 
 
 def test_the_page_of_errors_has_every_exit_code() -> None:
     rows = {int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "errors.md").read_text(), re.MULTILINE)}
-    kinds = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.FedpruneError)]
+    kinds = WRITER.kinds_of_error()
     assert rows == {0, 130, 143, *(cls.exit_code for cls in kinds)}
+    assert [cls for cls in kinds if cls.exit_code == errors.FedpruneError.exit_code] == []
+
+
+def test_no_command_ends_with_the_exit_code_of_the_base_of_all_errors() -> None:
+    """Where it is made, to speak of several runs, it is given the code of the first of them that failed."""
+    for path in sorted((ROOT / "fedprune_cli").rglob("*.py")):
+        lines = path.read_text().splitlines()
+        for line, following in itertools.pairwise(lines):
+            if re.search(r"\bFedpruneError\(", line) and not line.startswith("class "):
+                assert re.search(r"error\.exit_code = fail\w+\[0\]\.exit_code", following), f"{path}: {line}"
 
 
 def test_docstrings_cite_sections_of_the_model_that_are_there() -> None:

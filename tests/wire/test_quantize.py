@@ -54,7 +54,7 @@ def test_fewer_bits_send_less_and_32_send_the_values_themselves(tmp_path: Path) 
         records = run_to_end(tmp_path / str(bits), f"payload.bits=[{bits}]", "method=personalized")
         sent[bits] = records[0]["bytes_up"]
         assert (records[0]["rounding_error"] is None) == (bits == 32)
-        entries = make_setup().cost.shared_params * len(records[0]["devices"]["id"])
+        entries = make_setup().blueprint.cost.shared_params * len(records[0]["devices"]["id"])
         np.testing.assert_allclose(8 * sent[bits] / entries, bits_per_value(bits), rtol=0.02)
     assert sorted(sent.values()) == [sent[bits] for bits in sorted(sent)]
 

@@ -1,0 +1,235 @@
+"""A run is known by the content of what it reads: edit one byte of any of it, and nothing stale is used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, fedprune, read_lines
+
+from fedprune_cli.audit.listing import find_runs
+from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.compose import compose_config
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.inputs import MAX_KEPT
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.report.read import read_run
+from fedprune_cli.runs import life
+from fedprune_cli.store import folder
+
+FLEET = "cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n" + "1,1,23,-100\n" * 4
+TRACE = "round,device,gain_db\n" + "".join(f"{r},{d},-{100 + d + r}\n" for r in range(3) for d in range(4))
+SMALL = tuple(override for override in TINY if not override.startswith("devices."))
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    head = bytes((0, 0, 8, values.ndim)) + b"".join(int(size).to_bytes(4, "big") for size in values.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + values.astype(np.uint8).tobytes())
+
+
+def write_mnist(root: Path) -> None:
+    """Writes a small dataset in MNIST's files, one of them packed."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 80), ("t10k", 40)):
+        write_idx(root / f"{part}-images-idx3-ubyte", rng.integers(0, 255, (count, 8, 8)))
+        write_idx(root / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    plain = root / "t10k-images-idx3-ubyte"
+    with gzip.open(plain.with_name(plain.name + ".gz"), "wb") as packed:
+        packed.write(plain.read_bytes())
+    plain.unlink()
+
+
+def edit_table(path: Path) -> None:
+    """Changes one byte and keeps the size."""
+    path.write_text(path.read_text().replace("-100", "-101", 1))
+
+
+def edit_pixel(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def edit_packed_pixel(path: Path) -> None:
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[-1] ^= 1
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a run reads, the overrides that name it, and how one byte of it is edited."""
+
+    file: str
+    overrides: tuple[str, ...]
+    edit: Callable[[Path], None]
+
+
+FLEET_SOURCE = Source("fleet.csv", ("devices=table", "devices.file=fleet.csv"), edit_table)
+TRACE_SOURCE = Source(
+    "trace.csv", ("devices.count=3", "devices.fresh=1", "channel=trace", "channel.file=trace.csv"), edit_table
+)
+MNIST = ("data=mnist", "model=mlp", "data.root=data", "devices.count=3", "devices.fresh=1", "partition=iid")
+SOURCES = {
+    "fleet": FLEET_SOURCE,
+    "trace": TRACE_SOURCE,
+    "images": Source("data/train-images-idx3-ubyte", MNIST, edit_pixel),
+    "labels": Source("data/t10k-labels-idx1-ubyte", MNIST, edit_pixel),
+    "packed": Source("data/t10k-images-idx3-ubyte.gz", MNIST, edit_packed_pixel),
+}
+
+
+@pytest.fixture(params=SOURCES, name="source")
+def _source(request: pytest.FixtureRequest) -> Source:
+    Path("fleet.csv").write_text(FLEET)
+    Path("trace.csv").write_text(TRACE)
+    write_mnist(Path("data"))
+    return SOURCES[request.param]
+
+
+def asked(source: Source) -> Experiment:
+    """Returns the experiment that a command line asks for now."""
+    return build_experiment(compose_config([*SMALL, *source.overrides]))
+
+
+def run(source: Source) -> Path:
+    """Takes the run that is asked for to its end, unless it is there; returns its folder."""
+    setup = life.begin_or_reopen(compose_config([*SMALL, *source.overrides]))
+    for _ in life.run(setup, setup.experiment.run_dir):
+        pass
+    return setup.experiment.run_dir
+
+
+def test_an_edited_byte_is_another_run(source: Source) -> None:
+    before = run(source)
+    assert life.is_done(asked(source))
+    source.edit(Path(source.file))
+    assert not life.is_done(asked(source))
+    after = run(source)
+    assert after != before
+    assert {Path(found.path) for found in find_runs(Path("outputs"))} == {before, after}
+    assert read_lines(before) != read_lines(after) or "idx" in source.file  # a pixel need not show in any figure
+
+
+def test_an_edited_byte_is_refused_with_the_file_and_both_hashes(source: Source) -> None:
+    run_dir = run(source)
+    source.edit(Path(source.file))
+    tries: dict[str, Callable[[], object]] = {
+        "resume": lambda: life.reopen(run_dir),
+        "branch": lambda: life.branch(run_dir, ["rounds=9"]),
+        "report": lambda: read_run(run_dir),
+    }
+    for name, attempt in tries.items():
+        with pytest.raises(
+            CheckpointError, match=r"edited since the run was made: SHA-256 \w{64} now, \w{64} then"
+        ) as seen:
+            attempt()
+        assert Path(source.file).name in str(seen.value) or str(Path(source.file).parent) in str(seen.value), name
+
+
+def test_the_same_bytes_elsewhere_are_the_same_run(source: Source) -> None:
+    identity = asked(source).config_hash
+    Path("away").mkdir()
+    for name in ("fleet.csv", "trace.csv", "data"):
+        shutil.move(name, Path("away") / name)
+    moved = [override.replace("file=", "file=away/").replace("root=", "root=away/") for override in source.overrides]
+    assert build_experiment(compose_config([*SMALL, *moved])).config_hash == identity
+
+
+@pytest.mark.parametrize("source", [FLEET_SOURCE, TRACE_SOURCE], ids=["fleet", "trace"])
+def test_a_run_goes_on_from_anywhere_when_its_table_is_gone(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("fleet.csv").write_text(FLEET)
+    Path("trace.csv").write_text(TRACE)
+    whole = run(source)
+    lines = read_lines(whole)
+    setup = life.begin_or_reopen(compose_config([*SMALL, *source.overrides, "out=half"]))
+    next(life.run(setup, Path("half")))
+    Path(source.file).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    half = tmp_path / "half"
+    reopened = life.reopen(half)
+    assert len(list(life.run(reopened, half))) == 2
+    assert read_lines(half) == lines
+    assert not verify_run(life.reopen(half), half, 0).failures
+    shutil.move(half, tmp_path / "moved")
+    assert not verify_run(life.reopen(tmp_path / "moved"), tmp_path / "moved", 0).failures
+    further = life.branch(tmp_path / "moved", ["rounds=4", f"out={tmp_path / 'branch'}"])
+    assert len(list(life.run(further, tmp_path / "branch"))) == 1
+
+
+def test_a_copy_that_was_changed_is_not_used() -> None:
+    Path("fleet.csv").write_text(FLEET)
+    run_dir = run(FLEET_SOURCE)
+    Path("fleet.csv").unlink()
+    edit_table(run_dir / folder.INPUTS / "devices.file.csv")
+    with pytest.raises(CheckpointError, match=r"devices\.file\.csv: damaged"):
+        life.reopen(run_dir)
+
+
+def test_a_table_too_large_to_keep_is_named_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune_cli.config.inputs.MAX_KEPT", 10)
+    assert len(FLEET) < MAX_KEPT
+    Path("fleet.csv").write_text(FLEET)
+    run_dir = run(FLEET_SOURCE)
+    assert not (run_dir / folder.INPUTS).exists()
+    Path("fleet.csv").unlink()
+    with pytest.raises(CheckpointError, match=r"fleet\.csv: No such file or directory; it was too large"):
+        life.reopen(run_dir)
+
+
+def test_a_summary_that_the_run_did_not_write_does_not_make_it_finished() -> None:
+    config = [*TINY, "out=run"]
+    setup = life.begin_or_reopen(compose_config(config))
+    next(life.run(setup, Path("run")))
+    Path("run/summary.json").write_text('{"final_accuracy": 1.0}')
+    with pytest.raises(CheckpointError, match="SHA256SUMS"):
+        life.is_done(setup.experiment)
+    Path("run/summary.json").unlink()
+    assert not life.is_done(setup.experiment)
+    for _ in life.run(setup, Path("run")):
+        pass
+    assert life.is_done(setup.experiment)
+
+
+def test_compare_and_a_sweep_answer_from_the_table_that_is_there_now() -> None:
+    Path("fleet.csv").write_text(FLEET)
+    arguments = [*SMALL, *FLEET_SOURCE.overrides, "devices.fresh=1", "rounds=2"]
+
+    def latency(command: list[str]) -> float:
+        ran = fedprune(*command, "--json")
+        assert ran.returncode == 0, ran.stderr
+        answer = json.loads(ran.stdout)
+        found = json.dumps(answer)
+        at = found.index('"latency_s": {"mean": ') + len('"latency_s": {"mean": ')
+        return float(found[at:].split(",")[0])
+
+    for command in (["compare", *arguments, "--seeds", "0"], ["train", "-m", *arguments, "seed=0,1"]):
+        first = latency(command)
+        Path("fleet.csv").write_text(FLEET.replace("1,1,23", "0.1,1,23"))
+        second = latency(command)
+        Path("fleet.csv").write_text(FLEET)
+        assert second > 2 * first
+        assert latency(command) == first
+
+
+def test_an_edited_configuration_file_is_another_run() -> None:
+    Path("own/deadline").mkdir(parents=True)
+    Path("own/experiment").mkdir()
+    file = Path("own/experiment/mine.yaml")
+    file.write_text("# @package _global_\ndeadline:\n  fraction: 0.5\n")
+    hashes = set()
+    for fraction in ("0.5", "0.4"):
+        file.write_text(f"# @package _global_\ndeadline:\n  fraction: {fraction}\n")
+        hashes.add(build_experiment(compose_config([*TINY, "experiment=mine"], Path("own"))).config_hash)
+    assert len(hashes) == 2
