@@ -230,6 +230,25 @@ def test_the_record_is_the_stages_figures_by_hand() -> None:
         np.testing.assert_array_equal(of.step.after.personal[device], of.state.personal[device])
 
 
+def test_the_new_u_is_the_mean_of_what_arrived_and_its_norm_that_of_the_mean_gradient() -> None:
+    of = stages()
+    old, lr = of.state.shared.astype(float), of.setup.experiment.training.lr
+    total, pull, weight = (np.zeros(old.size) for _ in range(3))
+    for update, died in zip(of.results.updates, of.work.fates.died, strict=True):
+        if died:
+            continue
+        mask, samples = of.work.masks[update.device], of.setup.scenario.partition.train.sizes[update.device]
+        (steps,) = [phase.steps for phase in of.setup.schedule(update.device) if phase.kind == "shared"]
+        total[mask] += samples * update.shared
+        pull[mask] += samples * (old[mask] - update.shared) / (lr * steps)
+        weight[mask] += samples
+    kept = weight > 0
+    assert not kept.all()
+    np.testing.assert_allclose(of.step.after.shared[kept], total[kept] / weight[kept], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(of.step.after.shared[~kept], of.state.shared[~kept])
+    assert of.step.record.grad_norm == pytest.approx(np.linalg.norm(pull[kept] / weight[kept]), rel=1e-4)
+
+
 def test_a_round_lasts_until_the_last_frozen_device_is_done() -> None:
     of = stages()
     slow = dataclasses.replace(of.setup.scenario.fleet, cpu_hz=of.setup.scenario.fleet.cpu_hz.copy())
