@@ -123,6 +123,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         folder.read_summary(run_dir),
     )
     slots, audits, failures = setup.initial.slots, list[RoundAudit](), list[str]()
+    every = min(every, len(records))  # at least one
     for record in records:
         audit, slots = audit_round(setup, slots, record, solve=every > 0 and record.round % every == 0)
         failures += [f"round {record.round}: {what}" for what in audit.failures]
