@@ -64,7 +64,7 @@ class Plan:
         return self.allocation.deadline_s
 
     @property
-    def taking(self) -> Array:
+    def admitted_places(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
         return np.flatnonzero(self.allocation.admitted)
 
