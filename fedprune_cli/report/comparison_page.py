@@ -243,7 +243,7 @@ def _devices_of(method: str, run: Run) -> str:
             rows.setdefault(device, []).append(values)
         accuracy |= dict(zip(devices.id, devices.accuracy or (), strict=False))
     cells = [
-        [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), percent(accuracy.get(device))]
+        [run.called(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), percent(accuracy.get(device))]
         for device in sorted(rows)
     ]  # fmt: skip
     title = html.escape(f"{method}, seed {run.seed}: means of each device")
