@@ -29,7 +29,7 @@ def test_a_sparse_mask_is_cheap() -> None:
 def test_seconds_joules_and_flops_by_hand() -> None:
     setup = make_setup()
     ids = np.array([0, 2])
-    load = build_load(setup.scenario.fleet, ids, [setup.schedule(k) for k in ids], [setup.blueprint.cost] * 2, 8)
+    load = build_load(setup.scenario.fleet, ids, [setup.schedule(k) for k in ids], [setup.blueprint.cost] * 2)
     kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])
     result = measure(
         load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=np.full(len(kept), 0.25)

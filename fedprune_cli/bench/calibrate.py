@@ -78,8 +78,8 @@ class Calibration:
         """Says what the model lacks."""
         worst = max(abs(point.error) for point in self.points)
         return (
-            f"The model, which has no fixed cost a step, is off by up to {100 * worst:.0f} %; a line with {1e3 * self.fixed_s:.3g} ms "
-            f"a step fixed, by up to {100 * self.line_error:.0f} %."
+            f"The model, which has no fixed cost per step, is off by up to {100 * worst:.0f} %; a line with {1e3 * self.fixed_s:.3g} ms "
+            f"per step fixed, by up to {100 * self.line_error:.0f} %."
         )
 
 
@@ -210,7 +210,7 @@ def write(out: Path, calibration: Calibration) -> None:
 
 def table(calibration: Calibration) -> Table:
     """Returns the calibration for the terminal."""
-    title = f"{calibration.model}: {calibration.cycles_per_flop:.3g} cycles a FLOP at {calibration.cpu_hz / 1e9:.3g} GHz, one thread"
+    title = f"{calibration.model}: {calibration.cycles_per_flop:.3g} cycles per FLOP at {calibration.cpu_hz / 1e9:.3g} GHz, one thread"
     headers = [
         "ratio",
         "measured ms",

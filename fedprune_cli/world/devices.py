@@ -22,7 +22,7 @@ LIMIT_COLUMNS = ("min_bandwidth_mhz", "max_bandwidth_mhz", "energy_budget_j")
 class Fleet:
     """The devices, one array entry each [N].
 
-    cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (a cycle costs kappa f^2 joules);
+    cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (kappa f^2 joules per cycle);
     path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it;
     min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of
     computing and sending, per round, infinite without one; names: what a table calls the devices, None where it does not.

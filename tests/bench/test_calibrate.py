@@ -48,8 +48,8 @@ def test_the_line_with_a_fixed_cost_is_recovered() -> None:
 
 def test_what_is_written_is_a_fleet_and_a_figure() -> None:
     text = call(*SMALL, "--out", "cal")
-    assert "cycles a FLOP" in text
-    assert "no fixed cost a step" in text
+    assert "cycles per FLOP" in text
+    assert "no fixed cost per step" in text
     assert Path("cal/calibration.svg").read_text().startswith("<svg")
     cycles = json.loads(Path("cal/calibration.json").read_text())["cycles_per_flop"]
     line = next(line for line in text.splitlines() if line.startswith("devices like this machine"))

@@ -275,6 +275,26 @@ def test_late_updates_follow_the_policy_and_stale_ones_count_less() -> None:
     assert _combined([fresh, taken.arrivals[0]], PLAIN).tolist() == [4] * 5  # (1 + 13 / 3) / (1 + 1 / 3)
 
 
+def test_an_update_of_an_earlier_round_is_clipped_and_judged_like_every_other() -> None:
+    failsafe = dataclasses.replace(PLAIN, late="defer", clip_norm=2.0, quarantine_after=3, outlier_norm=5.0)
+    values = [np.full(5, value, np.float32) for value in (1, 1, 100)]
+    sent = _deliver(failsafe, values, latency_s=np.array([0.5, 0.5, 1.5]))
+    assert (sent.log.late, sent.log.clipped, sent.log.outliers) == ([2], [], [])
+    state = State(1, np.zeros(5, np.float32), untrained(np.zeros(0, np.float32), 3), sent.under_way)
+    delivery = deliver(failsafe, state, _sent(state, values[:2]))
+    assert (delivery.log.stale, delivery.log.clipped, delivery.log.outliers) == ([2], [2], [2])
+    np.testing.assert_allclose(delivery.arrivals[-1].values, 2)
+
+
+def test_the_log_names_those_that_are_planned_with_a_margin() -> None:
+    failsafe = dataclasses.replace(PLAIN, safe_ratio=True)
+    values = [np.ones(5, np.float32)] * 3
+    assert _deliver(failsafe, values).log.safe == []
+    slots = {"caution": np.array([1.0, 1.5, 1.0])}
+    state = State(0, np.zeros(5, np.float32), untrained(np.zeros(0, np.float32), 3), slots)
+    assert deliver(failsafe, state, _sent(state, values)).log.safe == [1]
+
+
 def test_repeated_offences_in_a_row_lead_to_quarantine() -> None:
     rule = dataclasses.replace(PLAIN, quarantine_after=2, quarantine_rounds=3)
     slots = rule.slots(Sizes(3, 5))

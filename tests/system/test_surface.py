@@ -42,7 +42,9 @@ JSON_OF = {  # in this order: later ones look at what earlier ones made
 def form(value: Any) -> Any:
     """Returns what a JSON value looks like: keys with the forms of their values, the first item's form of a list, else the type."""
     if isinstance(value, dict):
-        return {key: form(of) for key, of in value.items()}
+        return {
+            "PATH" if "/" in key else key: form(of) for key, of in value.items()
+        }  # a run's folder is named by a hash
     if isinstance(value, list):
         return [form(value[0])] if value else []
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
