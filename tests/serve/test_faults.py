@@ -295,11 +295,12 @@ def test_the_log_names_those_that_are_planned_with_a_margin() -> None:
     assert deliver(failsafe, state, _sent(state, values)).log.safe == [1]
 
 
-def test_repeated_offences_in_a_row_lead_to_quarantine() -> None:
+@pytest.mark.parametrize("kind", ["refused", "outliers"])
+def test_repeated_offences_in_a_row_lead_to_quarantine(kind: str) -> None:
     rule = dataclasses.replace(PLAIN, quarantine_after=2, quarantine_rounds=3)
     slots = rule.slots(Sizes(3, 5))
     for number, offends in enumerate(([1], [2], [0, 2])):
-        slots = {**slots, **rule.next_slots(slots, outcome([0, 1, 2], number, log=FaultLog(refused=offends)))}
+        slots = {**slots, **rule.next_slots(slots, outcome([0, 1, 2], number, log=FaultLog(**{kind: offends})))}
     assert slots["offences"].tolist() == [1, 0, 0]
     assert slots["quarantined_until"].tolist() == [0, 0, 6]  # out in rounds 3, 4 and 5
     setup = make_setup("failsafe.quarantine_after=2", "failsafe.quarantine_rounds=3", "rounds=7")
@@ -318,6 +319,15 @@ def test_caution_multiplies_a_devices_time_and_nothing_else() -> None:
     np.testing.assert_allclose(latency(careful, kept, bandwidth_hz), latency(problem, kept, bandwidth_hz) * [2, 1.5])
     assert careful.deadline_s == problem.deadline_s
     assert with_margins(problem, {}) is problem
+
+
+@pytest.mark.parametrize("kind", ["died", "lost", "delayed"])
+def test_who_is_not_heard_of_is_neither_forgiven_nor_trusted(kind: str) -> None:
+    rule = dataclasses.replace(PLAIN, safe_ratio=True, quarantine_after=3)
+    slots = {**rule.slots(Sizes(2, 5)), "caution": np.array([2.0, 2.0]), "offences": np.array([1, 1])}
+    new = rule.next_slots(slots, outcome([0, 1], latency_s=np.array([0.1, 0.1]), log=FaultLog(**{kind: [1]})))
+    assert new["caution"].tolist() == [2 * RECOVERY, 2.0]
+    assert new["offences"].tolist() == [0, 1]
 
 
 def test_caution_follows_what_a_device_took_and_is_given_back_slowly() -> None:
