@@ -356,7 +356,7 @@ def progress(title: str, rounds: int) -> Iterator[Callable[[RoundRecord], None]]
         if now - shown >= ROUND_S or not left:
             shown = now
             eta = (now - started) / (record.round - first) * left
-            note(f"round {record.round}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
+            note(f"{title}: round {record.round}/{rounds}  {figures_of(record)}  ETA {eta:.0f} s")
         if refused := all_refused(record):
             note(refused)
 

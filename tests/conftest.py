@@ -187,7 +187,7 @@ def forge(
     records = read_lines(run_dir) if records is None else records
     lines = [json.dumps(record).encode() + b"\n" for record in records]
     saved = folder.read_state(run_dir)
-    saved = replace(saved, state=state or saved.state, records=functools.reduce(folder.link, lines, ""))
+    saved = replace(saved, state=state or saved.state, records=functools.reduce(folder.chained_record, lines, ""))
     (run_dir / folder.RECORDS).write_bytes(b"".join(lines))
     (run_dir / folder.STATE).write_bytes(encode(saved))
     sha256 = hashlib.sha256((run_dir / folder.STATE).read_bytes()).hexdigest()

@@ -23,7 +23,7 @@ from fedprune_cli.audit.verify import Findings
 from fedprune_cli.audit.watch import KPIS, Look, parse_limit
 from fedprune_cli.bench import baseline, calibrate
 from fedprune_cli.bench.measure import Measure
-from fedprune_cli.report.allocation import allocation_table, ladder_table
+from fedprune_cli.report.allocation import Rung, allocation_table, ladder_table
 from fedprune_cli.report.comparison import EQUAL_SUFFIX, Comparison
 from fedprune_cli.report.comparison_page import comparison_table
 from fedprune_cli.report.estimate import QUANTITIES, Estimate
@@ -102,8 +102,8 @@ def allocate_table(size: Size, seeds: int) -> Table:
 
 def ladders_table(size: Size, seeds: int) -> Table:
     names = ("kkt", "minmax", "equal", "uniform", "alternating")
-    row = {"fraction": 0.5, "deadline_s": size(), **{name: [0.123, 0.456] for name in names}}
-    return ladder_table([row, row | {"minmax": None}])
+    met: dict[str, tuple[float, float] | None] = dict.fromkeys(names, (0.123, 0.456))
+    return ladder_table([Rung(0.5, size(), met), Rung(0.5, size(), met | {"minmax": None})])
 
 
 def list_table(size: Size, seeds: int) -> Table:

@@ -174,7 +174,7 @@ def _whatever_the_deadline(
         if over.any() or crowded:
             broken, knob = "the total bandwidth", "lower devices.min_bandwidth_mhz"
             if over.any():
-                broken = f"the energy budget of devices {listed(feasible.names[over])}"
+                broken = f"the energy budget of devices {listed(feasible.called[over])}"
                 knob = "raise devices.energy_budget_j"
             raise InfeasibleError(
                 f"allocator {name!r} does not choose ratios and breaks {broken}: choose an allocator that aims at a deadline, "
@@ -306,7 +306,7 @@ class Cvxpy(_AimsAtDeadline):
         short = problem.min_kept - kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz))
         if not (short <= LOOSE).all():
             raise ConfigError(
-                f"allocator.name={self.name}: cvxpy leaves device {problem.names[int(np.argmax(short))]} {short.max():.3g} of the model "
+                f"allocator.name={self.name}: cvxpy leaves device {problem.called[int(np.argmax(short))]} {short.max():.3g} of the model "
                 "below its least; choose allocator=kkt",
                 key="name",
             )

@@ -82,7 +82,7 @@ def _stretched(problem: Problem, least_s: float, least: Least) -> Problem:
     while not can_meet(later, least_s, least):
         if step_s > least_s:
             raise InfeasibleError(
-                f"no deadline can be computed for devices {listed(problem.names)}: their figures are too far apart"
+                f"no deadline can be computed for devices {listed(problem.called)}: their figures are too far apart"
             )
         later, step_s = replace(problem, deadline_s=least_s + step_s), 2 * step_s
     return later
@@ -126,7 +126,7 @@ def leave_out(problem: Problem, gone: Array) -> Settled:
     """Returns a round without the devices `gone` (bool [K]), whom nothing helps: what an allocator without a policy makes of them."""
     if not gone.any():
         return Settled(problem, ~gone, "feasible", "")
-    message = f"no bandwidth helps devices {listed(problem.names[gone])}: {_dropped(problem, ~gone, 0.0)}"
+    message = f"no bandwidth helps devices {listed(problem.called[gone])}: {_dropped(problem, ~gone, 0.0)}"
     return Settled(problem if gone.all() else problem.take(np.flatnonzero(~gone)), ~gone, "dropped", message)
 
 
@@ -146,7 +146,7 @@ def _missing(problem: Problem, feasible_s: float) -> str:
         text += "no deadline is late enough"
     if not hopeless.size:
         return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
-    return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.names[hopeless])}"
+    return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.called[hopeless])}"
 
 
 def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
@@ -175,7 +175,7 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
 
 def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
     return (
-        f"dropped devices {listed(problem.names[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
+        f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
         f"no other choice admits more than {bound:.3g} more"
     )
 

@@ -82,8 +82,9 @@ class Problem:
 
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
-    bandwidth_hz B; deadline_s T, infinite when open; ids: the devices' names in messages, int [K], their positions when None;
-    limits: None when there are none. A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
+    bandwidth_hz B; deadline_s T, infinite when open; ids: of the devices, int [K], their positions when None;
+    titles: what messages call them, str [K], their ids when None; limits: None when there are none. A signal below NO_LINK of the
+    noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -97,6 +98,7 @@ class Problem:
     deadline_s: float
     ids: Array | None = None
     limits: Limits | None = None
+    titles: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -112,10 +114,10 @@ class Problem:
             raise ConfigError(f"deadline_s={self.deadline_s}: must be >= 0 (0, or {SMALLEST:g} to {LATEST:g})")
         amount = f"finite and >= 0 {IN_RANGE}"
         for name in ("shared_compute_s", "payload_bits", "fixed_s", "weight"):
-            refuse_first(name, getattr(self, name), in_range(getattr(self, name)), amount, self.names)
-        refuse_first("snr_hz", self.snr_hz, (self.snr_hz >= 0) & (self.snr_hz <= LARGEST), amount, self.names)
+            refuse_first(name, getattr(self, name), in_range(getattr(self, name)), amount, self.called)
+        refuse_first("snr_hz", self.snr_hz, (self.snr_hz >= 0) & (self.snr_hz <= LARGEST), amount, self.called)
         good = (self.max_ratio >= 0) & (self.max_ratio <= 1)
-        refuse_first("max_ratio", self.max_ratio, good, "in [0, 1]", self.names)
+        refuse_first("max_ratio", self.max_ratio, good, "in [0, 1]", self.called)
         weak = (self.snr_hz > 0) & (self.snr_hz < NO_LINK * self.bandwidth_hz)
         if weak.any():
             object.__setattr__(self, "snr_hz", np.where(weak, 0.0, self.snr_hz))
@@ -127,10 +129,13 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        arrays = (f.name for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s", "ids", "limits"))
+        arrays = (
+            f.name for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s", "ids", "limits", "titles")
+        )
         limits = None if self.limits is None else self.limits.take(index)
         chosen = {name: getattr(self, name)[index] for name in arrays}
-        return replace(self, ids=self.names[index], limits=limits, **chosen)
+        titles = None if self.titles is None else self.titles[index]
+        return replace(self, ids=self.names[index], titles=titles, limits=limits, **chosen)
 
     @property
     def linked(self) -> Array:
@@ -139,8 +144,13 @@ class Problem:
 
     @property
     def names(self) -> Array:
-        """What the devices are called in messages, int [K]."""
+        """The ids of the devices, int [K]."""
         return np.arange(len(self.weight)) if self.ids is None else self.ids
+
+    @property
+    def called(self) -> Array:
+        """What the devices are called in messages [K]: by a table's ids, or else by their numbers."""
+        return self.names if self.titles is None else self.titles
 
     @property
     def most_hz(self) -> Array:

@@ -123,6 +123,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         folder.read_summary(run_dir),
     )
     slots, audits, failures = setup.initial.slots, list[RoundAudit](), list[str]()
+    every = min(every, len(records))  # at least one
     for record in records:
         audit, slots = audit_round(setup, slots, record, solve=every > 0 and record.round % every == 0)
         failures += [f"round {record.round}: {what}" for what in audit.failures]
@@ -156,12 +157,12 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     if impossible := [*_impossible(setup, record)]:  # nothing can be computed from it
         return RoundAudit(tuple(impossible)), {**slots, "simulated_s": np.array(record.simulated_s)}
     roster = choose_roster(setup, number, slots)
-    wrong = [*sums(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
+    wrong = [*sum_failures(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
     if not len(roster.training):
         after: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
-        again = meter_again(setup, record, roster, 0)
+        again = metering_failures(setup, record, roster, 0)
         return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
     after = next_slots(experiment, slots, outcome_of_record(record, slots))
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
@@ -178,7 +179,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     )
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
-    wrong += meter_again(setup, record, roster, len(plan.devices))
+    wrong += metering_failures(setup, record, roster, len(plan.devices))
     count = len(record.devices.id)
     audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
     if plan.allocation.certificate is None or not len(plan.devices):
@@ -219,7 +220,7 @@ class Answer:
 
 def _certified(audit: RoundAudit, plan: Plan, answer: Answer, *, solve: bool) -> RoundAudit:
     """Returns the audit with the certificate of a recorded answer, computed from its numbers alone; solve: also by cvxpy."""
-    at = replace(plan.problem.take(plan.taking), deadline_s=plan.allocation.deadline_s)
+    at = replace(plan.problem.take(plan.admitted_places), deadline_s=plan.allocation.deadline_s)
     proof = certify(at, answer.kept, answer.bandwidth_hz, answer.price_per_hz)
     audit = replace(audit, proof=proof)
     if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
@@ -239,7 +240,7 @@ def _certified(audit: RoundAudit, plan: Plan, answer: Answer, *, solve: bool) ->
     return replace(audit, difference=apart)
 
 
-def sums(record: RoundRecord, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
+def sum_failures(record: RoundRecord, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
     """Yields what is wrong with the sums of a round that began at `before_s`; waits: whether the server waits for late updates."""
     rows, log = record.devices, record.faults or FaultLog()
     missing = {*log.died, *log.lost, *log.delayed, *(() if waits else log.late)}
@@ -261,7 +262,7 @@ def sums(record: RoundRecord, before_s: float, frozen: Array, *, waits: bool) ->
             yield f"{key} is {share!r}, must be in [0, 1]"
 
 
-def meter_again(setup: Setup, record: RoundRecord, roster: Roster, training: int) -> Iterator[str]:
+def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, training: int) -> Iterator[str]:
     """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes.
 
     The first `training` devices of the record trained u, the others are frozen.
@@ -288,13 +289,13 @@ def meter_again(setup: Setup, record: RoundRecord, roster: Roster, training: int
         yield f"{record.bytes_down} bytes were broadcast, of which {masks_bits / 8:.0f} would be masks: must be in 0..{most // 8}"
     if slices or (stopped.any() and sends_masks):
         return
-    hears = {
+    gain_of_listeners = {
         False: roster.gain_linear[roster.training],
         True: roster.gain_linear[np.concatenate([roster.training, roster.frozen])],
     }
     heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0), True: 8.0 * record.bytes_down}
     wait_s = {
-        still: downlink_s(experiment.meter, experiment.channel, hears[still], heard_bits[still])
+        still: downlink_s(experiment.meter, experiment.channel, gain_of_listeners[still], heard_bits[still])
         for still in {*stopped.tolist()}
     }
     schedules = [

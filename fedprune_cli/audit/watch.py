@@ -134,8 +134,8 @@ class Look:
 
 def look(run_dir: Path, prices: Prices) -> Look:
     """Returns what a run's folder shows now; a line that is being written is not seen yet. Raises CheckpointError."""
-    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
     held = lock.is_held(run_dir)
+    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
     finished = folder.is_finished(run_dir)
     path = run_dir / folder.RECORDS
     lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
@@ -159,6 +159,11 @@ def watch(
     seen, alone_since = -1, None
     while True:
         now = look(run_dir, prices)
+        for limit in limits:
+            if limit.since is not None and limit.since > now.wanted_rounds:
+                raise ConfigError(
+                    f"--limit {limit}: the run has {now.wanted_rounds} rounds, so it would never be judged"
+                )
         if len(now.rows) != seen or now.finished:
             seen = len(now.rows)
             yield now

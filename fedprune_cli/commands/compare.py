@@ -87,6 +87,7 @@ def _members(overrides: list[str], config_dir: Path | None, methods: str | None,
     chosen = [(arm, seed) for seed in seeds for arm in arms]
     configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"], config_dir) for arm, seed in chosen]
     experiments = [build_experiment(config) for config in configs]
+    experiments[0].devices.draw(experiments[0].seed)  # a bad table is one error, and not one of each member
     return [
         Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), experiment.run_dir, _finished(experiment))
         for (arm, seed), config, experiment in zip(chosen, configs, experiments, strict=True)

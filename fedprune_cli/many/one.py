@@ -22,11 +22,13 @@ from fedprune_cli.store.record import RoundRecord
 class Display:
     """How a run is shown while it goes on.
 
-    progress: (title, rounds) -> a function that shows each record; status: what is done meanwhile, in words.
+    progress: (title, rounds) -> a function that shows each record; status: what is done meanwhile, in words; title: what the run is
+    called, its method when empty.
     """
 
     progress: Callable[[str, int], AbstractContextManager[Callable[[RoundRecord], None]]]
     status: Callable[[str], AbstractContextManager[None]]
+    title: str = ""
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def run_to_end(setup: Setup, run_dir: Path, display: Display = HIDDEN, *, wait: 
 
     wait: for another process that is writing the run, instead of raising CheckpointError.
     """
-    with display.progress(setup.experiment.method.name, setup.experiment.rounds) as seen:
+    with display.progress(display.title or setup.experiment.method.name, setup.experiment.rounds) as seen:
         for record in run(setup, run_dir, wait=wait):
             seen(record)
     with display.status("drawing the report"):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,11 +19,11 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import explained, unknown
 from fedprune_cli.execute import end_when_orphaned
+from fedprune_cli.many.one import HIDDEN, SHOWN, run_to_end
 from fedprune_cli.report.run import write_report
 from fedprune_cli.report.sweep import COMBINATION, Combination
-from fedprune_cli.runs.life import begin_or_reopen, is_done, run, serially
+from fedprune_cli.runs.life import begin_or_reopen, is_done, serially
 from fedprune_cli.store import folder
-from fedprune_cli.terminal import progress
 
 OBJECTIVES = ("final_accuracy", "simulated_s")  # of a sweeper that searches
 
@@ -52,9 +52,11 @@ def run_combination(config: DictConfig) -> float | list[float] | None:
         run_dir = str(experiment.run_dir)
         names = config.get("objectives") or OBJECTIVES
         if not is_done(experiment):
-            _run_to_end(
-                config, shown=in_turn, serial=not in_turn and not any(o.startswith("execution") for o in overrides)
-            )
+            setup = begin_or_reopen(config)
+            if not in_turn and not any(override.startswith("execution") for override in overrides):
+                setup = serially(setup)  # combinations already share the machine
+            shown = replace(SHOWN if in_turn else HIDDEN, title=" ".join(overrides))
+            run_to_end(setup, experiment.run_dir, shown, wait=True)
         if not (experiment.run_dir / "report" / "index.html").exists():
             write_report(experiment.run_dir)
         ran, values = Combination(overrides, run_dir), objectives(experiment, names)
@@ -66,22 +68,6 @@ def run_combination(config: DictConfig) -> float | list[float] | None:
         place.mkdir(parents=True, exist_ok=True)
         (place / COMBINATION).write_text(json.dumps(asdict(ran)) + "\n")
     return values
-
-
-def _run_to_end(config: DictConfig, *, shown: bool, serial: bool) -> None:
-    """Begins or continues a run; `serial` where combinations already share the machine."""
-    setup = begin_or_reopen(config)
-    run_dir = setup.experiment.run_dir
-    if serial:
-        setup = serially(setup)
-    records = run(setup, run_dir, wait=True)
-    if not shown:
-        for _ in records:
-            pass
-        return
-    with progress(setup.experiment.method.name, setup.experiment.rounds) as show:
-        for record in records:
-            show(record)
 
 
 def objectives(experiment: Experiment, names: Sequence[str]) -> float | list[float]:

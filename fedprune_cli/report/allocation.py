@@ -164,12 +164,13 @@ def allocation_table(result: Answer) -> Table:
         if certificate is None
         else f"KKT residual {certificate['residual']:.1e}, gap {certificate['gap']:.1e}"
     )
-    title = f"{result['status']}, deadline {seconds(result['deadline_s'])}; {proof}" + (
+    bits = f", {result['bits']} bits per value" if "bits" in result else ""
+    title = f"{result['status']}, deadline {seconds(result['deadline_s'])}{bits}; {proof}" + (
         f"\n{result['message']}" if result["message"] else ""
     )
     rows = [
         [
-            str(device["id"]),
+            device.get("name", str(device["id"])),
             f"{device['prune_ratio']:.3f}",
             f"{device['bandwidth_hz'] / 1e6:.4f}",
             f"{device['latency_s']:.4g}",
@@ -198,8 +199,9 @@ def _ratios_text(ratios: tuple[float, float] | None) -> str:
 def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, float]]) -> Path:
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices: Sequence[Mapping[str, object]] = result["devices"]
+    keys = [CSV_KEYS[0], *(["name"] if "name" in devices[0] else []), *CSV_KEYS[1:]]
     files = {
-        "allocation.csv": csv_text(CSV_KEYS, [[device[key] for key in CSV_KEYS] for device in devices]),
+        "allocation.csv": csv_text(keys, [[device[key] for key in keys] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",
         "frontier.csv": csv_text(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
         "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),

@@ -242,9 +242,9 @@ def _devices_of(method: str, run: Run) -> str:
         for device, *values in zip(devices.id, *(getattr(devices, key) for key in DEVICE_KEYS), strict=True):
             rows.setdefault(device, []).append(values)
         accuracy |= dict(zip(devices.id, devices.accuracy or (), strict=False))
-    cells = [
-        [str(device), str(len(rows[device])), *(f"{value:.4g}" for value in np.mean(rows[device], axis=0)), percent(accuracy.get(device))]
-        for device in sorted(rows)
-    ]  # fmt: skip
+    cells = []
+    for device in sorted(rows):
+        means = [f"{value:.4g}" for value in np.mean(rows[device], axis=0)]
+        cells.append([run.called(device), str(len(rows[device])), *means, percent(accuracy.get(device))])
     title = html.escape(f"{method}, seed {run.seed}: means of each device")
     return f"<details><summary>{title}</summary>{html_table(DEVICE_HEADERS, cells)}</details>"

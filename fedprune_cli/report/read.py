@@ -80,6 +80,7 @@ class Manifest(TypedDict):
     method: str
     seed: int
     fresh_devices: int
+    device_names: NotRequired[list[str]]
     train_samples: list[int]
     histogram: list[list[int]]
     config: Config
@@ -110,6 +111,11 @@ class Run:
     rounds: tuple[RoundRecord, ...]
     summary: Summary | None
 
+    def called(self, device: int) -> str:
+        """Returns what a table of devices calls a device, else its number."""
+        names = self.manifest.get("device_names")
+        return one_line(names[device]) if names else str(device)
+
     @property
     def method(self) -> str:
         return one_line(self.manifest["method"])
@@ -129,7 +135,15 @@ def read_run(path: Path) -> Run:
     folder.check(path, folder.MANIFEST)
     check_inputs(path)
     found, summary = read_json(path / folder.MANIFEST, CheckpointError), folder.read_summary(path)
-    if not fits(found, MANIFEST_FORM) or len({found["dataset"]["num_classes"], *map(len, found["histogram"])}) > 1:
+    named = fits(found.get("device_names", []), [str]) and len(found.get("device_names", [])) in (
+        0,
+        len(found.get("histogram", [])),
+    )
+    if (
+        not named
+        or not fits(found, MANIFEST_FORM)
+        or len({found["dataset"]["num_classes"], *map(len, found["histogram"])}) > 1
+    ):
         raise CheckpointError(f"{path / folder.MANIFEST}: damaged (not the manifest of a run)")
     rounds = tuple(folder.read_records(path))
     if not accuracies(rounds):

@@ -91,7 +91,7 @@ def _csv_files(run: Run) -> dict[str, str]:
     kinds = [kind for kind in FAULT_TITLES if any(record.faults for record in run.rounds)]
     rounds = [[*map(record.figures().get, plain), *_fault_counts([record], kinds)] for record in run.rounds]
     classes = [f"class_{at}" for at in range(run.manifest["dataset"]["num_classes"])]
-    histogram = [[device, *counts] for device, counts in enumerate(run.manifest["histogram"])]
+    histogram = [[run.called(device), *counts] for device, counts in enumerate(run.manifest["histogram"])]
     return {
         "rounds.csv": csv_text([*plain, *kinds], rounds),
         "devices.csv": csv_text(*_device_rows(run)),
@@ -102,11 +102,13 @@ def _csv_files(run: Run) -> dict[str, str]:
 def _device_rows(run: Run) -> tuple[list[str], list[list[object]]]:
     """Returns the header and the rows of devices.csv: a row a device and round."""
     keys = [key.name for key in fields(DeviceRows)]
+    names = ["name"] if "device_names" in run.manifest else []
     rows: list[list[object]] = []
     for record in run.rounds:
         columns = [getattr(record.devices, key) or [None] * len(record.devices.id) for key in keys]
-        rows += [[record.round, *row] for row in zip(*columns, strict=True)]
-    return ["round", *keys], rows
+        called = [[run.called(device) for device in record.devices.id] for _ in names]
+        rows += [[record.round, *row] for row in zip(*called, *columns, strict=True)]
+    return ["round", *names, *keys], rows
 
 
 def ingredients(run: Run) -> str:

@@ -181,7 +181,7 @@ def sweep_headline(combinations: Sequence[Combination], groups: Sequence[Group])
     text = (
         f"{len(groups)} configurations, seeds each: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}. Most accurate: {best}, "
         f"{ACCURACY.cell(known(best.figures, 'accuracy'))} % after {SIMULATED.cell(known(best.figures, 'simulated_s'))} simulated seconds. "
-        f"{len(pareto_front(groups))} are on the Pareto front of accuracy and simulated seconds."
+        f"On the Pareto front of accuracy and simulated seconds: {len(pareto_front(groups))}."
     )
     return text + (f" {failed} of {len(combinations)} runs failed and are left out." if failed else "")
 

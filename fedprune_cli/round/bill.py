@@ -47,8 +47,8 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     training = training.cut_short(work.fates.work, setup.scenario.fleet.tx_power_w[plan.devices])
     if not results.personal_updates:
         return Bill(training, None)
-    hears = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
-    return Bill(training, charge_frozen(setup, work.masks, roster.frozen, hears, training.bytes_down))
+    listeners_gain = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
+    return Bill(training, charge_frozen(setup, work.masks, roster.frozen, listeners_gain, training.bytes_down))
 
 
 def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, heard: Array) -> Measurement:
@@ -58,7 +58,7 @@ def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, hea
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     return measure(
         load,
-        rate_bps=plan.allocation.rate_bps[plan.taking],
+        rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
         bits_down=bits_down,
@@ -66,8 +66,8 @@ def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, hea
     )
 
 
-def charge_frozen(setup: Setup, masks: Masks, frozen: Array, hears: Array, bytes_down: float) -> Measurement:
-    """Returns the cost of frozen devices, which send nothing; hears: the gains of all that listen; bytes_down: broadcast before."""
+def charge_frozen(setup: Setup, masks: Masks, frozen: Array, listeners_gain: Array, bytes_down: float) -> Measurement:
+    """Returns the cost of frozen devices, which send nothing; listeners_gain: of all that listen; bytes_down: broadcast before."""
     experiment, size = setup.experiment, setup.blueprint.cost.shared_params
     own_masks = _broadcast_bits(setup, masks, frozen) - BITS_PER_PARAM * size
     bits_down = max(8 * bytes_down, BITS_PER_PARAM * size) + own_masks
@@ -78,7 +78,7 @@ def charge_frozen(setup: Setup, masks: Masks, frozen: Array, hears: Array, bytes
         kept=share,
         payload_bytes=np.zeros(len(frozen)),
         bits_down=bits_down,
-        t_down_s=np.full(len(frozen), downlink_s(experiment.meter, experiment.channel, hears, bits_down)),
+        t_down_s=np.full(len(frozen), downlink_s(experiment.meter, experiment.channel, listeners_gain, bits_down)),
     )
 
 

@@ -64,7 +64,7 @@ class Plan:
         return self.allocation.deadline_s
 
     @property
-    def taking(self) -> Array:
+    def admitted_places(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
         return np.flatnonzero(self.allocation.admitted)
 
@@ -109,7 +109,9 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     problem = build_problem(load, Uplink(experiment.channel, gain, size), weight, t_down_s, blueprint.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
-    problem = replace(problem, deadline_s=deadline_s, ids=ids)
+    names = beliefs.fleet.names
+    titles = None if names is None else np.array(names, dtype=object)[ids]
+    problem = replace(problem, deadline_s=deadline_s, ids=ids, titles=titles)
     widths = experiment.payload.bits
     return RoundProblems(
         problem, {bits: with_margins(compress(problem, bits_per_value(bits)), slots) for bits in widths}

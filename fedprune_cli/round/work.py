@@ -82,7 +82,7 @@ def personal_tasks(setup: Setup, state: State, masks: Masks, frozen: Array) -> l
 def train_round(setup: Setup, work: Work, workers: Executor) -> Results:
     """Returns what the devices made of their tasks; who died in mid-round keeps nothing of it."""
     trained = zip(train_devices(setup, workers, work.tasks), work.tasks, work.fates.died, strict=True)
-    updates = [_undone(update, task) if died else update for update, task, died in trained]
+    updates = [_without_training(update, task) if died else update for update, task, died in trained]
     return Results(updates, train_devices(setup, workers, work.personal_tasks))
 
 
@@ -98,10 +98,13 @@ def train_devices(setup: Setup, workers: Executor, tasks: Sequence[Task]) -> lis
     rest = [task for task in tasks if task.device not in done]
     done |= {update.device: update for update in workers.map(train, rest, lambda task: task.steps)} if rest else {}
     updates = [done[task.device] for task in tasks]
-    return [_undone(update, task) if _diverged(update) else update for update, task in zip(updates, tasks, strict=True)]
+    return [
+        _without_training(update, task) if _diverged(update) else update
+        for update, task in zip(updates, tasks, strict=True)
+    ]
 
 
-def _undone(update: Update, task: Task) -> Update:
+def _without_training(update: Update, task: Task) -> Update:
     """Returns the update of a device that keeps nothing of what it trained: its personal part is the old one."""
     return replace(update, personal=task.personal, train_loss=None, rounding_error=None)
 

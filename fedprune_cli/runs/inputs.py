@@ -7,8 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.config.inputs import ROOT, TABLES, Input, dataset_sha256, edited, read_input
+from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, edited, read_input
 from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import read_json, read_yaml
@@ -37,11 +38,10 @@ def check_inputs(run_dir: Path) -> None:
     if not any(_then(manifest, key) for key in TABLES) and "sha256" not in data:
         return
     config = read_config(run_dir)
-    root = OmegaConf.select(config, ROOT)
-    if "sha256" in data and root is not None and Path(str(root)).is_dir():
-        from fedprune_cli.config.build import build_experiment
-
-        check_dataset(build_experiment(config), manifest)
+    if "sha256" in data:
+        experiment = build_experiment(config)
+        if getattr(experiment.data, "folder", Path()).is_dir():
+            check_dataset(experiment, manifest)
 
 
 def check_dataset(experiment: Experiment, manifest: Mapping[str, object]) -> None:

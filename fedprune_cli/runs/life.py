@@ -70,6 +70,10 @@ def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     check(setup.experiment.tracking)
     if setup.experiment.branch:
         raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
+    if run_dir.exists():
+        check_holds(
+            setup.experiment
+        )  # says so when it is another run, which none of this one's commands would continue
     _have_what_it_needs(setup)
     folder.create(run_dir, _beginning(setup, config, setup.initial))
 

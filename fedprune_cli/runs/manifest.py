@@ -44,6 +44,7 @@ def build_manifest(setup: Setup) -> dict[str, object]:
             },
         },
         "fresh_devices": len(partition.train) - scenario.num_devices,
+        **({} if scenario.fleet.names is None else {"device_names": [*scenario.fleet.names]}),
         "train_samples": partition.train.sizes.tolist(),
         "test_samples": partition.test.sizes.tolist(),
         "histogram": partition.histogram.tolist(),

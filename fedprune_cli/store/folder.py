@@ -31,7 +31,7 @@ import numpy as np
 from fedprune_cli.errors import CheckpointError, OutputError
 from fedprune_cli.store.files import fits, parse_json, read_bytes, read_json
 from fedprune_cli.store.record import RoundRecord, parse_record
-from fedprune_cli.store.state import Array, Personal, Saved, State, chain, decode, encode
+from fedprune_cli.store.state import Array, Personal, Saved, State, chained_rows, decode, encode
 
 STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
     "state.safetensors",
@@ -109,7 +109,7 @@ def _begin_logs(new: Path, begin: Beginning) -> str:
         (new / log).write_bytes(b"".join(lines))
     if origin and state.personal.stored.size:
         (new / state.personal.name).write_bytes(state.personal.stored.tobytes())
-    return functools.reduce(link, logs[RECORDS], "")
+    return functools.reduce(chained_record, logs[RECORDS], "")
 
 
 def _clear(run_dir: Path) -> None:
@@ -145,7 +145,7 @@ def commit(run_dir: Path, saved: Saved, state: State, entries: Mapping[str, Mapp
             file.flush()
             os.fsync(file.fileno())
     state = replace(state, personal=_store(run_dir, state.personal, state.round))
-    new = Saved(state, saved.config_hash, link(saved.records, lines[RECORDS]))
+    new = Saved(state, saved.config_hash, chained_record(saved.records, lines[RECORDS]))
     write_whole(run_dir / STATE, encode(new))
     if state.personal.name != saved.state.personal.name:
         with writing(run_dir):
@@ -153,7 +153,7 @@ def commit(run_dir: Path, saved: Saved, state: State, entries: Mapping[str, Mapp
     return new
 
 
-def link(sha256: str, line: bytes) -> str:
+def chained_record(sha256: str, line: bytes) -> str:
     """Returns the hash of a log after one more line: it covers the hash of the lines before."""
     return hashlib.sha256(sha256.encode() + line).hexdigest()
 
@@ -178,7 +178,7 @@ def _store(run_dir: Path, personal: Personal, number: int) -> Personal:
         for device in devices:
             row = personal[device]
             file.write(row.tobytes())
-            sha256 = chain(sha256, [row])
+            sha256 = chained_rows(sha256, [row])
         file.flush()
         os.fsync(file.fileno())
     place[devices] = start + np.arange(len(devices))
@@ -201,7 +201,7 @@ def _read_personal(run_dir: Path, personal: Personal) -> Personal:
         stored = _map(path, shape) if intact else personal.stored
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {getattr(error, 'strerror', error)}") from None
-    if not intact or chain("", stored) != personal.sha256:
+    if not intact or chained_rows("", stored) != personal.sha256:
         raise CheckpointError(f"{path}: damaged (its content does not match its checksum)")
     return replace(personal, stored=stored)
 
@@ -372,7 +372,7 @@ def _lines(log: Path, saved: Saved) -> list[bytes]:
             intact = False
         if not intact:
             raise CheckpointError(f"{log}: line {number} is damaged")
-        records = link(records, line)
+        records = chained_record(records, line)
     if len(lines) < rounds:
         raise CheckpointError(f"{log}: has {len(lines)} rounds, the checkpoint {rounds}")
     if log.name == RECORDS and records != saved.records:

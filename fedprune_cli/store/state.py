@@ -89,7 +89,7 @@ def untrained(initial: Array, num_devices: int) -> Personal:
     return Personal(initial, np.full(num_devices, -1), np.zeros((0, size), dtype=np.float32), "personal-0.f32")
 
 
-def chain(sha256: str, rows: Sequence[Array] | Array) -> str:
+def chained_rows(sha256: str, rows: Sequence[Array] | Array) -> str:
     """Returns the hash of stored rows after more of them: each row's hash covers the one before."""
     for row in rows:
         sha256 = hashlib.sha256(sha256.encode() + np.ascontiguousarray(row).tobytes()).hexdigest()

@@ -38,7 +38,8 @@ def levels(bits: int) -> int:
 def quantize(values: Array, bits: int, rng: np.random.Generator) -> bytes:
     """Returns the code of float32 `values` [n]: the scales, then the numbers in `bits` bits each.
 
-    >>> code = quantize(np.array([3, -3, 0], np.float32), 2, np.random.default_rng(0))
+    >>> from fedprune_cli.rng import stream
+    >>> code = quantize(np.array([3, -3, 0], np.float32), 2, stream(0, "rounding", 0, 0))
     >>> len(code), dequantize(code, 3, 2).tolist()  # a scale of four bytes, and three numbers in a byte
     (5, [3.0, -3.0, 0.0])
     """

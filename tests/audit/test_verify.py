@@ -184,3 +184,9 @@ def test_verify_finds_a_sound_run_sound_and_a_changed_one_not(tmp_path: Path) ->
     forge(tmp_path / "run", records=records)
     changed = verify_run(life.reopen(tmp_path / "run"), tmp_path / "run", every=0)
     assert changed.failures == ("round 2: the recorded allocation is not what the configuration gives",)
+
+
+def test_a_short_run_is_solved_again_at_least_once(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    assert verify_run(make_setup(), tmp_path / "run", 10).solved_again == 1
+    assert verify_run(make_setup(), tmp_path / "run", 0).solved_again == 0

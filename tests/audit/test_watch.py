@@ -107,3 +107,10 @@ def test_the_command_ends_with_its_own_code(tmp_path: Path) -> None:
     assert fedprune("watch", "nowhere").returncode == 5
     (tmp_path / "run" / folder.SUMMARY).unlink()
     assert fedprune("watch", "run", "--once").returncode == 0
+
+
+def test_a_limit_that_would_never_be_judged_is_refused(tmp_path: Path) -> None:
+    run_to_end(tmp_path / "run")
+    ran = fedprune("watch", str(tmp_path / "run"), "--limit", "accuracy>=0.8@20", "--once")
+    assert ran.returncode == 2
+    assert "the run has 3 rounds, so it would never be judged" in ran.stderr

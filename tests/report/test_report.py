@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import resign, run_to_end
+from conftest import TINY, resign, run_to_end
 
+from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report import figures, page
 from fedprune_cli.report.comparison import compare, headline, latency_split, mean_equal_s, missed_seeds, run_figures
@@ -22,6 +23,7 @@ from fedprune_cli.report.comparison_page import markdown, read_table, write_comp
 from fedprune_cli.report.read import Run, crossing, read_run
 from fedprune_cli.report.run import write_report
 from fedprune_cli.report.sweep import Combination, build_groups, write_sweep
+from fedprune_cli.runs import life
 
 
 @pytest.fixture
@@ -207,3 +209,21 @@ def test_pages_render_in_a_browser(runs: dict[tuple[str, int], Path], tmp_path: 
             result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in result.stderr
         assert shot.stat().st_size > 20_000
+
+
+def test_a_table_s_ids_name_the_devices_of_a_run(tmp_path: Path) -> None:
+    table = "id,cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n" + "".join(
+        f"press {at},1,1,23,-100\n" for at in range(4)
+    )
+    Path("fleet.csv").write_text(table)
+    tiny = [override for override in TINY if not override.startswith("devices.")]
+    config = compose_config([*tiny, "devices=table", "devices.file=fleet.csv", "devices.fresh=1", "out=run"])
+    setup = life.begin_or_reopen(config)
+    for _ in life.run(setup, Path("run")):
+        pass
+    write_report(Path("run"))
+    rows = (Path("run") / "report" / "devices.csv").read_text().splitlines()
+    assert rows[0].startswith("round,name,id,")
+    assert rows[1].startswith("1,press 0,0,")
+    assert (Path("run") / "report" / "histogram.csv").read_text().splitlines()[4].startswith("press 3,")
+    assert read_run(Path("run")).called(2) == "press 2"

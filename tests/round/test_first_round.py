@@ -10,6 +10,7 @@ from conftest import TINY
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
+from fedprune_cli.report.allocation import allocation_table, answer, write_allocation
 from fedprune_cli.round.first import FirstRound, allocate_first_round
 from fedprune_cli.round.setup import prepare
 
@@ -58,3 +59,19 @@ def test_what_is_sent_moves_the_objective_of_a_table(tmp_path: Path, overrides: 
     _, plain = both_ways(tmp_path)
     _, other = both_ways(tmp_path, *overrides)
     assert other.allocation.objective != pytest.approx(plain.allocation.objective, rel=1e-6)
+
+
+def test_a_table_s_ids_name_its_devices_in_every_answer(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.csv"
+    rows = ["agv-1,1,1,23,-100,40", "agv-2,1,1,23,-249,40", "press 7,2,1,23,-95,60"]
+    file.write_text("\n".join(["id," + HEADER, *rows]) + "\n")
+    tiny = [override for override in TINY if not override.startswith("devices.")]
+    plain = allocate_first_round(build_experiment(compose_config([*tiny, "payload.bits=[4,8]"])), file)
+    assert "agv-2" in plain.allocation.message
+    result = answer(plain, of_several=True)
+    assert [device["name"] for device in result["devices"]] == ["agv-1", "agv-2", "press 7"]
+    shown = allocation_table(result).plain()
+    assert "press 7" in shown
+    assert f"{plain.bits} bits per value" in shown
+    write_allocation(tmp_path / "out", result, [])
+    assert (tmp_path / "out" / "allocation.csv").read_text().splitlines()[3].startswith("2,press 7,")

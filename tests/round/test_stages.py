@@ -109,7 +109,7 @@ def test_who_trains_is_charged_at_the_truth_and_who_dies_up_to_that_moment() -> 
     assert of.bill.training.bytes_down == bits / 8
     np.testing.assert_allclose(of.bill.training.downlink_s, broadcast_s(of, bits, of.roster.training))
     for at, device in enumerate(of.plan.devices.tolist()):
-        band_hz = of.plan.allocation.bandwidth_hz[of.plan.taking[at]]
+        band_hz = of.plan.allocation.bandwidth_hz[of.plan.admitted_places[at]]
         rate_bps = band_hz * np.log2(1 + fleet.tx_power_w[device] * gain[device] / (channel.noise_w_per_hz * band_hz))
         sent = of.results.updates[at].sent_bytes
         whole_s, send_s, share = compute_s(of, device, frozen=False), 8 * sent / rate_bps, of.work.fates.work[at]
@@ -176,7 +176,7 @@ def test_the_plan_is_by_belief_and_its_rates_are_true() -> None:
     kept = np.setdiff1d(np.arange(8), of.plan.devices)
     assert slots["prune_ratio"][of.roster.frozen].any()  # who is frozen goes on with what it kept last
     np.testing.assert_array_equal(of.plan.ratios[kept], slots["prune_ratio"][kept])
-    np.testing.assert_array_equal(of.plan.ratios[of.plan.devices], allocation.prune_ratio[of.plan.taking])
+    np.testing.assert_array_equal(of.plan.ratios[of.plan.devices], allocation.prune_ratio[of.plan.admitted_places])
 
 
 def test_of_several_bits_those_are_chosen_that_learn_most_in_the_time() -> None:
@@ -220,7 +220,7 @@ def test_the_record_is_the_stages_figures_by_hand() -> None:
     equal_s = reference.shared_compute_s + reference.payload_bits / rate(equal_hz, reference.snr_hz) + reference.fixed_s
     assert record.equal_dense_latency_s == pytest.approx(equal_s.max())
     assert record.dense_latency_s == pytest.approx(dense_deadline(reference)[0])
-    ratio = of.plan.allocation.prune_ratio[of.plan.taking]
+    ratio = of.plan.allocation.prune_ratio[of.plan.admitted_places]
     assert (record.mean_ratio, record.max_ratio) == (pytest.approx(ratio.mean()), ratio.max())
     assert record.latency_s >= of.bill.personal_s
     assert record.faults is not None

@@ -233,3 +233,21 @@ def test_an_edited_configuration_file_is_another_run() -> None:
         file.write_text(f"# @package _global_\ndeadline:\n  fraction: {fraction}\n")
         hashes.add(build_experiment(compose_config([*TINY, "experiment=mine"], Path("own"))).config_hash)
     assert len(hashes) == 2
+
+
+def test_a_folder_of_another_run_is_not_said_to_be_continued() -> None:
+    life.begin_or_reopen(compose_config([*TINY, "out=run"]))
+    config = compose_config([*TINY, "out=run", "training.epochs=2"])
+    with pytest.raises(CheckpointError, match="holds another run"):
+        life.create(life.prepare(build_experiment(config)), config, Path("run"))
+
+
+def test_a_dataset_in_its_usual_place_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPRUNE_DATA", str(Path("usual").absolute()))
+    write_mnist(Path("usual/MNIST/raw"))
+    usual = Source("usual/MNIST/raw/train-images-idx3-ubyte", tuple(o for o in MNIST if "root" not in o), edit_pixel)
+    run_dir = run(usual)
+    read_run(run_dir)
+    edit_pixel(Path(usual.file))
+    with pytest.raises(CheckpointError, match="edited since the run was made"):
+        read_run(run_dir)

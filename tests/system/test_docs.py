@@ -298,7 +298,7 @@ def test_no_command_ends_with_the_exit_code_of_the_base_of_all_errors() -> None:
     """Where it is made, to speak of several runs, it is given the code of the first of them that failed."""
     for path in sorted((ROOT / "fedprune_cli").rglob("*.py")):
         lines = path.read_text().splitlines()
-        for line, following in itertools.pairwise(lines):
+        for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
             if re.search(r"\bFedpruneError\(", line) and not line.startswith("class "):
                 assert re.search(r"error\.exit_code = fail\w+\[0\]\.exit_code", following), f"{path}: {line}"
 
@@ -317,6 +317,15 @@ def test_the_page_of_the_architecture_shows_the_layers_that_are_tested() -> None
     rows = [" ".join(row) for row in reversed(LAYERS)]
     shown = re.findall(r"^```text\n(.*?)^```$", (DOCS / "architecture.md").read_text(), re.MULTILINE | re.DOTALL)
     assert rows in [[" ".join(line.split()) for line in block.splitlines()] for block in shown]
+
+
+def test_the_page_of_the_architecture_names_modules_that_are_there() -> None:
+    package = ROOT / "fedprune_cli"
+    named = {*re.findall(r"\b[\w/]+\.py\b", (DOCS / "architecture.md").read_text())}
+    assert len(named) > 20
+    assert [name for name in named if not (package / name).exists() and not (package / "round" / name).exists()] == []
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert [room for room in rooms if f"  {room}/" not in (DOCS / "architecture.md").read_text()] == []
 
 
 # --- links and looks ------------------------------------------------------------------------------------------------
