@@ -34,7 +34,7 @@ from fedprune_cli.runs import life
 from fedprune_cli.sections import part_of
 from fedprune_cli.serve.aggregate import Contribution, Mean, Median, TrimmedMean
 from fedprune_cli.serve.deliver import Arrival, Delivery, Sent, UnderWay, deliver
-from fedprune_cli.serve.failsafe import MAX_CAUTION, RECOVERY, Failsafe, with_margins
+from fedprune_cli.serve.failsafe import LATE_POLICIES, MAX_CAUTION, RECOVERY, Failsafe, with_margins
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.record import KINDS, FaultLog
@@ -248,6 +248,19 @@ def test_a_refused_update_changes_nothing(kind: str, aggregation: str, clip_norm
     np.testing.assert_array_equal(_combined(with_it.arrivals, failsafe), _combined(without.arrivals, failsafe))
 
 
+def test_what_is_late_is_not_also_delayed() -> None:
+    late, delay = np.array([False, True, False, True]), np.array([0, 0, 3, 3])
+    decided = {
+        name: [column.tolist() for column in policy().decide(late, delay)] for name, policy in LATE_POLICIES.items()
+    }
+    never = [False] * 4
+    assert decided == {
+        "wait": [[0, 0, 3, 0], never],
+        "drop": [[0, 0, 3, 0], late.tolist()],
+        "defer": [[0, 1, 3, 1], never],
+    }
+
+
 def test_late_updates_follow_the_policy_and_stale_ones_count_less() -> None:
     values = [np.full(5, value, np.float32) for value in (1, 3)]
     ends = {}
@@ -428,6 +441,9 @@ def test_draws_come_as_often_as_they_should_and_do_not_depend_on_who_takes_part(
     assert some.forgers == [rounds[7].forgers[5], rounds[7].forgers[99]]
     assert faults.draw(Moment(3, 9, 60, 1000, np.array([saboteur]))).forgers == [POISON]
     assert np.isclose(np.mean([fates.died for fates in rounds]), 0.2, atol=0.01)
+    work = [np.concatenate([fates.work[fates.died == so] for fates in rounds]) for so in (True, False)]
+    assert np.isclose(work[0].mean(), 0.5, atol=0.01)  # any moment is as likely as any other
+    assert (work[1] == 1).all()
     lost = np.array([fates.lost for fates in rounds])
     assert np.isclose(lost.mean(), 0.3, atol=0.02)
     assert np.isclose((lost[1:] & ~lost[:-1]).sum() / (~lost[:-1]).sum(), 0.15, atol=0.01)
