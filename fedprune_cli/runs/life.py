@@ -70,10 +70,8 @@ def create(setup: Setup, config: DictConfig, run_dir: Path) -> None:
     check(setup.experiment.tracking)
     if setup.experiment.branch:
         raise ConfigError("branch: is made from a run that is there, with `fedprune resume RUN_DIR KEY=VALUE`")
-    if run_dir.exists():
-        check_holds(
-            setup.experiment
-        )  # says so when it is another run, which none of this one's commands would continue
+    if run_dir.exists():  # of another run: no command for this one would continue it
+        check_holds(run_dir, setup.experiment)
     _have_what_it_needs(setup)
     folder.create(run_dir, _beginning(setup, config, setup.initial))
 
@@ -127,7 +125,7 @@ def begin_or_reopen(config: DictConfig) -> Setup:
                 raise
         else:
             return setup
-    check_holds(experiment)
+    check_holds(experiment.run_dir, experiment)
     return _same_world(run_dir, experiment)
 
 
@@ -135,20 +133,18 @@ def is_done(experiment: Experiment) -> bool:
     """Whether the run that an experiment asks for is finished; raises CheckpointError when its folder is damaged or holds another one."""
     if not experiment.run_dir.exists():
         return False
-    check_holds(experiment)
+    check_holds(experiment.run_dir, experiment)
     return folder.is_finished(experiment.run_dir)
 
 
-def check_holds(experiment: Experiment) -> None:
-    """Raises CheckpointError when the experiment's folder holds another run."""
-    folder.check(experiment.run_dir, folder.MANIFEST)
-    manifest = read_json(experiment.run_dir / folder.MANIFEST, CheckpointError)
+def check_holds(run_dir: Path, experiment: Experiment) -> None:
+    """Raises CheckpointError when a folder holds another run than the experiment's."""
+    folder.check(run_dir, folder.MANIFEST)
+    manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
     for key, asked in (("config_hash", experiment.config_hash), ("seed", experiment.seed)):
         if manifest.get(key) != asked:
             held = f"{key} {manifest.get(key)!r}, not {asked!r}"
-            raise CheckpointError(
-                f"{experiment.run_dir}: holds another run ({held}); choose another folder with out=DIR"
-            )
+            raise CheckpointError(f"{run_dir}: holds another run ({held}); choose another folder with out=DIR")
 
 
 def reopen(run_dir: Path) -> Setup:

@@ -112,17 +112,3 @@ def _trimmed(values: Array, count: Array, trim: float) -> Array:
         total = np.where(inside, np.sort(values[:, part], axis=0), 0).sum(0, dtype=np.float64)
         mean[part] = total / np.maximum(inside.sum(0), 1)
     return mean
-
-
-def change_norms(old: Array, masks: Sequence[Array], values: Sequence[Array]) -> Array:
-    """Returns how far each device moved what it kept, the norm of values[i] - old, float64 [K]."""
-    changes = (value - old[mask] for mask, value in zip(masks, values, strict=True))
-    return np.array([np.sqrt(np.square(change, dtype=np.float64).sum()) for change in changes])
-
-
-def clip(old: Array, mask: Array, value: Array, norm: float, bound: float) -> Array:
-    """Returns the kept entries of a device whose change, of this `norm`, is shortened to the bound where it is longer."""
-    if norm <= bound:
-        return value
-    before = old[mask]
-    return before + old.dtype.type(bound / norm) * (value - before)

@@ -247,6 +247,10 @@ def test_a_device_freezes_when_the_line_through_its_losses_falls_too_little() ->
     assert slots["frozen"].tolist() == [1, 0, 0, 0]
     slots = rule.next_slots(slots, outcome([2, 3], train_loss=[0.7, None]))
     assert slots["frozen"].tolist() == [1, 0, 1, 0]
+    slots = rule.slots(Sizes(1, 1))
+    for loss in (1.0, 0.951, 0.902):  # 9.8 % of where the line begins, and more than a tenth of its middle
+        slots = rule.next_slots(slots, outcome([0], train_loss=[loss]))
+    assert slots["frozen"].tolist() == [1]
     assert Participation(None, 5).slots(Sizes(4, 1)) == {}
 
 

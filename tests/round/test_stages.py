@@ -198,6 +198,16 @@ def test_of_several_bits_those_are_chosen_that_learn_most_in_the_time() -> None:
     assert len(seen) >= 3
 
 
+def test_bits_that_stretch_the_deadline_lose_to_those_that_keep_it() -> None:
+    setup = make_setup("payload.bits=[4,32]", "deadline.fraction=0.3", "pruner.max_ratio=0.5")
+    beliefs = truth_of(setup, choose_roster(setup, 0, setup.initial.slots))
+    slots = {**setup.initial.slots, "rounding": np.array(1e9)}  # four bits would teach next to nothing
+    problems = round_problems(setup.blueprint, beliefs, 0, slots)
+    deadlines = {bits: setup.experiment.allocator.solve(of, 0, 0).deadline_s for bits, of in problems.by_bits.items()}
+    assert deadlines[4] == problems.reference.deadline_s < deadlines[32]
+    assert choose(setup.experiment, problems, 0, slots)[0] == 4
+
+
 def test_the_record_is_the_stages_figures_by_hand() -> None:
     of = stages()
     record, samples, devices = of.step.record, of.setup.scenario.partition.train.sizes, of.plan.devices

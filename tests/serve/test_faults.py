@@ -34,7 +34,7 @@ from fedprune_cli.runs import life
 from fedprune_cli.sections import part_of
 from fedprune_cli.serve.aggregate import Contribution, Mean, Median, TrimmedMean
 from fedprune_cli.serve.deliver import Arrival, Delivery, Sent, UnderWay, deliver
-from fedprune_cli.serve.failsafe import MAX_CAUTION, RECOVERY, Failsafe, with_margins
+from fedprune_cli.serve.failsafe import LATE_POLICIES, MAX_CAUTION, RECOVERY, Failsafe, with_margins
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.record import KINDS, FaultLog
@@ -248,6 +248,19 @@ def test_a_refused_update_changes_nothing(kind: str, aggregation: str, clip_norm
     np.testing.assert_array_equal(_combined(with_it.arrivals, failsafe), _combined(without.arrivals, failsafe))
 
 
+def test_what_is_late_is_not_also_delayed() -> None:
+    late, delay = np.array([False, True, False, True]), np.array([0, 0, 3, 3])
+    decided = {
+        name: [column.tolist() for column in policy().decide(late, delay)] for name, policy in LATE_POLICIES.items()
+    }
+    never = [False] * 4
+    assert decided == {
+        "wait": [[0, 0, 3, 0], never],
+        "drop": [[0, 0, 3, 0], late.tolist()],
+        "defer": [[0, 1, 3, 1], never],
+    }
+
+
 def test_late_updates_follow_the_policy_and_stale_ones_count_less() -> None:
     values = [np.full(5, value, np.float32) for value in (1, 3)]
     ends = {}
@@ -295,11 +308,12 @@ def test_the_log_names_those_that_are_planned_with_a_margin() -> None:
     assert deliver(failsafe, state, _sent(state, values)).log.safe == [1]
 
 
-def test_repeated_offences_in_a_row_lead_to_quarantine() -> None:
+@pytest.mark.parametrize("kind", ["refused", "outliers"])
+def test_repeated_offences_in_a_row_lead_to_quarantine(kind: str) -> None:
     rule = dataclasses.replace(PLAIN, quarantine_after=2, quarantine_rounds=3)
     slots = rule.slots(Sizes(3, 5))
     for number, offends in enumerate(([1], [2], [0, 2])):
-        slots = {**slots, **rule.next_slots(slots, outcome([0, 1, 2], number, log=FaultLog(refused=offends)))}
+        slots = {**slots, **rule.next_slots(slots, outcome([0, 1, 2], number, log=FaultLog(**{kind: offends})))}
     assert slots["offences"].tolist() == [1, 0, 0]
     assert slots["quarantined_until"].tolist() == [0, 0, 6]  # out in rounds 3, 4 and 5
     setup = make_setup("failsafe.quarantine_after=2", "failsafe.quarantine_rounds=3", "rounds=7")
@@ -318,6 +332,15 @@ def test_caution_multiplies_a_devices_time_and_nothing_else() -> None:
     np.testing.assert_allclose(latency(careful, kept, bandwidth_hz), latency(problem, kept, bandwidth_hz) * [2, 1.5])
     assert careful.deadline_s == problem.deadline_s
     assert with_margins(problem, {}) is problem
+
+
+@pytest.mark.parametrize("kind", ["died", "lost", "delayed"])
+def test_who_is_not_heard_of_is_neither_forgiven_nor_trusted(kind: str) -> None:
+    rule = dataclasses.replace(PLAIN, safe_ratio=True, quarantine_after=3)
+    slots = {**rule.slots(Sizes(2, 5)), "caution": np.array([2.0, 2.0]), "offences": np.array([1, 1])}
+    new = rule.next_slots(slots, outcome([0, 1], latency_s=np.array([0.1, 0.1]), log=FaultLog(**{kind: [1]})))
+    assert new["caution"].tolist() == [2 * RECOVERY, 2.0]
+    assert new["offences"].tolist() == [0, 1]
 
 
 def test_caution_follows_what_a_device_took_and_is_given_back_slowly() -> None:
@@ -418,6 +441,9 @@ def test_draws_come_as_often_as_they_should_and_do_not_depend_on_who_takes_part(
     assert some.forgers == [rounds[7].forgers[5], rounds[7].forgers[99]]
     assert faults.draw(Moment(3, 9, 60, 1000, np.array([saboteur]))).forgers == [POISON]
     assert np.isclose(np.mean([fates.died for fates in rounds]), 0.2, atol=0.01)
+    work = [np.concatenate([fates.work[fates.died == so] for fates in rounds]) for so in (True, False)]
+    assert np.isclose(work[0].mean(), 0.5, atol=0.01)  # any moment is as likely as any other
+    assert (work[1] == 1).all()
     lost = np.array([fates.lost for fates in rounds])
     assert np.isclose(lost.mean(), 0.3, atol=0.02)
     assert np.isclose((lost[1:] & ~lost[:-1]).sum() / (~lost[:-1]).sum(), 0.15, atol=0.01)

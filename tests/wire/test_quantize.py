@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_setup, run_to_end
+from conftest import make_setup, outcome, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.audit.verify import verify_run
+from fedprune_cli.store.memory import Sizes
+from fedprune_cli.wire.payload import Payload
 from fedprune_cli.wire.quantize import BLOCK, QUANTIZED_BITS, bits_per_value, dequantize, levels, quantize
 
 BOTH_CANDIDATES = ("payload.bits=[4,32]", "deadline.fraction=0.3")
@@ -70,3 +72,15 @@ def test_the_choice_of_bits_is_the_best_of_its_candidates_and_a_tight_deadline_t
 def test_a_spent_budget_of_time_leaves_the_choice_to_the_policy(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run", "payload.bits=[4,32]", "deadline.total_seconds=1e-3")
     assert records[-1]["status"] == "stretched"
+
+
+def test_what_rounding_to_some_bits_cost_tells_what_other_bits_would() -> None:
+    """omega_q L^2 is about the same for all bits: what is measured at one is expected at itself, and scaled at the others."""
+    payload, sizes = Payload([4, 8, 32]), Sizes(3, 10)
+    slots = payload.next_slots(payload.slots(sizes), outcome([0, 1], bits=8, rounding_error=0.01))
+    assert payload.noise(8, 1, slots) == pytest.approx(0.01)
+    assert payload.noise(8, 5, slots) == pytest.approx(0.01 / 5)
+    assert payload.noise(4, 1, slots) == pytest.approx(0.01 * (127 / 7) ** 2)
+    assert payload.noise(32, 1, slots) == 0
+    assert payload.next_slots(slots, outcome([0], rounding_error=None)) == {}
+    assert Payload([8]).slots(sizes) == {}
