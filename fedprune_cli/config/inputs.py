@@ -67,14 +67,17 @@ def _sha256_of(look: _Look) -> str:
 
 
 def _stamp(folder: Path) -> object:
-    """Returns the sizes and times of a folder's files; of one with too many, something that equals nothing."""
+    """Returns the sizes and times of a folder's files; of one with too many, or that changes meanwhile, what equals nothing."""
     walked = ((Path(place) / name for name in sorted(names)) for place, _, names in os.walk(folder))
     files = list(itertools.islice(itertools.chain.from_iterable(walked), MAX_FILES + 1))
     if len(files) > MAX_FILES:
         return object()
     seen = []
     for path in sorted(files):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError:  # another process brings the files, and moves them while this one looks
+            return object()
         seen.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
     return tuple(seen)
 
