@@ -38,7 +38,7 @@ BareRound: TypeAlias = Callable[[nn.Module, Bare, Sequence[Tensor], Sequence[Arr
 def bare_data(dataset: Dataset, batch_size: int, lr: float) -> Bare:
     """Returns the whole dataset normalised beforehand: a bare loop pays for it once and not in every round."""
     mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (dataset.mean, dataset.std))
-    images = torch.from_numpy(dataset.images).float().div_(dataset.scale).sub_(mean).div_(std)
+    images = torch.from_numpy(dataset.inputs).float().div_(dataset.scale).sub_(mean).div_(std)
     return Bare(images.to(memory_format=torch.channels_last), torch.from_numpy(dataset.labels), batch_size, lr)
 
 

@@ -142,7 +142,7 @@ def _run_phase(block: _Block, index: int, previous: Sequence[float | None]) -> l
             total += _step(block.layers, rates, x[:, step], y[:, step], sizes[:, step], config.weight_decay)
             if block.keep is not None:
                 shared *= block.keep
-    shape = learner.images.shape[1:]
+    shape = learner.inputs.shape[1:]
     return [
         require_finite(float(sum_) / phase.steps, task, phase, config, shape) if phase.steps else before
         for task, phase, sum_, before in zip(block.members, phases, total, previous, strict=True)

@@ -76,14 +76,14 @@ class Training:
 class Learner:
     """All that a worker needs to do any device's work: the model, the pooled data and who owns which samples.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device; layout: where the channels lie
+    inputs: uint8 or float32 [N, C, H, W]; labels: int64 [N]; train, test: sample indices of each device; layout: where the channels lie
     that devices leave out.
     """
 
     seed: int
     training: Training
     parts: Parts
-    images: Array
+    inputs: Array
     labels: Array
     scale: float
     mean: tuple[float, ...]
@@ -252,11 +252,11 @@ def batch_positions(seed: int, task: Task, phase: int, num_samples: int, count: 
 
 
 def samples(learner: Learner, indices: Array) -> tuple[Tensor, Tensor]:
-    """Returns normalised images, float32 [n, C, H, W] in channels-last memory, and labels [n]."""
+    """Returns normalised inputs, float32 [n, C, H, W] in channels-last memory, and labels [n]."""
     device = learner.parts.shared.device
-    images = torch.from_numpy(learner.images[indices]).to(device).float().div_(learner.scale)
+    inputs = torch.from_numpy(learner.inputs[indices]).to(device).float().div_(learner.scale)
     mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (learner.mean, learner.std))
-    x = images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    x = inputs.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
     return x, torch.from_numpy(learner.labels[indices]).to(device)
 
 

@@ -97,7 +97,7 @@ def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
 def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
     fleet, samples = _read_fleet(table, experiment)
     dataset = experiment.data.load()
-    shape = dataset.images.shape[1:]
+    shape = dataset.inputs.shape[1:]
     model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
     blueprint = build_blueprint(experiment, split_model(model, experiment.method.personal_part), shape)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)

@@ -83,7 +83,7 @@ def prepare(experiment: Experiment) -> Setup:
     )
     scenario = build_scenario(world, experiment.seed, experiment.rounds)
     parts = build_parts(experiment, scenario)
-    blueprint = build_blueprint(experiment, parts, scenario.dataset.images.shape[1:])
+    blueprint = build_blueprint(experiment, parts, scenario.dataset.inputs.shape[1:])
     slots = first_slots(experiment, Sizes(scenario.num_devices, blueprint.cost.shared_params))
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
@@ -93,7 +93,7 @@ def prepare(experiment: Experiment) -> Setup:
 def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
     """Returns the initial model, split by the method's personalized part."""
     dataset = scenario.dataset
-    model = build_model(experiment.model, dataset.images.shape[1:], dataset.num_classes, experiment.seed)
+    model = build_model(experiment.model, dataset.inputs.shape[1:], dataset.num_classes, experiment.seed)
     return split_model(model, experiment.method.personal_part)
 
 
@@ -111,8 +111,8 @@ def build_blueprint(experiment: Experiment, parts: Parts, shape: Shape) -> Bluep
 def build_learner(experiment: Experiment, scenario: Scenario) -> Learner:
     """Returns what a worker needs; every worker builds its own, since a model is scratch memory."""
     dataset, partition, parts = scenario.dataset, scenario.partition, build_parts(experiment, scenario)
-    layout = build_blueprint(experiment, parts, dataset.images.shape[1:]).layout
+    layout = build_blueprint(experiment, parts, dataset.inputs.shape[1:]).layout
     return Learner(
-        experiment.seed, experiment.training, to_device(parts, experiment.training.device), dataset.images, dataset.labels,
+        experiment.seed, experiment.training, to_device(parts, experiment.training.device), dataset.inputs, dataset.labels,
         dataset.scale, dataset.mean, dataset.std, partition.train, partition.test, layout,
     )  # fmt: skip

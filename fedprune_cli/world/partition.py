@@ -13,6 +13,7 @@ import numpy as np
 from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array, Ragged, ragged
+from fedprune_cli.world.datasets import Dataset
 
 MAX_DRAWN = 10**9  # samples of all devices
 
@@ -23,15 +24,16 @@ class PartitionConfig(Protocol):
     @property
     def name(self) -> str: ...
 
-    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+    def split(self, dataset: Dataset, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
         """Returns every device's train and test samples; raises ConfigError when there are too few."""
 
 
 @dataclass(frozen=True)
 class _Cover(ABC):
-    """A disjoint cover of the data: every sample belongs to exactly one device.
+    """A disjoint cover of the data: every sample belongs to exactly one device, near-duplicates (a group) to the same one.
 
-    min_samples: that every device has at least; who would have fewer is filled up with random samples of the largest devices.
+    min_samples: that every device has at least, in groups where the data has them; who would have fewer is filled up with random ones
+    of the largest devices.
     """
 
     name: str
@@ -41,7 +43,8 @@ class _Cover(ABC):
     def assign(self, labels: Array, num_devices: int, rng: np.random.Generator) -> Array:
         """Returns the owner of every sample, int64 [N] in 0..num_devices-1."""
 
-    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+    def split(self, dataset: Dataset, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        labels, unit = _units(dataset)
         if num_devices * self.min_samples > len(labels):
             raise ConfigError(
                 f"{num_devices} devices with at least {self.min_samples} samples each need {num_devices * self.min_samples} samples, the "
@@ -50,14 +53,68 @@ class _Cover(ABC):
         rng = stream(seed, "partition")
         owner = self.assign(labels, num_devices, rng)
         _fill_up(owner, num_devices, self.min_samples, rng)
-        train, test = [], []
-        order = np.argsort(owner, kind="stable")
-        for device, owned in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
-            shuffled = stream(seed, "split", device).permutation(owned)
+        return _divide(dataset, owner[unit], num_devices, test_fraction, seed)
+
+
+def _units(dataset: Dataset) -> tuple[Array, Array]:
+    """Returns the labels of what is dealt as a whole, [M], and the unit of every sample, [N]: groups, or the samples themselves.
+
+    A group has the label of its first sample.
+    """
+    group = dataset.source.group
+    if group is None:
+        return dataset.labels, np.arange(len(dataset.labels))
+    _, first, unit = np.unique(group, return_index=True, return_inverse=True)
+    return dataset.labels[first], unit
+
+
+def _divide(dataset: Dataset, owner: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+    """Returns every device's train and test samples: as the data says, or at random, groups as a whole; ConfigError where one has none."""
+    source = dataset.source
+    train, test = [], []
+    order = np.argsort(owner, kind="stable")
+    for device, owned in enumerate(np.split(order, np.cumsum(np.bincount(owner, minlength=num_devices))[:-1])):
+        if source.held_out is not None:
+            held = source.held_out[owned]
+        elif source.group is not None:
+            held = _held_groups(source.group[owned], test_fraction, stream(seed, "split", device))
+        else:
+            shuffled = stream(seed, "split", device).permutation(len(owned))
             cut = min(max(round(test_fraction * len(owned)), 1), len(owned) - 1)
-            test.append(np.sort(shuffled[:cut]))
-            train.append(np.sort(shuffled[cut:]))
-        return ragged(train), ragged(test)
+            held = np.zeros(len(owned), dtype=bool)
+            held[shuffled[:cut]] = True
+        if not held.any() or held.all():
+            raise _one_sided(dataset, device, owned, all_held=bool(len(owned)) and bool(held.all()))
+        test.append(np.sort(owned[held]))
+        train.append(np.sort(owned[~held]))
+    return ragged(train), ragged(test)
+
+
+def _held_groups(group: Array, test_fraction: float, rng: np.random.Generator) -> Array:
+    """Returns whether each of a device's samples is for testing, bool [n]: whole groups, in random order until the fraction is reached."""
+    kinds, member, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    order = rng.permutation(len(kinds))
+    filled = np.cumsum(sizes[order])
+    cut = int(np.argmin(np.abs(filled - test_fraction * len(group)))) + 1
+    held = np.zeros(len(kinds), dtype=bool)
+    held[order[: min(cut, len(kinds) - 1)]] = True
+    return held[member]
+
+
+def _one_sided(dataset: Dataset, device: int, owned: Array, *, all_held: bool) -> ConfigError:
+    """Returns the error for a device with nothing to test on, or nothing to train on."""
+    missing, names = "training" if all_held else "test", dataset.source.owner_names
+    who = f"device {device}"
+    if dataset.source.owner is not None and len(owned) and len(set(dataset.source.owner[owned])) == 1:
+        who += f" ({names[dataset.source.owner[owned[0]]]})"
+    why = "two are the least"
+    if dataset.source.held_out is not None:
+        why = "the data itself says which samples are for testing"
+    elif len(owned) > 1:
+        why = "they are near-duplicates of each other"
+    return ConfigError(
+        f"{who} would have no {missing} samples among its {len(owned)}: {why}; leave it out, or take another partition"
+    )
 
 
 def _check_least(partition: _Cover) -> None:
@@ -177,13 +234,14 @@ class Drawn:
         require(2 <= self.samples <= 10**6, "samples", self.samples, "in 2..1000000 (one to train on, one to test on)")
         _check_alpha(self.alpha)
 
-    def split(self, labels: Array, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+    def split(self, dataset: Dataset, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
         if num_devices * self.samples > MAX_DRAWN:
             raise ConfigError(
                 f"{num_devices} devices of {self.samples} samples are {num_devices * self.samples}: must be at most {MAX_DRAWN}; "
                 "lower devices.count, devices.fresh or partition.samples"
             )
         rng = stream(seed, "partition")
+        labels, unit = _units(dataset)
         classes = np.unique(labels)
         mix = rng.standard_gamma(self.alpha, (num_devices, len(classes)))
         empty = ~(mix.sum(1) > 0)  # a tiny alpha makes all draws underflow: one class gets everything
@@ -193,12 +251,11 @@ class Drawn:
         pools = []
         for label in classes:
             of_class = rng.permutation(np.flatnonzero(labels == label))
-            edge = min(max(round(test_fraction * len(of_class)), 1), len(of_class) - 1)
-            if edge < 1:
+            pools.append(_pools(dataset, unit, of_class, test_fraction))
+            if not all(map(len, pools[-1])):
                 raise ConfigError(
                     f"class {label} has {len(of_class)} samples: at least 2 are needed, one to train on and one to test on"
                 )
-            pools.append((of_class[edge:], of_class[:edge]))
         counts = [self.samples - cut, cut]
         train, test = (self._draw([pool[part] for pool in pools], mix, count, rng) for part, count in enumerate(counts))
         return train, test
@@ -214,12 +271,48 @@ class Drawn:
         return Ragged(drawn[order], np.arange(len(mix) + 1) * count)
 
 
+def _pools(dataset: Dataset, unit: Array, of_class: Array, test_fraction: float) -> tuple[Array, Array]:
+    """Returns a class's samples to train on and to test on, from its units [M] in random order: as the data says, or by the fraction."""
+    source = dataset.source
+    edge = min(max(round(test_fraction * len(of_class)), 1), len(of_class) - 1)
+    train, test = of_class[edge:], of_class[:edge]
+    if source.group is not None or source.held_out is not None:
+        whole = [np.flatnonzero(np.isin(unit, part)) for part in (train, test)]
+        if source.held_out is None:
+            return whole[0], whole[1]
+        every = np.concatenate(whole)
+        return every[~source.held_out[every]], every[source.held_out[every]]
+    return train, test
+
+
+@dataclass(frozen=True)
+class Natural:
+    """Whose the samples really are: one device for each person, machine or role that the data names, in the order of their names."""
+
+    name: str
+
+    def split(self, dataset: Dataset, num_devices: int, test_fraction: float, seed: int) -> tuple[Ragged, Ragged]:
+        owner, names = dataset.source.owner, dataset.source.owner_names
+        if owner is None:
+            raise ConfigError(
+                f"partition=natural: data={dataset.name} does not say whose its samples are; take a column of yours for it "
+                "(data.device=COLUMN), or partition=dirichlet"
+            )
+        if num_devices != len(names):
+            raise ConfigError(
+                f"partition=natural: the samples of data={dataset.name} are of {len(names)} devices, so devices.count and devices.fresh "
+                f"together must be {len(names)}, and not {num_devices}"
+            )
+        return _divide(dataset, owner, num_devices, test_fraction, seed)
+
+
 PARTITIONS: dict[str, type[PartitionConfig]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "shards": Shards,
     "quantity": QuantitySkew,
     "drawn": Drawn,
+    "natural": Natural,
 }
 
 
@@ -249,13 +342,13 @@ class Partition:
 
 
 def build_partition(
-    config: PartitionConfig, labels: Array, num_classes: int, num_devices: int, test_fraction: float, seed: int
+    config: PartitionConfig, dataset: Dataset, num_devices: int, test_fraction: float, seed: int
 ) -> Partition:
     """Returns every device's train and test samples, at least one of each; raises ConfigError when there are too few for all."""
-    train, test = config.split(labels, num_devices, test_fraction, seed)
-    histogram = np.zeros((num_devices, num_classes), dtype=np.int64)
+    train, test = config.split(dataset, num_devices, test_fraction, seed)
+    histogram = np.zeros((num_devices, dataset.num_classes), dtype=np.int64)
     for part in (train, test):
-        np.add.at(histogram, (np.repeat(np.arange(num_devices), part.sizes), labels[part.flat]), 1)
+        np.add.at(histogram, (np.repeat(np.arange(num_devices), part.sizes), dataset.labels[part.flat]), 1)
     return Partition(train, test, histogram)
 
 

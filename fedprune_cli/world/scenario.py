@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.datasets import Dataset, DatasetConfig
 from fedprune_cli.world.devices import Devices, Fleet
-from fedprune_cli.world.partition import Partition, PartitionConfig, build_partition
+from fedprune_cli.world.partition import Natural, Partition, PartitionConfig, build_partition
 
 
 @dataclass(frozen=True)
@@ -56,5 +57,18 @@ def build_scenario(world: World, seed: int, rounds: int) -> Scenario:
     size = len(fleet.cpu_hz)
     available = world.channel.available(seed, rounds, size)
     dataset = world.data.load()
-    owners = build_partition(world.partition, dataset.labels, dataset.num_classes, size, world.test_fraction, seed)
+    owners = build_partition(world.partition, dataset, size, world.test_fraction, seed)
+    if isinstance(world.partition, Natural):
+        fleet = _named(fleet, dataset.source.owner_names)
     return Scenario(seed, world.devices.num_devices, dataset, owners, fleet, world.channel, available)
+
+
+def _named(fleet: Fleet, owners: tuple[str, ...]) -> Fleet:
+    """Returns the fleet under the names of those whose samples its devices hold; raises ConfigError when a table has other names."""
+    if fleet.names is not None and fleet.names != owners:
+        bad = next(at for at, pair in enumerate(zip(fleet.names, owners, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"partition=natural: the fleet's device {bad} is called {fleet.names[bad]!r}, the data's is {owners[bad]!r}: the table must "
+            "have the data's devices, in the order of their names"
+        )
+    return replace(fleet, names=owners)

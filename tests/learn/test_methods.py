@@ -62,7 +62,7 @@ def reference_fedavg(setup: Setup, count: int) -> np.ndarray:
     """FedAvg as its authors wrote it: nn.Module, torch.optim.SGD, a weighted mean. Only the batches are shared with the code under test."""
     experiment, scenario = setup.experiment, setup.scenario
     dataset, split = scenario.dataset, scenario.partition
-    images = (torch.from_numpy(dataset.images).float() / dataset.scale - dataset.mean[0]) / dataset.std[0]
+    images = (torch.from_numpy(dataset.inputs).float() / dataset.scale - dataset.mean[0]) / dataset.std[0]
     labels = torch.from_numpy(dataset.labels)
     model = build_parts(experiment, scenario).model
     u = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fedprune_cli.errors import ConfigError, DataError
-from fedprune_cli.world import datasets
-from fedprune_cli.world.datasets import DATASETS, Cifar10, Digits, FashionMnist, Mnist, Patches
+from fedprune_cli.world.datasets import DATASETS, downloaded, embedded
+from fedprune_cli.world.datasets.downloaded import Cifar10, FashionMnist, Mnist
+from fedprune_cli.world.datasets.embedded import Digits, Patches
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -39,16 +40,16 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("while trying\nno network\n")
 
-    monkeypatch.setattr(datasets._Downloaded, "_download", refuse)
-    monkeypatch.setattr(datasets._Downloaded, "_unpack", refuse)
+    monkeypatch.setattr(downloaded._Downloaded, "_download", refuse)
+    monkeypatch.setattr(downloaded._Downloaded, "_unpack", refuse)
 
 
 def test_digits_are_the_real_ones() -> None:
     digits = Digits("digits", None).load()
-    assert digits.images.shape == (1797, 1, 8, 8)
-    assert digits.images.max() == 16
+    assert digits.inputs.shape == (1797, 1, 8, 8)
+    assert digits.inputs.max() == 16
     assert np.bincount(digits.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    scaled = digits.images / digits.scale
+    scaled = digits.inputs / digits.scale
     assert abs(scaled.mean() - digits.mean[0]) < 1e-9
     assert abs(scaled.std() - digits.std[0]) < 1e-9
     assert len(Digits("digits", 100).load().labels) == 100
@@ -67,7 +68,7 @@ def test_local_files_are_read_in_every_layout(
             cls("x", str(tmp_path), None).load()
         return
     dataset = cls("x", str(tmp_path), None).load()
-    np.testing.assert_array_equal(dataset.images[:, 0], images)
+    np.testing.assert_array_equal(dataset.inputs[:, 0], images)
     assert dataset.labels.shape == (40,)
     assert dataset.labels.dtype == np.int64
 
@@ -91,7 +92,7 @@ def test_our_reader_agrees_with_torchvision(tmp_path: Path) -> None:
     write_idx(tmp_path / "FashionMNIST" / "raw")
     dataset = FashionMnist("fmnist", str(tmp_path), None).load()
     halves = [FashionMNIST(str(tmp_path), train=train) for train in (True, False)]
-    np.testing.assert_array_equal(dataset.images[:, 0], np.concatenate([half.data for half in halves]))
+    np.testing.assert_array_equal(dataset.inputs[:, 0], np.concatenate([half.data for half in halves]))
     np.testing.assert_array_equal(dataset.labels, np.concatenate([half.targets for half in halves]))
 
 
@@ -153,7 +154,7 @@ def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", digests["test_batch"])])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
     dataset = config.load()
-    np.testing.assert_array_equal(dataset.images, pixels)
+    np.testing.assert_array_equal(dataset.inputs, pixels)
     assert dataset.labels.tolist() == labels
     assert len(dataset.mean) == len(dataset.std) == 3
     (folder / "test_batch").unlink()
@@ -162,7 +163,7 @@ def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: 
         config.load()
 
 
-@pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, datasets._Downloaded)])
+@pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, downloaded._Downloaded)])
 def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     with pytest.raises(DataError) as caught:
@@ -176,7 +177,7 @@ def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monke
 
 def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
     def killed() -> None:
-        with datasets._staged(tmp_path) as stage:
+        with downloaded._staged(tmp_path) as stage:
             (stage / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -188,7 +189,7 @@ def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
 def test_a_download_replaces_no_file_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "MNIST" / "raw" / "mine").write_text("kept")
-    with datasets._staged(tmp_path) as stage:
+    with downloaded._staged(tmp_path) as stage:
         (stage / "MNIST" / "raw").mkdir(parents=True)
         (stage / "MNIST" / "raw" / "new").write_text("x")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
@@ -209,7 +210,7 @@ def test_fashion_mnist_comes_from_the_debian_package(tmp_path: Path, monkeypatch
         pytest.skip(str(error))
     without_network(monkeypatch)
     dataset = config.load()
-    assert dataset.images.shape == (70_000, 1, 28, 28)
+    assert dataset.inputs.shape == (70_000, 1, 28, 28)
     assert (np.bincount(dataset.labels) == 7000).all()
     assert dataset.sha256.startswith("75979490032625d6")
 
@@ -218,16 +219,16 @@ def test_fashion_mnist_comes_from_the_debian_package(tmp_path: Path, monkeypatch
 def test_patches_are_the_photographs_cut_up(tile: int, count: int) -> None:
     """Every pixel of a photograph is in at most one image: as many of each value as there are in the photographs, cropped."""
     patches = Patches("patches", tile, None).load()
-    assert patches.images.shape == (count, 3, 32, 32)
-    assert patches.images.dtype == np.uint8
+    assert patches.inputs.shape == (count, 3, 32, 32)
+    assert patches.inputs.dtype == np.uint8
     assert patches.num_classes == 12
     per_class = np.bincount(patches.labels)
     assert len(per_class) == 12
     assert per_class.max() <= 1.25 * per_class.min()
     step = 32 // tile
-    tiles = patches.images[:, :, ::step, ::step]
-    np.testing.assert_array_equal(tiles.repeat(step, axis=2).repeat(step, axis=3), patches.images)
-    cropped = [photograph[: height // tile * tile, : width // tile * tile] for photograph in datasets._photographs("x")
+    tiles = patches.inputs[:, :, ::step, ::step]
+    np.testing.assert_array_equal(tiles.repeat(step, axis=2).repeat(step, axis=3), patches.inputs)
+    cropped = [photograph[: height // tile * tile, : width // tile * tile] for photograph in embedded._photographs("x")
                for height, width in [photograph.shape[:2]]]  # fmt: skip
     for channel in range(3):
         whole = sum(np.bincount(photograph[..., channel].ravel(), minlength=256) for photograph in cropped)
@@ -237,9 +238,9 @@ def test_patches_are_the_photographs_cut_up(tile: int, count: int) -> None:
 def test_patches_share_no_image_and_are_the_same_each_time() -> None:
     first, second = Patches("patches", 16, None).load(), Patches("patches", 16, None).load()
     assert first.sha256 == second.sha256
-    assert len(np.unique(first.images.reshape(len(first.labels), -1), axis=0)) == len(first.labels)
+    assert len(np.unique(first.inputs.reshape(len(first.labels), -1), axis=0)) == len(first.labels)
     some = Patches("patches", 16, 240).load()
-    np.testing.assert_array_equal(some.images, first.images[:240])
+    np.testing.assert_array_equal(some.inputs, first.inputs[:240])
     assert np.bincount(some.labels, minlength=12).min() >= 10, "the first samples are of all classes"
 
 
@@ -260,11 +261,11 @@ def test_patches_without_a_photograph_say_what_to_install(monkeypatch: pytest.Mo
 def test_a_changed_pixel_in_a_file_that_was_brought_here_is_found(tmp_path: Path) -> None:
     """The file's form is right and its checksum is not: a file of the user's own, which has none, is taken as it is."""
     header = bytes((0, 0, 8, 1)) + (3).to_bytes(4, "big")
-    with datasets._staged(tmp_path) as stage:
+    with downloaded._staged(tmp_path) as stage:
         (stage / "labels").write_bytes(header + bytes((1, 2, 3)))
-    assert datasets._read_idx(tmp_path / "labels", 1).tolist() == [1, 2, 3]
+    assert downloaded._read_idx(tmp_path / "labels", 1).tolist() == [1, 2, 3]
     (tmp_path / "labels").write_bytes(header + bytes((1, 2, 2)))
     with pytest.raises(DataError, match=r"labels: damaged: not what labels\.sha256 was written for"):
-        datasets._read_idx(tmp_path / "labels", 1)
+        downloaded._read_idx(tmp_path / "labels", 1)
     (tmp_path / "mine").write_bytes(header + bytes((1, 2, 2)))
-    assert datasets._read_idx(tmp_path / "mine", 1).tolist() == [1, 2, 2]
+    assert downloaded._read_idx(tmp_path / "mine", 1).tolist() == [1, 2, 2]

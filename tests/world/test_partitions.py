@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 
@@ -14,6 +15,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.rng import stream
+from fedprune_cli.world.datasets.dataset import Dataset, Source, number_dataset
 from fedprune_cli.world.partition import PARTITIONS, Partition, PartitionConfig, build_partition
 
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
@@ -28,7 +30,21 @@ def config_of(name: str, *overrides: str) -> PartitionConfig:
 def build(
     name: str, labels: np.ndarray, devices: int, *overrides: str, seed: int = 0, test_fraction: float = 0.2
 ) -> Partition:
-    return build_partition(config_of(name, *overrides), labels, int(labels.max()) + 1, devices, test_fraction, seed)
+    dataset = plain(labels, devices, seed) if name == "natural" else plain(labels)
+    return build_partition(config_of(name, *overrides), dataset, devices, test_fraction, seed)
+
+
+def plain(labels: np.ndarray, devices: int = 0, seed: int = 0, **source: np.ndarray) -> Dataset:
+    """Returns a dataset of which only the labels matter, and of so many natural devices, each with four samples or more."""
+    owned = {}
+    if devices:
+        owner = np.arange(len(labels)) % devices
+        owner[4 * devices :] = np.random.Generator(np.random.PCG64(seed)).integers(devices, size=len(labels))[
+            4 * devices :
+        ]
+        owned = {"owner": owner, "owner_names": tuple(f"d{at:03}" for at in range(devices))}
+    inputs = np.zeros((len(labels), 1, 1, 1))
+    return number_dataset("x", inputs, labels, int(labels.max()) + 1, Source(**owned, **source))
 
 
 def labels_of(size: int, classes: int, seed: int) -> np.ndarray:
@@ -82,7 +98,7 @@ def test_five_hundred_skewed_devices_take_under_a_second(name: str) -> None:
     assert min(map(sum, partition.histogram)) >= 4
 
 
-@each_cover
+@pytest.mark.parametrize("name", [name for name in PARTITIONS if name not in ("drawn", "natural")])
 def test_too_many_devices_are_refused_with_the_numbers(name: str) -> None:
     with pytest.raises(
         ConfigError, match=r"30 devices with at least 4 samples each need 120 samples, the data has 100"
@@ -160,3 +176,50 @@ def test_devices_that_draw_their_samples_may_be_more_than_the_data_have() -> Non
     np.testing.assert_allclose(even.sum(0) / even.sum(), 0.2, atol=0.02)
     with pytest.raises(ConfigError, match="class 1 has 1 samples"):
         build("drawn", np.array([0] * 50 + [1]), 5)
+
+
+@each_partition
+def test_near_duplicates_stand_on_one_side_and_the_data_decides_who_is_tested(name: str) -> None:
+    """Whatever the partition: no group is on both sides, or with two devices; what the data holds out, and nothing else, is tested on."""
+    labels, size, devices = labels_of(600, 4, 0), 600, 5
+    group = np.arange(size) // 6
+    labels = labels[group * 6]
+    natural = {"devices": devices} if name == "natural" else {}
+    together = plain(labels, group=group, **natural)
+    if natural:
+        source = dataclasses.replace(together.source, owner=group % devices)
+        together = dataclasses.replace(together, source=source)
+    made = build_partition(config_of(name), together, devices, 0.25, 0)
+    for device in range(devices):
+        assert not set(group[made.train[device]]) & set(group[made.test[device]])
+        for other in range(device):
+            if name != "drawn":
+                assert not set(group[made.train[device]]) & set(group[made.train[other]])
+    assert not set(group[made.train.flat]) & set(group[made.test.flat])
+    share = made.test.sizes / (made.test.sizes + made.train.sizes)
+    assert abs(share - 0.25).max() < 0.15
+    held_out = np.arange(size) % 3 == 0
+    made = build_partition(config_of(name), plain(labels, held_out=held_out, **natural), devices, 0.25, 0)
+    assert held_out[made.test.flat].all()
+    assert not held_out[made.train.flat].any()
+
+
+def test_a_natural_device_owns_what_the_data_says_and_is_refused_by_name_where_it_cannot_be_tested() -> None:
+    labels = labels_of(100, 3, 0)
+    whole = plain(labels, 7)
+    made = build_partition(config_of("natural"), whole, 7, 0.2, 0)
+    owner = whole.source.owner
+    assert owner is not None
+    for device in range(7):
+        assert (owner[np.concatenate([made.train[device], made.test[device]])] == device).all()
+    with pytest.raises(
+        ConfigError, match=r"of 7 devices, so devices.count and devices.fresh together must be 7, and not 8"
+    ):
+        build_partition(config_of("natural"), whole, 8, 0.2, 0)
+    held_out = np.arange(100) % 2 == 0
+    for only, missing in ((True, "training"), (False, "test")):
+        held = np.where(owner == 3, only, held_out)
+        with pytest.raises(ConfigError, match=rf"device 3 \(d003\) would have no {missing} samples"):
+            build_partition(config_of("natural"), plain(labels, 7, held_out=held), 7, 0.2, 0)
+    with pytest.raises(ConfigError, match="data=x does not say whose its samples are"):
+        build_partition(config_of("natural"), plain(labels), 7, 0.2, 0)

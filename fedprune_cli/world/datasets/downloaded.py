@@ -1,4 +1,4 @@
-"""Real datasets as arrays. Training and test files are pooled: every device makes its own split."""
+"""Datasets that torchvision knows. Training and test files are pooled: every device makes its own split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.files import read_bytes
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.datasets.dataset import Dataset, image_dataset
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -32,112 +33,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**30  # of a file, unpacked
 SUM_SUFFIX = ".sha256"  # of a file beside each that was brought here, with its SHA-256: a disk may change a pixel
 DOWNLOAD_TIMEOUT_S = 10.0  # without an answer; a slow answer may take as long as it takes
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """images: uint8 [N, C, H, W]; labels: int64 [N]; the network sees (images / scale - mean) / std, by channel."""
-
-    name: str
-    images: Array
-    labels: Array
-    num_classes: int
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    sha256: str
-
-
-class DatasetConfig(Protocol):
-    """A dataset plug-in: a frozen dataclass whose fields are its configuration."""
-
-    @property
-    def name(self) -> str: ...
-
-    def load(self) -> Dataset:
-        """Returns the data; raises DataError saying what was tried and how to get it."""
-
-
-def _dataset(name: str, images: Array, labels: Array, num_classes: int, scale: float, limit: int | None) -> Dataset:
-    images, labels = np.ascontiguousarray(images[:limit]), np.ascontiguousarray(labels[:limit], dtype=np.int64)
-    pixels = [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])]
-    levels = np.arange(256) / scale
-    mean = [float(levels @ count / count.sum()) for count in pixels]
-    std = [float(np.sqrt((levels - m) ** 2 @ count / count.sum())) for count, m in zip(pixels, mean, strict=True)]
-    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return Dataset(name, images, labels, num_classes, scale, tuple(mean), tuple(s or 1.0 for s in std), digest)
-
-
-@dataclass(frozen=True)
-class Digits:
-    """scikit-learn's embedded 1,797 handwritten digits, 8x8 pixels of 17 grey levels (UCI, test part of Optdigits)."""
-
-    name: str
-    limit: int | None
-
-    def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
-
-    def load(self) -> Dataset:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        return _dataset(self.name, digits.images.astype(np.uint8)[:, None], digits.target, 10, 16.0, self.limit)
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Colour images of 32x32 pixels cut from three photographs that are installed anyway. Built here, and no standard benchmark.
-
-    The photographs are scikit-learn's china.jpg and flower.jpg and matplotlib's grace_hopper.jpg. Each is cut into a grid of
-    squares of `tile` pixels, enlarged to 32 by repetition: 3,264 images at 16, 13,280 at 8, 808 at 32 (nothing enlarged). The
-    label is the quarter of the photograph that a square lies in: 12 classes. No pixel is in two images, so none is in training and
-    test. What stays weak: neighbours look alike and come to lie on both sides of a split, as frames of one film would, so test
-    accuracy flatters; and three photographs are no sample of the world. It compares methods, and says nothing of vision.
-    """
-
-    name: str
-    tile: int
-    limit: int | None
-    side: ClassVar[int] = 32
-
-    def __post_init__(self) -> None:
-        require(self.tile in (8, 16, 32), "tile", self.tile, "8, 16 or 32")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
-
-    def load(self) -> Dataset:
-        photographs = _photographs(self.name)
-        cut = [_tiles(photograph, self.tile) for photograph in photographs]
-        images = np.concatenate([tiles for tiles, _ in cut])
-        labels = np.concatenate([quarter + 4 * index for index, (_, quarter) in enumerate(cut)])
-        # steps of the golden ratio mix places and classes, so that the first samples are a fair part of all
-        order = np.argsort(np.arange(len(labels)) * ((math.sqrt(5) - 1) / 2) % 1.0)
-        enlarged = images[order].repeat(self.side // self.tile, axis=2).repeat(self.side // self.tile, axis=3)
-        return _dataset(self.name, enlarged, labels[order], 4 * len(photographs), 255.0, self.limit)
-
-
-def _photographs(name: str) -> list[Array]:
-    """Returns the photographs uint8 [H, W, 3]; raises DataError when a package or its file is missing."""
-    try:
-        from matplotlib.cbook import get_sample_data
-        from PIL import Image
-        from sklearn.datasets import load_sample_image
-
-        hopper = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
-        return [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), np.asarray(hopper)]
-    except (ImportError, AttributeError, OSError) as error:
-        raise DataError(
-            f"{name} cannot be had: {_reason(error)}. Its photographs come with pip's packages: "
-            "pip install scikit-learn matplotlib pillow"
-        ) from None
-
-
-def _tiles(photograph: Array, tile: int) -> tuple[Array, Array]:
-    """Returns the whole squares of a photograph, uint8 [N, 3, tile, tile] row by row, and the quarter 0..3 of each [N]."""
-    rows, columns = photograph.shape[0] // tile, photograph.shape[1] // tile
-    grid = photograph[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile, 3)
-    row, column = np.indices((rows, columns)).reshape(2, -1)
-    return grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile, tile), 2 * (2 * row // rows) + 2 * column // columns
 
 
 @dataclass(frozen=True)
@@ -180,7 +75,7 @@ class _Downloaded(ABC):
                 f"{self.folder}: damaged {self.name} files: sample {bad[0]} has label {labels[bad[0]]}, "
                 f"must be in 0..{self.num_classes - 1}"
             )
-        return _dataset(self.name, images, labels, self.num_classes, 255.0, self.limit)
+        return image_dataset(self.name, images[: self.limit], labels[: self.limit], self.num_classes, 255.0)
 
     @abstractmethod
     def _read(self) -> tuple[Array, Array] | None:
@@ -193,7 +88,7 @@ class _Downloaded(ABC):
             try:
                 bring()
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                tried.append(f"{name}: {_reason(error)}")
+                tried.append(f"{name}: {reason(error)}")
                 continue
             if (found := self._read()) is not None:
                 return found
@@ -239,7 +134,7 @@ class _Downloaded(ABC):
 
                 getattr(datasets, self.torchvision_name)(root=str(stage), train=True, download=True)
             except Exception as error:
-                raise OSError(_reason(error)) from None
+                raise OSError(reason(error)) from None
             finally:
                 socket.setdefaulttimeout(timeout)
 
@@ -259,7 +154,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             path.replace(target)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Returns the last line of an error's text: torchvision's first one has no reason in it."""
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
@@ -316,7 +211,7 @@ def _read_idx(path: Path, rank: int) -> Array:
             with gzip.open(io.BytesIO(data)) as packed:
                 data = packed.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or truncated ({_reason(error)})") from None
+        raise DataError(f"{path}: damaged or truncated ({reason(error)})") from None
     head = 4 + 4 * rank
     if data[:4] != bytes((0, 0, 8, rank)) or len(data) < head:
         raise DataError(
@@ -382,13 +277,3 @@ class Cifar100(_CifarBatches):
     torchvision_name: ClassVar[str] = "CIFAR100"
     num_classes: ClassVar[int] = 100
     files: ClassVar[str] = "the folder cifar-100-python"
-
-
-DATASETS: dict[str, type[DatasetConfig]] = {
-    "digits": Digits,
-    "patches": Patches,
-    "fmnist": FashionMnist,
-    "mnist": Mnist,
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-}

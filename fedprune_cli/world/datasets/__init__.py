@@ -1,0 +1,16 @@
+"""Datasets: what they are, and the table of those that can be chosen."""
+
+from fedprune_cli.world.datasets.dataset import Dataset, DatasetConfig
+from fedprune_cli.world.datasets.downloaded import Cifar10, Cifar100, FashionMnist, Mnist
+from fedprune_cli.world.datasets.embedded import Digits, Patches
+
+__all__ = ["DATASETS", "Dataset", "DatasetConfig"]
+
+DATASETS: dict[str, type[DatasetConfig]] = {
+    "digits": Digits,
+    "patches": Patches,
+    "fmnist": FashionMnist,
+    "mnist": Mnist,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+}
