@@ -63,8 +63,8 @@ RESULTS = ("state.safetensors", "rounds.jsonl", "summary.json", "manifest.json")
 
 def results(run_dir: Path) -> dict[str, bytes]:
     """Returns the files of a run that must be the same wherever and however it ran."""
-    personal = sorted(path.name for path in run_dir.glob("personal-*.f32"))
-    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *personal)}
+    beside = sorted(path.name for kind in ("personal-*.f32", "masks-*.safetensors") for path in run_dir.glob(kind))
+    return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *beside)}
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def prunable(root: Path) -> dict[Path, int]:
     found = {}
     for run in find_runs(root):
         if run.status == "finished":
-            for file in [Path(run.path) / folder.STATE, *Path(run.path).glob("personal-*.f32")]:
+            for file in folder.checkpoint_files(Path(run.path)):
                 found[file] = file.lstat().st_size
     for at, folders, _ in os.walk(root):
         for name in folders:

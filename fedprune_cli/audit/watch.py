@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
 from fedprune_cli.store import folder, lock
-from fedprune_cli.store.files import parse_json, read_bytes, read_json
+from fedprune_cli.store.files import MAX_BYTES, parse_json, read_bytes, read_json
 from fedprune_cli.store.record import RoundRecord, parse_record
 from fedprune_cli.terminal import Table
 
@@ -138,7 +138,7 @@ def look(run_dir: Path, prices: Prices) -> Look:
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
     finished = folder.is_finished(run_dir)
     path = run_dir / folder.RECORDS
-    lines = read_bytes(path, folder.MAX_BYTES, CheckpointError).split(b"\n")[:-1]
+    lines = read_bytes(path, MAX_BYTES, CheckpointError).split(b"\n")[:-1]
     try:
         records = [record for line in lines if (record := parse_record(parse_json(line)))]
         wanted = int(manifest["config"]["rounds"])

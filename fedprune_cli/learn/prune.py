@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -151,6 +152,40 @@ class Masks:
     def sent(self, device: int) -> Array:
         """Returns the bits that tell a device what it keeps: one an entry, or one a unit."""
         return np.concatenate(self.kept_units(device)) if self.units else self[device]
+
+    def arrays(self) -> Mapping[str, Array]:
+        """Returns what tells every device's mask in few bytes, for `masks_of_arrays`; nothing where everybody keeps everything.
+
+        Of a rank only counts how many of the devices' different cutoffs are at or below it.
+
+        >>> masks = Masks(rank=np.array([2, 0, 1, 3]), kept=np.array([1, 3, 3])).arrays()
+        >>> masks["kept"].tolist(), masks["rank"].tolist()
+        ([1, 2, 2], [1, 0, 1, 2])
+        """
+        if self.kept.min(initial=len(self.rank)) > self.rank.max(initial=-1):
+            return {}
+        cutoffs = np.unique(self.kept)
+        small = np.min_scalar_type(len(cutoffs) + 1)
+        ranks = {f"units/{at}": rank for at, rank in enumerate(self.units)} or {"rank": self.rank}
+        coarse = {name: np.searchsorted(cutoffs, rank, side="right").astype(small) for name, rank in ranks.items()}
+        return {"kept": (np.searchsorted(cutoffs, self.kept) + 1).astype(small), **coarse}
+
+
+def masks_of_arrays(arrays: Mapping[str, Array], layout: Layout, num_devices: int) -> Masks | None:
+    """Returns masks that keep for every device what those did whose `arrays` these are; None for arrays of another model or fleet."""
+    size = sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared])
+    if not arrays:
+        return Masks(np.arange(size), np.full(num_devices, size))
+    units = tuple(arrays.get(f"units/{at}", np.zeros(0)) for at in range(len(layout.groups)))
+    names = {"kept", *(f"units/{at}" for at in range(len(units)))} if units else {"kept", "rank"}
+    if arrays.keys() != names or len(arrays["kept"]) != num_devices:
+        return None
+    if not units:
+        return Masks(arrays["rank"], arrays["kept"]) if len(arrays["rank"]) == size else None
+    if [len(rank) for rank in units] != [group.units for group in layout.groups]:
+        return None
+    entries = layout.over_entries(units, np.maximum, 0)[: layout.num_shared]
+    return Masks(np.concatenate([entry.ravel() for entry in entries]), arrays["kept"], units)
 
 
 def build_masks(pruner: Pruner, state: State, prune_ratio: Array, seed: int, layout: Layout) -> Masks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from fedprune_cli.report.page import (
     write_files,
 )
 from fedprune_cli.report.read import Run, read_run
-from fedprune_cli.store.record import DeviceRows, RoundRecord
+from fedprune_cli.report.tables import FAULT_TITLES, device_table, fault_counts, round_table
 from fedprune_cli.terminal import Table
 
 CONVERGENCE_NOTE = (
@@ -87,28 +86,13 @@ def _page(run: Run, drawn: Mapping[str, Drawing]) -> str:
 
 
 def _csv_files(run: Run) -> dict[str, str]:
-    plain = list(run.rounds[0].figures())
-    kinds = [kind for kind in FAULT_TITLES if any(record.faults for record in run.rounds)]
-    rounds = [[*map(record.figures().get, plain), *_fault_counts([record], kinds)] for record in run.rounds]
     classes = [f"class_{at}" for at in range(run.manifest["dataset"]["num_classes"])]
     histogram = [[run.called(device), *counts] for device, counts in enumerate(run.manifest["histogram"])]
     return {
-        "rounds.csv": csv_text([*plain, *kinds], rounds),
-        "devices.csv": csv_text(*_device_rows(run)),
+        "rounds.csv": csv_text(*round_table(run)),
+        "devices.csv": csv_text(*device_table(run)),
         "histogram.csv": csv_text(["device", *classes], histogram),
     }
-
-
-def _device_rows(run: Run) -> tuple[list[str], list[list[object]]]:
-    """Returns the header and the rows of devices.csv: a row a device and round."""
-    keys = [key.name for key in fields(DeviceRows)]
-    names = ["name"] if "device_names" in run.manifest else []
-    rows: list[list[object]] = []
-    for record in run.rounds:
-        columns = [getattr(record.devices, key) or [None] * len(record.devices.id) for key in keys]
-        called = [[run.called(device) for device in record.devices.id] for _ in names]
-        rows += [[record.round, *row] for row in zip(*called, *columns, strict=True)]
-    return ["round", *names, *keys], rows
 
 
 def ingredients(run: Run) -> str:
@@ -166,32 +150,10 @@ def _certificate_facts(run: Run) -> list[list[str]]:
     return facts
 
 
-# What the log of a round names, and what became of it.
-FAULT_TITLES = {
-    "died": "died in mid-round: nothing arrived",
-    "lost": "lost on the radio",
-    "delayed": "sent, to arrive in a later round",
-    "poisoned": "sent poison (the server cannot see it)",
-    "late": "late: after the deadline",
-    "refused": "refused: not finite, or of a wrong size",
-    "stale": "stale: from an earlier round, taken with less weight",
-    "expired": "expired: too old, or from a device in quarantine",
-    "clipped": "clipped: shortened to clip_norm median norms",
-    "outliers": "outliers: beyond outlier_norm median norms",
-    "safe": "planned with more time than estimated",
-    "quarantined": "in quarantine, taking no part",
-}
-
-
-def _fault_counts(records: Sequence[RoundRecord], kinds: Sequence[str]) -> list[int]:
-    """Returns for each kind how many device-rounds the logs name."""
-    return [sum(len(record.faults.of(kind)) for record in records if record.faults) for kind in kinds]
-
-
 def fault_sections(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     """Returns the section on faults and fail-safes, or nothing when no round of any run names one."""
     records_of = {name: [record for run in group for record in run.rounds] for name, group in runs.items()}
-    counts = {name: _fault_counts(records, list(FAULT_TITLES)) for name, records in records_of.items()}
+    counts = {name: fault_counts(records, list(FAULT_TITLES)) for name, records in records_of.items()}
     shown = [at for at in range(len(FAULT_TITLES)) if any(count[at] for count in counts.values())]
     if not shown:
         return []

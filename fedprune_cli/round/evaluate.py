@@ -9,7 +9,7 @@ from fedprune_cli.learn.client import Score, Task, evaluate
 from fedprune_cli.learn.kept import Whole
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import Masks
-from fedprune_cli.learn.schedule import by_steps
+from fedprune_cli.learn.schedule import LocalPhase, by_steps
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.store.state import State
@@ -22,30 +22,32 @@ def evaluate_round(setup: Setup, new: State, masks: Masks, workers: Executor) ->
 
     Fresh devices, which never train, fine-tune v on the unpruned u first.
     """
-    scenario, evaluation = setup.scenario, setup.experiment.evaluation
-    if new.round % evaluation.every and new.round != setup.experiment.rounds:
+    if new.round % setup.experiment.evaluation.every and new.round != setup.experiment.rounds:
         return {}
-    own = [
-        Task("test", new.round, device, new.shared, new.personal[device], masks.kept_by(device), ())
-        for device in tested_devices(setup)
-    ]
-    steps = (Phase("personal", evaluation.fresh_steps),)
-    batch_size, sizes = setup.experiment.training.batch_size, scenario.partition.train.sizes.tolist()
-    start, diverging = setup.initial.personal.initial, setup.experiment.faulty
-    fresh = [
-        Task(
-            "fresh-device test",
-            new.round,
-            device,
-            new.shared,
-            start,
-            Whole(),
-            by_steps(steps, sizes[device], batch_size),
-            may_diverge=diverging,
-        )
-        for device in range(scenario.num_devices, len(scenario.partition.train))
-    ]
-    return {score.device: score for score in workers.map(evaluate, own + fresh)}
+    own = [own_test(new, masks, device) for device in tested_devices(setup)]
+    fresh = range(setup.scenario.num_devices, len(setup.scenario.partition.train))
+    tasks = own + [fresh_test(setup, new, device) for device in fresh]
+    return {score.device: score for score in workers.map(evaluate, tasks)}
+
+
+def own_test(new: State, masks: Masks, device: int) -> Task:
+    """Returns the test of a training device's own model (u * m_k, v_k)."""
+    return Task("test", new.round, device, new.shared, new.personal[device], masks.kept_by(device), ())
+
+
+def fresh_test(setup: Setup, new: State, device: int) -> Task:
+    """Returns the test of a device that never trained: it fine-tunes v on the unpruned u first."""
+    samples = len(setup.scenario.partition.train[device])
+    return Task(
+        "fresh-device test", new.round, device, new.shared, setup.initial.personal.initial, Whole(),
+        fresh_schedule(setup, samples), may_diverge=setup.experiment.faulty,
+    )  # fmt: skip
+
+
+def fresh_schedule(setup: Setup, samples: int) -> tuple[LocalPhase, ...]:
+    """Returns the steps on v that a newcomer with so many training samples takes."""
+    steps = (Phase("personal", setup.experiment.evaluation.fresh_steps),)
+    return by_steps(steps, samples, setup.experiment.training.batch_size)
 
 
 def tested_devices(setup: Setup) -> list[int]:

@@ -28,7 +28,7 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     latency_s = float(measured.latency_s.max()) if measured else 0.0
     personal = state.personal.replaced({update.device: update.personal for update in updates})
     slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
-    new = replace(state, round=state.round + 1, personal=personal, slots=slots)
+    new = replace(state, round=state.round + 1, personal=personal, slots=slots, masks=masks.arrays())
     scores = evaluate_round(setup, new, masks, workers)
     status, message = _why(roster, bool(updates))
     idle = RoundRecord(

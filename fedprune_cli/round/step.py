@@ -35,6 +35,6 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
     finished = Finished(plan, work, results, bill, delivery)
     outcome = finished.outcome(state, gradient)  # the facts that memories learn from
     personal = state.personal.replaced({update.device: update.personal for update in results.all})
-    new = State(state.round + 1, shared, personal, next_slots(experiment, state.slots, outcome))
+    new = State(state.round + 1, shared, personal, next_slots(experiment, state.slots, outcome), work.masks.arrays())
     scores = evaluate_round(setup, new, work.masks, workers)
     return new, build_record(setup, new, finished, outcome, scores)

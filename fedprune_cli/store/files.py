@@ -16,6 +16,7 @@ Plain: TypeAlias = bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
 # Python reads 1_0 and digits of every alphabet too; what no spreadsheet would is refused.
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+MAX_BYTES = 2**36  # of a state or a log: more than any run writes, and less than a disk
 MAX_JSON_BYTES = 2**28
 MAX_NUMBER = 1e300
 MAX_YAML_BYTES = 200_000

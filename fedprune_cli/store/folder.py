@@ -5,6 +5,7 @@ rounds.jsonl                 modelled figures, one object a round; written befor
 timings.jsonl                measured wall time, kept apart; nothing depends on it
 state.safetensors            the last finished round, and the chained hash of the records so far; replaced by rename
 personal-<round>.f32         the devices' personalized parts, appended to; begun anew when most of its rows are old
+masks-<round>.safetensors    which part of the shared part each device kept in the last finished round, where any keeps less than all
 SHA256SUMS                   of config.yaml and manifest.json, and after the last round of every file, for `sha256sum -c` too
 summary.json, report/        after the last round
 inputs/                      copies of the tables that the run reads, by the key that names each
@@ -12,7 +13,6 @@ inputs/                      copies of the tables that the run reads, by the key
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import glob
@@ -21,17 +21,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fedprune_cli.errors import CheckpointError, OutputError
-from fedprune_cli.store.files import fits, parse_json, read_bytes, read_json
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.store.beside import MASKS, PERSONAL, masks_of, read_masks, read_personal, store_masks, store_personal
+from fedprune_cli.store.files import MAX_BYTES, fits, parse_json, read_bytes, read_json
 from fedprune_cli.store.record import RoundRecord, parse_record
-from fedprune_cli.store.state import Array, Personal, Saved, State, chained_rows, decode, encode
+from fedprune_cli.store.state import Saved, State, decode, encode
+from fedprune_cli.store.write import write_whole as write_whole
+from fedprune_cli.store.write import writing as writing
 
 STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
     "state.safetensors",
@@ -42,20 +43,7 @@ STATE, CONFIG, MANIFEST, SUMMARY, SUMS = (
 )
 RECORDS, TIMINGS = "rounds.jsonl", "timings.jsonl"
 INPUTS = "inputs"
-MAX_BYTES = 2**36  # of a state or a log: more than any run writes, and less than a disk
 PLAIN_NAME = r"[A-Za-z0-9]+(-[0-9]+)?(\.[a-z0-9]+)?"
-DEAD_ROWS = 4  # rows a live one, from which a file of personal rows is begun anew
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write into an OutputError of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {error.filename or path}: {error.strerror}") from None
-    except ValueError as error:  # a NUL or half a character in the name
-        raise OutputError(f"cannot write {str(path)!r}: no file can have this name ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,9 @@ def create(run_dir: Path, begin: Beginning) -> None:
                 (new / INPUTS).mkdir(exist_ok=True)
                 (new / INPUTS / name).write_bytes(content)
             write_whole(new / SUMS, _sums({name: _sha256(new / name) for name in (CONFIG, MANIFEST)}))
-            write_whole(new / STATE, encode(Saved(begin.state, str(begin.manifest["config_hash"]), records)))
+            first = Saved(begin.state, str(begin.manifest["config_hash"]), records)
+            store_masks(new, first)
+            write_whole(new / STATE, encode(first))
             new.rename(run_dir)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -144,12 +134,14 @@ def commit(run_dir: Path, saved: Saved, state: State, entries: Mapping[str, Mapp
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-    state = replace(state, personal=_store(run_dir, state.personal, state.round))
+    state = replace(state, personal=store_personal(run_dir, state.personal, state.round))
     new = Saved(state, saved.config_hash, chained_record(saved.records, lines[RECORDS]))
+    store_masks(run_dir, new)
     write_whole(run_dir / STATE, encode(new))
-    if state.personal.name != saved.state.personal.name:
-        with writing(run_dir):
+    with writing(run_dir):
+        if state.personal.name != saved.state.personal.name:
             (run_dir / saved.state.personal.name).unlink(missing_ok=True)
+        (run_dir / masks_of(saved.state.round)).unlink(missing_ok=True)
     return new
 
 
@@ -158,58 +150,10 @@ def chained_record(sha256: str, line: bytes) -> str:
     return hashlib.sha256(sha256.encode() + line).hexdigest()
 
 
-def _store(run_dir: Path, personal: Personal, number: int) -> Personal:
-    """Returns the parts with their new rows on disk: appended, or written anew with the live ones when those are few.
-
-    Until the state is replaced nothing refers to what is written here.
-    """
-    if not personal.new or not len(personal.initial):
-        return replace(personal, new={})
-    devices = sorted(personal.new)
-    trained = personal.place >= 0
-    trained[devices] = True
-    anew = len(personal.stored) + len(devices) > DEAD_ROWS * int(trained.sum())
-    if anew:
-        devices = np.flatnonzero(trained).tolist()
-    name, start = (f"personal-{number}.f32", 0) if anew else (personal.name, len(personal.stored))
-    sha256, place, size = "" if anew else personal.sha256, personal.place.copy(), personal.initial.nbytes
-    with writing(run_dir / name), (run_dir / name).open("wb" if anew or not start else "r+b") as file:
-        file.seek(start * size)
-        for device in devices:
-            row = personal[device]
-            file.write(row.tobytes())
-            sha256 = chained_rows(sha256, [row])
-        file.flush()
-        os.fsync(file.fileno())
-    place[devices] = start + np.arange(len(devices))
-    stored = _map(run_dir / name, (start + len(devices), len(personal.initial)))
-    return Personal(personal.initial, place, stored, name, sha256)
-
-
-def _map(path: Path, shape: tuple[int, int]) -> Array:
-    return np.memmap(path, dtype=np.float32, mode="r", shape=shape) if all(shape) else np.zeros(shape, np.float32)
-
-
-def _read_personal(run_dir: Path, personal: Personal) -> Personal:
-    """Returns the parts with their stored rows, mapped from the file; what a killed process wrote after them is passed over."""
-    path, shape = run_dir / personal.name, (len(personal.stored), len(personal.initial))
-    size = 4 * shape[0] * shape[1]
-    if not size:
-        return replace(personal, stored=np.zeros(shape, np.float32))
-    try:
-        intact = path.stat().st_size >= size
-        stored = _map(path, shape) if intact else personal.stored
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {getattr(error, 'strerror', error)}") from None
-    if not intact or chained_rows("", stored) != personal.sha256:
-        raise CheckpointError(f"{path}: damaged (its content does not match its checksum)")
-    return replace(personal, stored=stored)
-
-
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Writes SHA256SUMS of all files and summary.json, whose presence says that the run is finished."""
     data = (json.dumps(summary, indent=1) + "\n").encode()
-    present = sorted(path.name for path in run_dir.glob("personal-*.f32"))
+    present = sorted(path.name for kind in (PERSONAL, MASKS) for path in run_dir.glob(kind))
     names = [CONFIG, MANIFEST, RECORDS, TIMINGS, STATE, *present]
     with writing(run_dir):
         sums = {name: _sha256(run_dir / name) for name in names}
@@ -228,7 +172,7 @@ def load(run_dir: Path, config_hash: str) -> Saved:
     saved = read_state(run_dir)
     if saved.config_hash != config_hash:
         raise CheckpointError(f"{run_dir / STATE}: belongs to configuration {saved.config_hash}, not to {config_hash}")
-    state = replace(saved.state, personal=_read_personal(run_dir, saved.state.personal))
+    state = replace(saved.state, personal=read_personal(run_dir, saved.state.personal))
     kept = {log: _lines(run_dir / log, saved) for log in (RECORDS, TIMINGS)}
     for log, lines in kept.items():
         size = sum(map(len, lines))
@@ -236,7 +180,10 @@ def load(run_dir: Path, config_hash: str) -> Saved:
             with writing(run_dir / log):
                 os.truncate(run_dir / log, size)
     size = state.personal.stored.nbytes
-    for path in run_dir.glob("personal-*.f32"):
+    for path in [path for path in run_dir.glob(MASKS) if path.name != masks_of(state.round)]:
+        with writing(path):
+            path.unlink()
+    for path in run_dir.glob(PERSONAL):
         with writing(path):
             if path.name != state.personal.name or not size:
                 path.unlink()
@@ -263,7 +210,12 @@ def drop_checkpoint(run_dir: Path) -> None:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return name == STATE or re.fullmatch(r"personal-\d+\.f32", name) is not None
+    return name == STATE or re.fullmatch(r"personal-\d+\.f32|masks-\d+\.safetensors", name) is not None
+
+
+def checkpoint_files(run_dir: Path) -> list[Path]:
+    """Returns the files that a run's checkpoint is made of."""
+    return sorted(path for path in run_dir.iterdir() if _is_checkpoint(path.name))
 
 
 def is_pruned(run_dir: Path) -> bool:
@@ -272,9 +224,10 @@ def is_pruned(run_dir: Path) -> bool:
 
 
 def read_whole_state(run_dir: Path) -> State:
-    """Returns the last finished round's state with its personal rows, checked; changes nothing. Raises CheckpointError."""
-    state = read_state(run_dir).state
-    return replace(state, personal=_read_personal(run_dir, state.personal))
+    """Returns the last finished round's state with its personal rows and masks, checked; changes nothing. Raises CheckpointError."""
+    saved = read_state(run_dir)
+    personal, masks = read_personal(run_dir, saved.state.personal), read_masks(run_dir, saved)
+    return replace(saved.state, personal=personal, masks=masks)
 
 
 def read_records(run_dir: Path) -> list[RoundRecord]:
@@ -378,18 +331,3 @@ def _lines(log: Path, saved: Saved) -> list[bytes]:
     if log.name == RECORDS and records != saved.records:
         raise CheckpointError(f"{log}: damaged (its content does not match its checksum)")
     return lines[:rounds]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes the file whole or leaves the old one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

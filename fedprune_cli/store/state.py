@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from safetensors import SafetensorError
@@ -104,12 +104,15 @@ class State:
     shared: float32 [U], the global part u.
     personal: v_k of every device, which never leaves it.
     slots: named arrays that outlive a round: the clock `simulated_s` [], the last `prune_ratio` [K], and what a plug-in adds.
+    masks: what says which part of u each device kept in the last round, and was tested with, as `Masks.arrays` gives it: nothing
+    where everybody keeps everything. No later round depends on it, and it lies in a file of its own; but no later state tells it either.
     """
 
     round: int
     shared: Array
     personal: Personal
     slots: Mapping[str, Array]
+    masks: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,29 @@ def decode(data: bytes, where: str) -> Saved:
     if not (allowed and sound):
         raise CheckpointError(f"{where}: damaged checkpoint (its values cannot be)")
     return saved
+
+
+def encode_masks(saved: Saved) -> bytes:
+    """Returns the masks of a checkpoint's last round as a plain safetensors file that says which round of which run they are of."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in sorted(saved.state.masks.items())}
+    meta = {"round": saved.state.round, "config_hash": saved.config_hash, "records": saved.records}
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name, value in arrays.items():
+        digest.update(f"{name}{value.dtype}{value.shape}".encode() + value.tobytes())
+    return bytes(save(arrays, {"fedprune": json.dumps({**meta, "sha256": digest.hexdigest()})}))
+
+
+def decode_masks(data: bytes, where: str, saved: Saved) -> Mapping[str, Array]:
+    """Returns what `encode_masks` wrote for a checkpoint; raises CheckpointError when any byte differs, or it is of another one."""
+    try:
+        arrays = load(data)
+        intact = encode_masks(replace(saved, state=replace(saved.state, masks=arrays))) == data
+        sound = all(value.dtype.kind == "u" and value.ndim == 1 for value in arrays.values())
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where}: damaged ({type(error).__name__})") from None
+    if not (intact and sound):
+        raise CheckpointError(f"{where}: damaged, or not of the run's last round")
+    return arrays
 
 
 def same_form(state: State, initial: State) -> bool:

@@ -64,7 +64,11 @@ def test_pruning_takes_checkpoints_of_finished_runs_and_what_dead_processes_left
     assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert left.exists()
     answer = json.loads(fedprune("runs", "--prune", "--yes", "--json").stdout)
-    gone = {root / "finished/state.safetensors", root / "finished/personal-0.f32"}
+    gone = {
+        root / "finished/state.safetensors",
+        root / "finished/personal-0.f32",
+        root / "finished/masks-3.safetensors",
+    }
     assert {Path(path) for path in answer["bytes"]} == gone | {left}
     sums = root / "finished" / folder.SUMS
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path != sums} == {

@@ -22,8 +22,8 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("round",),
     ("runs",),
     ("report",),
-    ("many", "audit", "bench"),
-    ("commands",),
+    ("many", "audit", "bench", "take_home"),
+    ("commands", "api"),
 )
 HEIGHT = {part: at for at, row in enumerate(LAYERS) for part in row}
 

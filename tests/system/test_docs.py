@@ -283,7 +283,7 @@ def test_the_page_of_the_run_folder_names_every_file_and_key(tmp_path: Path) -> 
     of_faults = {key for record in records for key in record["faults"]}
     assert {key for record in records for key in record} | of_devices | of_faults <= named
     assert {*json.loads((run_dir / "summary.json").read_text())} <= named
-    files = {re.sub(r"personal-\d+", "personal-N", path.name) for path in run_dir.iterdir()}
+    files = {re.sub(r"(personal|masks)-\d+", r"\1-N", path.name) for path in run_dir.iterdir()}
     assert files <= named
 
 
