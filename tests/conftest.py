@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import settings
 
 from fedprune_cli.commands import app as cli
@@ -33,7 +34,7 @@ from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.memory import Outcome
 from fedprune_cli.store.record import FaultLog, RoundRecord
-from fedprune_cli.store.state import State, encode
+from fedprune_cli.store.state import State, encode, encode_masks
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -190,6 +191,9 @@ def forge(
     saved = replace(saved, state=state or saved.state, records=functools.reduce(folder.chained_record, lines, ""))
     (run_dir / folder.RECORDS).write_bytes(b"".join(lines))
     (run_dir / folder.STATE).write_bytes(encode(saved))
+    for path in run_dir.glob("masks-*.safetensors"):
+        masks = safetensors.numpy.load_file(path)
+        path.write_bytes(encode_masks(replace(saved, state=replace(saved.state, masks=masks))))
     sha256 = hashlib.sha256((run_dir / folder.STATE).read_bytes()).hexdigest()
     summary = json.loads((run_dir / folder.SUMMARY).read_text()) | {"state_sha256": sha256} | (summary or {})
     (run_dir / folder.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")

@@ -14,12 +14,11 @@ import typer
 
 from fedprune_cli.commands.look import print_comparison
 from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
-from fedprune_cli.errors import ConfigError, FedpruneError
+from fedprune_cli.errors import FedpruneError
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import note, status, tell_error
 
 if TYPE_CHECKING:
-    from fedprune_cli.config.experiment import Experiment
     from fedprune_cli.many.side_by_side import Failure, Member
 
 
@@ -47,8 +46,9 @@ def compare(
     """
     from fedprune_cli.config.words import parse_seeds
     from fedprune_cli.execute import usable_cores
+    from fedprune_cli.many.compared import build_members
 
-    members = _members(overrides or [], config_dir, methods, parse_seeds(seeds))
+    members = build_members(overrides or [], config_dir, methods, parse_seeds(seeds))
     with safe(lambda: SAME_COMMAND if any(member.run_dir.exists() for member in members) else NOTHING):
         unfinished = [member for member in members if not member.finished]
         if len(unfinished) < len(members):
@@ -73,38 +73,6 @@ def compare(
         raise error
 
 
-def _members(overrides: list[str], config_dir: Path | None, methods: str | None, seeds: Sequence[int]) -> list[Member]:
-    """Returns what is compared, each configuration checked before the first one runs."""
-    from omegaconf import OmegaConf
-
-    from fedprune_cli.config.build import build_experiment
-    from fedprune_cli.config.compose import compose_config
-    from fedprune_cli.many.side_by_side import Member
-
-    if any(override.lstrip("+").split("=")[0] in ("method", "seed", "out") for override in overrides):
-        raise ConfigError("compare chooses method, seed and out itself: use --methods, --seeds and --out")
-    arms = _arms(overrides, config_dir, methods)
-    chosen = [(arm, seed) for seed in seeds for arm in arms]
-    configs = [compose_config([*overrides, *arms[arm], f"seed={seed}"], config_dir) for arm, seed in chosen]
-    experiments = [build_experiment(config) for config in configs]
-    experiments[0].devices.draw(experiments[0].seed)  # a bad table is one error, and not one of each member
-    return [
-        Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), experiment.run_dir, _finished(experiment))
-        for (arm, seed), config, experiment in zip(chosen, configs, experiments, strict=True)
-    ]
-
-
-def _finished(experiment: Experiment) -> bool:
-    """Whether a member has nothing left to do; a damaged one has, and says so when it is begun."""
-    from fedprune_cli.errors import CheckpointError
-    from fedprune_cli.runs.life import is_done
-
-    try:
-        return is_done(experiment)
-    except CheckpointError:
-        return False
-
-
 def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
     """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
     from fedprune_cli.many.one import SHOWN
@@ -123,20 +91,3 @@ def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
                 failures.append(failure)
                 tell_error(failure)
     return failures
-
-
-def _arms(overrides: list[str], config_dir: Path | None, methods: str | None) -> dict[str, list[str]]:
-    """Returns what to compare, name -> overrides: the methods named, else the experiment's arms, else the two of the headline."""
-    from fedprune_cli.config.compose import compose_config
-    from fedprune_cli.config.plain import plain
-    from fedprune_cli.config.words import parse_names
-
-    arms = plain(compose_config(overrides, config_dir))["arms"] or {}
-    if methods is not None or not arms:
-        return {
-            name: [f"method={name}"]
-            for name in parse_names("proposed,personalized" if methods is None else methods, "--methods")
-        }
-    if not isinstance(arms, dict) or not all(isinstance(of, list) for of in arms.values()):
-        raise ConfigError("arms: must map each name to a list of overrides, such as {tight: [deadline.fraction=0.3]}")
-    return {str(name): [str(override) for override in of] for name, of in arms.items() if isinstance(of, list)}

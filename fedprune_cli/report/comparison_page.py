@@ -103,7 +103,7 @@ def write_comparison(
 
     command: what made it, to say how to repeat it; missing: runs that failed, and why, whose seeds are left out.
     """
-    drawn = _drawings(comparison)
+    drawn = drawings(comparison)
     headers, rows = ["", *comparison.figures], _rows(comparison)
     files: dict[str, str | bytes] = {
         "index.html": _page(comparison, drawn, command, missing),
@@ -116,7 +116,7 @@ def write_comparison(
     return write_files(out, files)
 
 
-def _drawings(comparison: Comparison) -> dict[str, Drawing]:
+def drawings(comparison: Comparison) -> dict[str, Drawing]:
     curves = {arm: [run.rounds for run in runs] for arm, runs in comparison.runs.items()}
     target = float(np.mean(list(comparison.targets.values()))) if comparison.targets else None
     finals = {

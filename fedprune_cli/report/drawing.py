@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
     "#0072B2",
@@ -56,18 +57,29 @@ class Drawing:
         style = STYLE | PAPER_INK | {"pdf.fonttype": 42}
         return self._save("pdf", style, {"CreationDate": None, "Creator": None, "Producer": None})
 
+    def figure(self) -> Figure:
+        """Returns it for a notebook: matplotlib's own figure, black on white."""
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE | PAPER_INK | {"figure.facecolor": "white", "axes.facecolor": "white"}):
+            return self._drawn()
+
     def _save(self, kind: str, style: Mapping[str, object], metadata: Mapping[str, None]) -> bytes:
         import matplotlib as mpl
+
+        with mpl.rc_context(dict(style)):
+            data = io.BytesIO()
+            self._drawn().savefig(data, format=kind, metadata=dict(metadata))
+        return data.getvalue()
+
+    def _drawn(self) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        with mpl.rc_context(dict(style)):
-            figure = Figure(figsize=(self.width, self.height), layout="constrained")
-            FigureCanvasAgg(figure)
-            self.plot(figure.subplots(1, self.columns))
-            data = io.BytesIO()
-            figure.savefig(data, format=kind, metadata=dict(metadata))
-        return data.getvalue()
+        figure = Figure(figsize=(self.width, self.height), layout="constrained")
+        FigureCanvasAgg(figure)
+        self.plot(figure.subplots(1, self.columns))
+        return figure
 
 
 def embed(svg: str, label: str, prefix: str) -> str:

@@ -42,14 +42,14 @@ CAPTIONS = {
 def write_report(path: Path, out: Path | None = None) -> Path:
     """Writes a run's index.html, figures as SVG, rounds.csv, devices.csv and histogram.csv into report/, or `out`; returns the page."""
     run = read_run(path)
-    drawn = _drawings(run)
+    drawn = drawings(run)
     pictures = {f"{name}.svg": drawing.svg() for name, drawing in drawn.items()}
     return write_files(out or path / "report", {"index.html": _page(run, drawn), **_csv_files(run), **pictures})
 
 
 def run_table(run: Run) -> Table:
     """Returns the run's figures for the terminal."""
-    return Table.of_facts(f"{run.method}, seed {run.seed}", _facts(run))
+    return Table.of_facts(f"{run.method}, seed {run.seed}", facts(run))
 
 
 def run_json(run: Run, page: Path) -> dict[str, object]:
@@ -57,7 +57,7 @@ def run_json(run: Run, page: Path) -> dict[str, object]:
     return {"run_dir": str(run.path), "report": str(page), "rounds": len(run.rounds), "summary": run.summary}
 
 
-def _drawings(run: Run) -> dict[str, Drawing]:
+def drawings(run: Run) -> dict[str, Drawing]:
     training = len(run.manifest["train_samples"]) - run.manifest["fresh_devices"]
     return {
         "accuracy": figures.accuracy_figure(run.rounds),
@@ -77,7 +77,7 @@ def _page(run: Run, drawn: Mapping[str, Drawing]) -> str:
     body = [
         f"<p class=answer>{html.escape(answer)}</p>",
         *(html_figure(name, drawing, CAPTIONS[name]) for name, drawing in drawn.items()),
-        html_section("Figures of the run", html_table(["figure", "value"], _facts(run))),
+        html_section("Figures of the run", html_table(["figure", "value"], facts(run))),
         html_section("Certificate", html_table(["figure", "value"], _certificate_facts(run))),
         *fault_sections({run.method: (run,)}),
         html_section("Reproduce", f"<p>State: <code>{state}</code></p>" + ingredients(run)),
@@ -107,7 +107,7 @@ def ingredients(run: Run) -> str:
     return "".join(html_details(title, values) for title, values in parts.items())
 
 
-def _facts(run: Run) -> list[list[str]]:
+def facts(run: Run) -> list[list[str]]:
     final, rounds = run.final, run.rounds
     ratios = [r.mean_ratio for r in rounds if r.mean_ratio is not None]
     facts = [

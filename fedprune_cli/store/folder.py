@@ -172,7 +172,8 @@ def load(run_dir: Path, config_hash: str) -> Saved:
     saved = read_state(run_dir)
     if saved.config_hash != config_hash:
         raise CheckpointError(f"{run_dir / STATE}: belongs to configuration {saved.config_hash}, not to {config_hash}")
-    state = replace(saved.state, personal=read_personal(run_dir, saved.state.personal))
+    personal, masks = read_personal(run_dir, saved.state.personal), read_masks(run_dir, saved)
+    state = replace(saved.state, personal=personal, masks=masks)
     kept = {log: _lines(run_dir / log, saved) for log in (RECORDS, TIMINGS)}
     for log, lines in kept.items():
         size = sum(map(len, lines))

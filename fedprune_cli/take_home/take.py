@@ -117,7 +117,7 @@ def find_device(run: Finished, asked: str) -> int:
         return int(asked)
     near = difflib.get_close_matches(asked, [*names, SHARED], n=1, cutoff=0.5)
     hint = f" Did you mean {one_line(near[0])!r}?" if near else ""
-    fresh = f", {trained}..{known - 1} never trained" if known > trained else ""
+    fresh = f" ({'' if trained == known - 1 else f'{trained}..'}{known - 1} never trained)" if known > trained else ""
     called = f", or a name such as {one_line(names[0])!r}" if names else ""
     raise ConfigError(
         f"--device {asked}: there is no such device.{hint} Allowed: 0..{known - 1}{fresh}{called}, or {SHARED}"
