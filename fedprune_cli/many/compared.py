@@ -1,4 +1,4 @@
-"""What is compared: methods, or an experiment's arms, each on the same seeds; all configurations are checked before the first run begins."""
+"""What is compared: methods, or an experiment's arms, each on the same seeds; each configuration is checked before a run begins."""
 
 from __future__ import annotations
 
