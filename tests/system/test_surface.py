@@ -11,6 +11,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from conftest import TINY, fedprune
 from typer.models import OptionInfo
 
@@ -31,6 +32,8 @@ JSON_OF = {  # in this order: later ones look at what earlier ones made
     "runs": ("runs",),
     "runs --prune": ("runs", "--prune"),
     "watch": ("watch", "run", "--once"),
+    "export": ("export", "run", "--device", "1"),
+    "predict": ("predict", "device-1.safetensors", "x.npz"),
     "allocate": ("allocate", *ALLOCATE),
     "ladder": ("ladder", *ALLOCATE, "--allocators", "equal", "--fractions", "0.5"),
     "verify": ("verify", "run"),
@@ -77,6 +80,7 @@ def exit_codes() -> dict[str, int]:
 
 def answers() -> Iterator[tuple[str, Any]]:
     """Yields each command with the form of what it prints with --json."""
+    np.savez("x.npz", inputs=np.zeros((2, 8, 8), np.uint8), labels=[3, 4])
     for name, arguments in JSON_OF.items():
         spread = [str(path) for text in arguments for path in (sorted(Path().glob(text)) if "*" in text else [text])]
         result = fedprune(*spread, "--json")
