@@ -108,7 +108,9 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
     # x is known to one part in 1e16 of the model, certified to one in 1e9, and from a conic solver to one in 1e4
     sent_s = np.divide(problem.payload_bits, allocation.rate_bps, out=np.zeros(len(b)), where=allocation.rate_bps > 0)
     exact_to = {"cvxpy": 1e-4, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
-    slack_s = loose * allocation.deadline_s + exact_to * (sent_s + problem.shared_compute_s)
+    # who gets some hertz of many is given them to the last digits of the whole band
+    last_digits = np.divide(2 * np.spacing(problem.bandwidth_hz), b, out=np.zeros(len(b)), where=b > 0)
+    slack_s = loose * allocation.deadline_s + (exact_to + last_digits) * (sent_s + problem.shared_compute_s)
     t = latency(problem, kept, b)
     assert (t <= allocation.deadline_s + slack_s)[admitted].all()
     if problem.limits is not None:
