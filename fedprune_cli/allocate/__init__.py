@@ -7,6 +7,7 @@ from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "kkt": baselines.Kkt,
+    "blocks": baselines.Blocks,
     "minmax": baselines.MinMax,
     "minlatency": baselines.MinLatency,
     "dense": baselines.Dense,

@@ -23,7 +23,7 @@ from fedprune_cli.commands.app import app
 from fedprune_cli.errors import CertificateError, ConfigError, FedpruneError, InfeasibleError
 
 POLICIES = ("stretch", "drop", "fail")
-CERTIFIED = ("kkt", "minlatency")
+CERTIFIED = ("kkt", "blocks", "minlatency")
 IGNORE_THE_DEADLINE = ("dense", "dense_equal", "fixed", "minlatency")
 WRONG = (np.nan, np.inf, -np.inf, -1.0, 5e-324, 1e-310, 1e-41, 1e41, 1e308)
 
@@ -32,7 +32,7 @@ def build(name: str, policy: str) -> Allocator:
     """Returns an allocator with middling values of its own."""
     values = {"name": name, "on_infeasible": policy, "ratio": 0.5, "mean_ratio": 0.4, "iterations": 10}
     cls = ALLOCATORS[name]
-    return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+    return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})  # type: ignore[arg-type]
 
 
 def figures(rng: np.random.Generator, size: int, low: float, high: float, extremes: tuple[float, ...]) -> np.ndarray:
@@ -110,7 +110,9 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
     exact_to = {"cvxpy": 1e-4, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
     # who gets some hertz of many is given them to the last digits of the whole band
     last_digits = np.divide(2 * np.spacing(problem.bandwidth_hz), b, out=np.zeros(len(b)), where=b > 0)
-    slack_s = loose * allocation.deadline_s + (exact_to + last_digits) * (sent_s + problem.shared_compute_s)
+    slack_s = loose * allocation.deadline_s + (exact_to + last_digits) * (
+        np.minimum(sent_s, 1e200) + problem.shared_compute_s
+    )
     t = latency(problem, kept, b)
     assert (t <= allocation.deadline_s + slack_s)[admitted].all()
     if problem.limits is not None:
