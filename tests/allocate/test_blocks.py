@@ -10,7 +10,6 @@ import pytest
 from problems import draw, literature
 from scipy.optimize import linprog
 
-from fedprune_cli.allocate.baselines import Blocks
 from fedprune_cli.allocate.blocks import (
     Grid,
     LeastOnBlocks,
@@ -25,6 +24,7 @@ from fedprune_cli.allocate.blocks import (
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.problem import Problem, kept_on
+from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, InfeasibleError

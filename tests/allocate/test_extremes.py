@@ -109,7 +109,7 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
     sent_s = np.divide(problem.payload_bits, allocation.rate_bps, out=np.zeros(len(b)), where=allocation.rate_bps > 0)
     exact_to = {"cvxpy": 1e-4, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
     # who gets some hertz of many is given them to the last digits of the whole band
-    last_digits = np.divide(2 * np.spacing(problem.bandwidth_hz), b, out=np.zeros(len(b)), where=b > 0)
+    last_digits = np.minimum(2 * np.spacing(problem.bandwidth_hz) / np.maximum(b, 1e-40), 1.0)
     slack_s = loose * allocation.deadline_s + (exact_to + last_digits) * (
         np.minimum(sent_s, 1e200) + problem.shared_compute_s
     )
