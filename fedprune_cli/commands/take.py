@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedprune_cli.take_home.formats import Format
     from fedprune_cli.take_home.take import Finished, Taken
 
+Written = tuple[dict[str, object], str]  # a model's facts, and the same in a line
+
 
 def export(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
@@ -60,10 +62,10 @@ def export(
     kind, models = FORMATS[form], out or Path("models")
     written = _export_all(run, models, kind) if every else _export_one(run, device or "", out, kind, data)
     if as_json:
-        print_json(written)
+        print_json([facts for facts, _ in written])
         return
-    for one in written:
-        say(str(one["said"]))
+    for _, said in written:
+        say(said)
 
 
 def _not_there(out: Path) -> None:
@@ -71,9 +73,7 @@ def _not_there(out: Path) -> None:
         raise OutputError(f"{out} exists: choose another with --out, or remove it")
 
 
-def _export_one(
-    run: Finished, asked: str, out: Path | None, form: Format, data: Path | None
-) -> list[dict[str, object]]:
+def _export_one(run: Finished, asked: str, out: Path | None, form: Format, data: Path | None) -> list[Written]:
     from fedprune_cli.take_home.samples import read_newcomers
     from fedprune_cli.take_home.take import take
 
@@ -84,7 +84,7 @@ def _export_one(
     return [_write(taken, path, form)]
 
 
-def _export_all(run: Finished, out: Path, form: Format) -> list[dict[str, object]]:
+def _export_all(run: Finished, out: Path, form: Format) -> list[Written]:
     from fedprune_cli.store.folder import writing
     from fedprune_cli.take_home.take import take_all
 
@@ -95,8 +95,8 @@ def _export_all(run: Finished, out: Path, form: Format) -> list[dict[str, object
         return [_write(taken, out / f"device-{taken.description.device}{form.suffix}", form) for taken in take_all(run)]
 
 
-def _write(taken: Taken, path: Path, form: Format) -> dict[str, object]:
-    """Writes a model; returns what is to be said of it."""
+def _write(taken: Taken, path: Path, form: Format) -> Written:
+    """Writes a model; returns what is to be said of it, for programs and in words."""
     from dataclasses import asdict
 
     from fedprune_cli.store.folder import write_whole
@@ -109,10 +109,11 @@ def _write(taken: Taken, path: Path, form: Format) -> dict[str, object]:
         f"{path}: {'a newcomer' if of.device is None else f'device {of.called}'}, round {of.run.round}{tested}, "
         f"{of.sizes.shared + of.sizes.personal} parameters{smaller}, {of.sizes.flops} FLOPs a sample, {len(data)} bytes"
     )
-    return {
+    facts: dict[str, object] = {
         "out": str(path), "device": of.device, "called": of.called, "kind": of.kind, "round": of.run.round,
-        "rounds": of.run.rounds, "correct": of.correct, "total": of.total, "sizes": asdict(of.sizes), "bytes": len(data), "said": said,
+        "rounds": of.run.rounds, "correct": of.correct, "total": of.total, "sizes": asdict(of.sizes), "bytes": len(data),
     }  # fmt: skip
+    return facts, said
 
 
 def predict(

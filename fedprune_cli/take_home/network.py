@@ -89,14 +89,14 @@ def rebuild(model: Mapping[str, Plain], classes: int, seen: Input, weights: Weig
     try:
         network = build_network(MODELS[name](**fields), classes, seen, weights)
         with torch.inference_mode():
-            logits = network(example(seen, 1))
+            logits = network(example(seen, 2))
     except DataError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, FedpruneError) as error:
         raise DataError(
             f"its model cannot be built ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
-    if logits.shape != (1, classes):
+    if logits.shape != (2, classes):
         raise DataError(f"its model has {logits.shape[-1]} classes, its description {classes}")
     return network
 
@@ -115,8 +115,8 @@ def as_plain(config: ModelConfig) -> dict[str, Plain]:
 def count_flops(network: Network, seen: Input) -> int:
     """Returns the FLOPs of one sample's forward pass, matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(example(seen, 1))
-    return int(counter.get_total_flops())
+        network(example(seen, 2))  # a norm of PyTorch's may refuse a single one
+    return int(counter.get_total_flops()) // 2
 
 
 def computing(precision: str) -> AbstractContextManager[None]:

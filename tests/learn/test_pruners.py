@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pytest
-from conftest import make_setup, outcome
+from conftest import outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.learn.prune import PRUNERS, Pruner, build_masks, masks_of_arrays
+from fedprune_cli.learn.prune import PRUNERS, Pruner, build_masks
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
@@ -72,25 +71,3 @@ def test_the_random_pruner_redraws_every_round_and_taylor_follows_the_gradient()
     state = State(0, np.array([1, 1, 1], np.float32), NOBODY, taylor.slots(Sizes(0, 3)))
     remembered = taylor.next_slots(state.slots, outcome(gradient=np.array([0, 3, -2], np.float32)))["gradient"]
     assert remembered.tolist() == [1, 3, -2]  # no news of the first entry: it keeps its last gradient
-
-
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
-@given(ratios=st.lists(st.floats(0, 1), min_size=1, max_size=6), seed=st.integers(0, 9))
-def test_masks_come_back_from_their_arrays(granularity: str, ratios: list[float], seed: int) -> None:
-    """As few bytes as tell them give every device the same entries and channels; where everybody keeps all there is nothing to tell."""
-    layout = make_setup(f"pruner.granularity={granularity}", "model.hidden=[16,12]").blueprint.layout
-    size = sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared])
-    pruner = pruner_of("magnitude")
-    masks = build_masks(pruner, state_of(pruner, size, seed), np.array(ratios), seed, layout)
-    arrays = masks.arrays()
-    assert all(value.dtype == np.uint8 for value in arrays.values())
-    again = masks_of_arrays(arrays, layout, len(ratios))
-    assert again is not None
-    for device in range(len(ratios)):
-        assert np.array_equal(again[device], masks[device])
-        assert all(map(np.array_equal, again.kept_units(device), masks.kept_units(device))) or masks[device].all()
-    assert (not arrays) == all(masks[device].all() for device in range(len(ratios)))
-    assert not arrays or masks_of_arrays(arrays, layout, len(ratios) + 1) is None
-    assert (
-        not arrays or masks_of_arrays({name: value[1:] for name, value in arrays.items()}, layout, len(ratios)) is None
-    )
