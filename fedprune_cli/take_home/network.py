@@ -78,6 +78,11 @@ def _tell_size(layer: nn.Module) -> None:
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, nn.GroupNorm):
         layer.num_channels = len(layer.weight)
+    elif isinstance(layer, nn.RNNBase):
+        layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
+        layer.hidden_size = layer.get_parameter("weight_hh_l0").shape[1]
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
 
 
 def rebuild(model: Mapping[str, Plain], classes: int, seen: Input, weights: Weights) -> Network:
