@@ -3,6 +3,8 @@
 from fedprune_cli.world.datasets.dataset import Dataset, DatasetConfig
 from fedprune_cli.world.datasets.downloaded import Cifar10, Cifar100, FashionMnist, Mnist
 from fedprune_cli.world.datasets.embedded import Digits, Patches
+from fedprune_cli.world.datasets.table import Table
+from fedprune_cli.world.datasets.windows import Windows
 
 __all__ = ["DATASETS", "Dataset", "DatasetConfig"]
 
@@ -13,4 +15,6 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "mnist": Mnist,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "table": Table,
+    "windows": Windows,
 }
