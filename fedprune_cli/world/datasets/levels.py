@@ -87,3 +87,10 @@ def held_out(where: str, texts: Sequence[str]) -> tuple[int, str] | Array:
             f"{where}: every sample is for {'testing' if held.all() else 'training'}: there must be some of both"
         )
     return held
+
+
+def first_mixed(groups: Array, values: Array) -> int | None:
+    """Returns the first row whose value differs from that of the first row of its group, None when there is none."""
+    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    mixed = np.flatnonzero(values[first][unit] != values)
+    return int(mixed[0]) if mixed.size else None

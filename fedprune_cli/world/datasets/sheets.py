@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 MAX_CSV_BYTES = 2**32
 LONGEST_LINE = 10**6  # characters
-CSV_FACTOR = 16  # bytes of memory a byte of the file takes at most while its cells are strings; measured
+SHORT = 4  # characters of a cell, up to which equal ones are kept once
+CSV_FACTOR = 20  # bytes of memory a byte of the file takes at most while its cells are strings; measured
 TEXT_BYTES = 64  # of memory a cell takes as a string
 MAX_SIZE = 1e30  # of a number: its square does not overflow
 MAX_NAMED = 20  # columns of a header that a message lists
@@ -87,9 +89,9 @@ def check_column(sheet: Sheet, key: str, name: str) -> None:
 def nearest(name: str, names: Sequence[str]) -> str:
     """Returns in words which of the names was meant, and what there is."""
     known = [one for one in names if one]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    meant = [f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
     there = ", ".join(known[:MAX_NAMED]) + ", ..." * (len(known) > MAX_NAMED)
-    return f" Did you mean {close[0]!r}?" * bool(close) + f" It has {there or 'none'}"
+    return f"{''.join(meant)} It has {there or 'none'}"
 
 
 def need_column(sheet: Sheet, name: str) -> None:
@@ -191,14 +193,16 @@ def _read_csv(file: str, marks: tuple[str, ...]) -> Sheet:
     line, header = csv_header(file, records)
     if not any(header):
         raise DataError(f"{file}: is empty: the first line must name the columns")
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise DataError(f"{file}, line {line}: {missing_column('', header)}")
     columns: tuple[list[str], ...] = tuple([] for _ in header)
-    lines = []
+    lines, seen = [], dict[str, str]()
     for line, cells in records:
         if len(cells) != len(header):
             raise DataError(f"{file}, line {line}: {len(cells)} values for {len(header)} columns")
         lines.append(line)
         for column, cell in zip(columns, cells, strict=True):
-            column.append(cell)
+            column.append(seen.setdefault(cell, cell) if len(cell) <= SHORT else cell)
     if not lines:
         raise DataError(f"{file}: has no rows")
     kept = [

@@ -11,7 +11,7 @@ from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets.dataset import Dataset, Source, number_dataset
 from fedprune_cli.world.datasets.encoding import MISSING, Reading, count_inputs, encode_table, learn_encoding
-from fedprune_cli.world.datasets.levels import classes, coded, held_out
+from fedprune_cli.world.datasets.levels import classes, coded, first_mixed, held_out
 from fedprune_cli.world.datasets.room import check_room
 from fedprune_cli.world.datasets.sheets import Sheet, check_column, key_texts, read_sheet
 from fedprune_cli.world.tables import shown
@@ -100,7 +100,7 @@ def read_source(sheet: Sheet, device: str | None, group: str | None, split: str 
     held = _held(sheet, split) if split else None
     if groups is not None and group:
         for values, what in ((owner, "of more than one device"), (held, "on both sides of the split")):
-            if values is not None and (mixed := _first_mixed(groups, values)) is not None:
+            if values is not None and (mixed := first_mixed(groups, values)) is not None:
                 raise DataError(
                     f"{sheet.where(mixed, group)}: the rows of {group}={shown(sheet.texts(group)[mixed])} are {what}: near-duplicates "
                     "belong together"
@@ -116,10 +116,3 @@ def _held(sheet: Sheet, split: str) -> Array:
             f"{sheet.where(row, split)}: {split}={shown(text)} is not allowed: must be train or test (0 or 1, false or true)"
         )
     return found
-
-
-def _first_mixed(groups: Array, values: Array) -> int | None:
-    """Returns the first row whose value differs from that of the first row of its group, None when there is none."""
-    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
-    mixed = np.flatnonzero(values[first][unit] != values)
-    return int(mixed[0]) if mixed.size else None
