@@ -154,7 +154,7 @@ def _laid_out(where: str, inputs: Array, layout: str | None) -> Array:
     if rank not in LAYOUTS[layout]:
         allowed = "; ".join(f"{name}: {' or '.join(map(str, ranks))} dimensions" for name, ranks in LAYOUTS.items())
         raise DataError(f"{where} has the shape {inputs.shape}, which data.layout={layout} is not: {allowed}")
-    if rank == 4 and layout == "images" and inputs.shape[3] in COLOURS and inputs.shape[1] not in COLOURS:
+    if rank == 4 and layout == "images" and inputs.shape[3] in COLOURS and inputs.shape[1] > max(COLOURS):
         raise DataError(
             f"{where} has the shape {inputs.shape}: the channels seem to stand last, which data.layout=channels_last reads; [samples, "
             "channels, height, width] is expected"
