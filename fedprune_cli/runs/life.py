@@ -89,7 +89,7 @@ def _beginning(setup: Setup, config: DictConfig, state: State, origin: Path | No
         OmegaConf.update(config, one.key, os.path.abspath(one.path))
     if root := OmegaConf.select(config, ROOT):
         OmegaConf.update(config, ROOT, os.path.abspath(root))
-    kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as is not None}
+    kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as and one.content is not None}
     return folder.Beginning(OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), state, kept, origin)
 
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -64,8 +64,12 @@ def read_newcomers(path: Path, setup: Setup) -> Samples:
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 
+DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, RuntimeError, KeyError)
+
+
 def _read_arrays(path: Path, seen: Input, classes: Sequence[str]) -> Asked:
-    """Reads `inputs` [n, ...] and, where there are any, `labels` [n]: numbers or names of classes."""
+    """Reads `inputs` [n, ...] and, where there are any, `labels` [n], under the names that they had in the run's own file."""
+    called, labelled = (str(seen.encoding.get(key, key)) for key in ("inputs", "labels"))
     read_bytes(path, MAX_BYTES, DataError)  # says what is wrong with a file that cannot be read
     try:
         with zipfile.ZipFile(path) as packed:
@@ -73,34 +77,23 @@ def _read_arrays(path: Path, seen: Input, classes: Sequence[str]) -> Asked:
         if size > MAX_BYTES:
             raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_BYTES} are read")
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if name in ("inputs", "labels")}
             names = list(arrays.files)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        EOFError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-        KeyError,
-    ) as error:
+            found = {name: arrays[name] for name in names if name in (called, labelled)}
+    except DAMAGED as error:
         raise DataError(f"{path}: damaged, or no arrays of numbers ({' '.join(str(error).split())[:100]})") from None
-    if "inputs" not in found:
-        raise unknown_array(path, names)
-    inputs = _fitting(found["inputs"], seen, str(path))
+    if called not in found:
+        has = ", ".join(map(one_line, names[:10])) or "nothing"
+        raise DataError(
+            f"{path}: there is no array {called!r} in it, but {has}; {called!r} [samples, ...] is needed, {labelled!r} [samples] may be"
+        )
+    inputs = found[called]
+    if seen.encoding.get("layout") == "channels_last" and inputs.ndim == 4:
+        inputs = inputs.transpose(0, 3, 1, 2)
+    inputs = _fitting(inputs, seen, str(path))
     labels = np.full(len(inputs), -1)
-    if "labels" in found:
-        labels = _labels(found["labels"], len(inputs), classes, str(path))
+    if labelled in found:
+        labels = _labels(found[labelled], len(inputs), classes, str(path), named="kind" in seen.encoding)
     return Asked(inputs, labels, tuple(map(str, range(len(inputs)))))
-
-
-def unknown_array(path: Path, names: Sequence[str]) -> DataError:
-    """Returns the error for an .npz without inputs."""
-    has = ", ".join(map(one_line, names[:10])) or "nothing"
-    return DataError(
-        f"{path}: there is no array 'inputs' in it, but {has}; 'inputs' [samples, ...] is needed, 'labels' [samples] may be"
-    )
 
 
 def _fitting(inputs: Array, seen: Input, where: str) -> Array:
@@ -126,11 +119,11 @@ def _fitting(inputs: Array, seen: Input, where: str) -> Array:
     return inputs.astype(np.uint8)
 
 
-def _labels(labels: Array, count: int, classes: Sequence[str], where: str) -> Array:
-    """Returns labels as indices into the classes, int64 [n]."""
+def _labels(labels: Array, count: int, classes: Sequence[str], where: str, *, named: bool) -> Array:
+    """Returns labels as indices into the classes, int64 [n]; named: a number is a class's name too, and not its index."""
     if labels.shape != (count,):
         raise DataError(f"{where}: labels have the shape {list(labels.shape)}, must be [{count}], one for each sample")
-    if labels.dtype.kind in "US":
+    if labels.dtype.kind in "US" or named:
         code = {name: at for at, name in enumerate(classes)}
         texts = [str(label) for label in labels.astype(str)]
         if strange := next((text for text in texts if text not in code), None):
@@ -146,14 +139,25 @@ def _labels(labels: Array, count: int, classes: Sequence[str], where: str) -> Ar
 
 def _read_images(path: Path, seen: Input, classes: Sequence[str]) -> Asked:
     """Reads an image, or those of a folder; the label of one in a folder that is called like a class is that class."""
-    if seen.encoding or seen.shape[1:] == (1, 1) or seen.shape[0] not in (1, 3):
+    from fedprune_cli.world.datasets.images import read_image
+
+    kind = seen.encoding.get("kind", "images")
+    if (
+        kind not in ("images", "arrays")
+        or seen.dtype != "uint8"
+        or min(seen.shape[1:]) == 1
+        or seen.shape[0] not in (1, 3)
+    ):
         raise DataError(f"{path}: this model does not take images, but samples of the shape {list(seen.shape)}")
     paths = sorted(_images_in(path)) if path.is_dir() else [path]
     if not paths:
         raise DataError(f"{path}: there are no images in it ({', '.join(IMAGES)})")
     code = {name: at for at, name in enumerate(classes)}
     labels = [code.get(one.parent.name, -1) if path.is_dir() and one.parent != path else -1 for one in paths]
-    inputs = np.stack([_read_image(one, seen) for one in paths])
+    if "kind" in seen.encoding and kind == "images":  # of any size: the run resized its own in the same way
+        inputs = np.stack([read_image(one, seen.shape) for one in paths])
+    else:
+        inputs = np.stack([_read_image(one, seen) for one in paths])
     return Asked(
         inputs, np.array(labels), tuple(str(one.relative_to(path)) if path.is_dir() else one.name for one in paths)
     )
@@ -179,9 +183,8 @@ def _read_image(path: Path, seen: Input) -> Array:
             pixels = _pixels(image, channels)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: no image that can be read ({type(error).__name__})") from None
-    levels = (
-        pixels if seen.scale == 255 else np.rint(pixels * (seen.scale / 255))
-    )  # a model may count its grey levels otherwise
+    # a model may count its grey levels otherwise
+    levels = pixels if seen.scale == 255 else np.rint(pixels * (seen.scale / 255))
     return levels.astype(seen.dtype)
 
 
@@ -195,6 +198,26 @@ def _pixels(image: Image, channels: int) -> Array:
 
 def _read_rows(path: Path, seen: Input, classes: Sequence[str]) -> Asked:
     """Reads the rows of a table by the encoding that the run learnt; labels stand in the run's own column of them, where it is there."""
-    raise DataError(
-        f"{path}: this model takes no rows of a table, but samples of the shape {list(seen.shape)} in an .npz"
+    from fedprune_cli.world.datasets.encoding import encode_table, labels_of
+    from fedprune_cli.world.datasets.sheets import read_sheet
+    from fedprune_cli.world.datasets.windows import encode_windows, window_labels
+
+    kind, encoding = seen.encoding.get("kind"), seen.encoding
+    if kind not in ("table", "windows"):
+        raise DataError(
+            f"{path}: this model takes no rows of a table, but samples of the shape {list(seen.shape)} in an .npz"
+        )
+    try:
+        sheet = read_sheet(str(path), cast(list[str], encoding["marks"]))
+        if kind == "table":
+            inputs, labels = encode_table(sheet, encoding), labels_of(sheet, encoding, classes)
+            names = [str(row + 1) for row in range(len(inputs))]
+        else:
+            inputs, first = encode_windows(sheet, encoding)
+            labels = window_labels(sheet, encoding, classes, first)
+            names = [f"from row {row + 1}" for row in first.tolist()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: the model's encoding of rows is damaged ({type(error).__name__})") from None
+    return Asked(
+        _fitting(inputs, seen, str(path)), np.full(len(inputs), -1) if labels is None else labels, tuple(names)
     )

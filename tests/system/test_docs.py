@@ -381,3 +381,24 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_a_network(tmp_path: Path
         )
         assert fetched
         assert [url for url in fetched if re.match(r"(?:https?:)?//", url)] == [], page.name
+
+
+# --- your data ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sensor_table_of_the_guide_is_trained_on_as_it_says() -> None:
+    """The guide's own table, its refusal to the letter, and its run, audited."""
+    text = (DOCS / "guide" / "your-data.md").read_text()
+    section = text.split("\n## A sensor table, from file to a trained run\n")[1].split("\n## ")[0]
+    exec(re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[0], {})
+    lines = section.replace("\\\n", " ").splitlines()
+    refused, trained, verified = [shlex.split(line)[1:] for line in lines if line.startswith("fedprune ")]
+    said = re.findall(r"^```text\nerror: (.*?)\n```$", section, re.MULTILINE)
+    with pytest.raises(errors.DataError) as raised:
+        life.begin_or_reopen(compose_config(refused[1:]))
+    assert [str(raised.value)] == said
+    small = [word for word in trained[1:] if not word.startswith("rounds=")]
+    setup = life.begin_or_reopen(compose_config([*small, "rounds=2", "model.hidden=[8]"]))
+    assert len(list(life.run(setup, Path(verified[1])))) == 2
+    assert setup.scenario.fleet.names == tuple(f"m{at:02}" for at in range(12))
+    assert not verify_run(setup, Path(verified[1]), 1).failures

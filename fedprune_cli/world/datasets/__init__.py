@@ -1,8 +1,12 @@
 """Datasets: what they are, and the table of those that can be chosen."""
 
+from fedprune_cli.world.datasets.arrays import Arrays
 from fedprune_cli.world.datasets.dataset import Dataset, DatasetConfig
 from fedprune_cli.world.datasets.downloaded import Cifar10, Cifar100, FashionMnist, Mnist
 from fedprune_cli.world.datasets.embedded import Digits, Patches
+from fedprune_cli.world.datasets.images import Folder
+from fedprune_cli.world.datasets.table import Table
+from fedprune_cli.world.datasets.windows import Windows
 
 __all__ = ["DATASETS", "Dataset", "DatasetConfig"]
 
@@ -13,4 +17,8 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "mnist": Mnist,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "folder": Folder,
+    "arrays": Arrays,
+    "table": Table,
+    "windows": Windows,
 }
