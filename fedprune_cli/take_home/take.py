@@ -153,7 +153,7 @@ def _devices(run: Finished, learner: Learner, device: int) -> Taken:
     task = own_test(run.state, run.masks, device) if trained else fresh_test(run.setup, run.state, device)
     score = evaluate(learner, task)
     taken = _taken(run, learner, int(run.masks[device].sum()) if trained else len(run.state.shared))
-    called = run.names[device] if trained and run.names else str(device)
+    called = run.names[device] if run.names and device < len(run.names) else str(device)
     return _said(
         taken,
         kind="trained" if trained else "fresh",
