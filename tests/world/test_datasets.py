@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedprune_cli.errors import ConfigError, DataError
-from fedprune_cli.world.datasets import DATASETS, downloaded, embedded
+from fedprune_cli.world.datasets import DATASETS, arrivals, downloaded, embedded
 from fedprune_cli.world.datasets.downloaded import Cifar10, FashionMnist, Mnist
 from fedprune_cli.world.datasets.embedded import Digits, Patches
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monke
 
 def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
     def killed() -> None:
-        with downloaded._staged(tmp_path) as stage:
+        with arrivals.staged(tmp_path) as stage:
             (stage / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -189,7 +189,7 @@ def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
 def test_a_download_replaces_no_file_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "MNIST" / "raw" / "mine").write_text("kept")
-    with downloaded._staged(tmp_path) as stage:
+    with arrivals.staged(tmp_path) as stage:
         (stage / "MNIST" / "raw").mkdir(parents=True)
         (stage / "MNIST" / "raw" / "new").write_text("x")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
@@ -261,7 +261,7 @@ def test_patches_without_a_photograph_say_what_to_install(monkeypatch: pytest.Mo
 def test_a_changed_pixel_in_a_file_that_was_brought_here_is_found(tmp_path: Path) -> None:
     """The file's form is right and its checksum is not: a file of the user's own, which has none, is taken as it is."""
     header = bytes((0, 0, 8, 1)) + (3).to_bytes(4, "big")
-    with downloaded._staged(tmp_path) as stage:
+    with arrivals.staged(tmp_path) as stage:
         (stage / "labels").write_bytes(header + bytes((1, 2, 3)))
     assert downloaded._read_idx(tmp_path / "labels", 1).tolist() == [1, 2, 3]
     (tmp_path / "labels").write_bytes(header + bytes((1, 2, 2)))
