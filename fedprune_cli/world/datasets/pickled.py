@@ -7,7 +7,6 @@ numpy writes are known by their spelling, and any other is refused.
 
 from __future__ import annotations
 
-import io
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 
 from fedprune_cli.errors import DataError
 
-_MAGIC = b"\x93NUMPY"
+_HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(127) + b"\n"
 _ARRAY, _TYPE, _ENCODE, _CLASS = "array", "dtype", "encode", "class"
 _KNOWN = {
     "numpy.core.multiarray _reconstruct": _ARRAY,
@@ -64,13 +63,9 @@ _MALFORMED = (
 def read_pickled_object(data: bytes, where: str) -> Any:
     """Returns the value in a .npy file that holds one pickled object; raises DataError for a file with anything but values in it."""
     try:
-        if data[:6] != _MAGIC:
-            raise _OtherError("no .npy file")
-        stream = io.BytesIO(data)
-        np.lib.format.read_magic(stream)
-        if np.lib.format.read_array_header_1_0(stream)[2] != np.dtype(object):
-            raise _OtherError("holds no object")
-        whole = _plain(_walk(data[stream.tell() :]))
+        if not data.startswith(_HEADER):
+            raise _OtherError("no .npy file of one object")
+        whole = _plain(_walk(data[len(_HEADER) :]))
         if not isinstance(whole, list) or len(whole) != 1:
             raise _OtherError("holds more than one object")
         return whole[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprune_cli.errors import ConfigError, require
+from fedprune_cli.errors import DataError, require
 from fedprune_cli.world.datasets.dataset import Dataset, Source, token_dataset
 from fedprune_cli.world.datasets.packages import Package, packaged_files
 from fedprune_cli.world.datasets.stretches import cut
@@ -27,7 +27,7 @@ VOCABULARY = "\n !\"&'(),-.:;?" + string.ascii_uppercase + string.ascii_lowercas
 
 _SUFFIX = "_gut.txt"
 _DIRECTION = re.compile(r"[\[{][^\]}]*[\]}]")
-_SPEAKER = re.compile(r"[A-Z][A-Za-z'., -]{0,39}")
+_SPEAKER = re.compile(r"[A-Z][A-Za-z'. -]{0,39}")
 _HEADING = re.compile(r"(ACT|SCENE|PROLOGUE|EPILOGUE|DRAMATIS|PERSONS?)\b", re.IGNORECASE)
 _ABSENT = re.compile(f"[^{re.escape(VOCABULARY)}]")
 
@@ -68,7 +68,7 @@ class Shakespeare:
             if len(text) >= self.min_chars
         }
         if len(said) < self.roles:
-            raise ConfigError(
+            raise DataError(
                 f"data.roles={self.roles}: must be at most {len(said)}: no more roles have data.min_chars={self.min_chars} characters"
             )
         names = sorted(sorted(said, key=lambda name: (-len(said[name]), name))[: self.roles])
