@@ -381,3 +381,34 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_a_network(tmp_path: Path
         )
         assert fetched
         assert [url for url in fetched if re.match(r"(?:https?:)?//", url)] == [], page.name
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_of_data_counts_what_is_there() -> None:
+    """Every table of docs/data.md, made anew from the data."""
+    spec = importlib.util.spec_from_file_location("counts", ROOT / ".ci" / "counts.py")
+    assert spec
+    assert spec.loader
+    counts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counts)
+    page = counts.PAGE.read_text()
+    try:
+        again = counts.written(page)
+    except errors.DataError as error:
+        if "cannot be had" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert again == page
+    assert counts.written(page.replace("| person 01 | 497 |", "| person 01 | 498 |")) == page
+
+
+def test_the_page_of_data_names_every_dataset_and_its_licence() -> None:
+    page = (DOCS / "data.md").read_text()
+    first = page.index("| data | what it is | from | licence |")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page[first:].split("\n\n")[0].splitlines()[2:]]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == set(GROUPS["data"])
+    assert all(len(row) == 4 and row[2] and row[3] for row in rows)

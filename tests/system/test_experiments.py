@@ -23,7 +23,7 @@ SMALL = (
 )  # fmt: skip
 NATURAL = {  # experiments whose devices are those that a package's data names, and what a small round of them needs
     "watch": ("partition=dirichlet",),
-    "shakespeare": ("partition=dirichlet", "data.roles=4"),
+    "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
 }
 HEAVY = ("colour", "headline_fmnist")  # whose data and models are large: slow tests, with `headline`'s arms
 LIGHT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in HEAVY)
