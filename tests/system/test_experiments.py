@@ -66,6 +66,12 @@ def skip_without_data(experiment: Experiment) -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.parametrize("name", HEAVY)
+def test_every_heavy_arm_is_sound_and_asks_something_of_its_own(name: str) -> None:
+    arms = [build_experiment(compose_config([f"experiment={name}", *of])) for of in arms_of(name).values()]
+    assert len({experiment.config_hash for experiment in arms}) == len(arms)
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_every_arm_runs_a_round_and_asks_something_of_its_own(name: str) -> None:
     arms = [
