@@ -1,9 +1,9 @@
 """Channels: which entries of a model belong to the same filter or neuron, so that a whole one can be left out.
 
 A channel group is a set of tensor axes that must keep the same channels: what a layer puts out, what the next one takes in, the
-norms between them, the gates of a recurrent layer, and everything that a residual sum ties together. A unit is what is kept or dropped as a whole: one channel, or one
-of each group of a GroupNorm, so that its groups stay equal. Leaving a unit out of a model without norms is the same function as
-zeroing its entries; a GroupNorm takes its statistics over the channels that are left.
+norms between them, the gates of a recurrent layer, and everything that a residual sum ties together. A unit is what is kept or
+dropped as a whole: one channel, or one of each group of a GroupNorm, so that its groups stay equal. Leaving a unit out of a model
+without norms is the same function as zeroing its entries; a GroupNorm takes its statistics over the channels that are left.
 """
 
 from __future__ import annotations
