@@ -13,6 +13,7 @@ from torch import nn
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
+from fedprune_cli.learn.batched import batches, train_block
 from fedprune_cli.learn.client import Learner, Task, evaluate, train
 from fedprune_cli.learn.cost import count_cost
 from fedprune_cli.learn.kept import Channels, Entries, Whole
@@ -38,14 +39,14 @@ def config_of(*overrides: str) -> ModelConfig:
     return build_experiment(compose_config([*overrides])).model
 
 
-def learner_of(*overrides: str) -> Learner:
+def learner_of(*overrides: str, personal: str = "head") -> Learner:
     """Returns a learner on real digits whose rows are the axes of a window of 8 steps; as tokens, every other pixel in reading order."""
     setup = make_setup()
     whole, dataset = build_learner(setup.experiment, setup.scenario), setup.scenario.dataset
     tokens = "model.embedding=6" in overrides
     inputs = dataset.inputs.reshape(-1, 1, 1, 64)[..., ::2] if tokens else dataset.inputs.reshape(-1, 8, 1, 8)
     seen = {"scale": 1.0, "mean": (0.0,), "std": (1.0,)} if tokens else {}
-    parts = split_model(build_model(config_of(*overrides), inputs.shape[1:], 10, seed=0), "head")
+    parts = split_model(build_model(config_of(*overrides), inputs.shape[1:], 10, seed=0), personal)
     layout = find_channels(parts, count_cost(parts, inputs.shape[1:]))
     return replace(whole, parts=parts, inputs=inputs, layout=layout, **seen)
 
@@ -77,6 +78,66 @@ def test_training_a_slice_is_training_with_dropped_units_frozen_at_zero(name: st
     assert np.abs(small.shared - whole.shared[masks[1]]).max() > 1e-3
     after = train(learner, whole)  # a slice leaves nothing behind
     np.testing.assert_array_equal(after.shared, train(learner_of(*SMALL[name]), whole).shared)
+
+
+def tasks_of(learner: Learner) -> list[Task]:
+    """Seven devices with different numbers of steps and samples in a step, of which some keep everything and some little."""
+    phases = (Phase("personal", 1), Phase("shared", 2), Phase("both", 2))
+    rng = np.random.default_rng(0)
+    size = learner.parts.shared.numel()
+    return [
+        replace(
+            task_of(learner, Entries(np.packbits(rng.random(size) < 0.6)) if device % 2 else Whole(), phases),
+            device=device % 4,
+            schedule=by_steps([Phase(p.kind, p.steps + device % 3) for p in phases], 5 + device, 8),
+        )
+        for device in range(7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "personal", "decay"),
+    [
+        ("gru", "head", 0.0), ("gru", "input", 0.1), ("gru", "rnn2+head", 0.0), ("gru", "rnn2", 0.1), ("gru", "none", 0.0),
+        ("tokens", "head", 0.1), ("tokens", "input", 0.0), ("tokens", "rnn1", 0.1),
+    ],
+)  # fmt: skip
+def test_grus_side_by_side_train_like_the_loop(name: str, personal: str, decay: float) -> None:
+    learner = learner_of(*SMALL[name], personal=personal)
+    learner = replace(learner, training=replace(learner.training, block=7, weight_decay=decay, lr=0.3, personal_lr=0.2))
+    assert batches(learner.parts, learner.training)
+    tasks = tasks_of(learner)
+    for task, other in zip(tasks, train_block(learner, tasks), strict=True):
+        one = train(learner, task)
+        np.testing.assert_allclose(one.shared, other.shared, atol=2e-6)
+        np.testing.assert_allclose(one.personal, other.personal, atol=2e-6)
+        assert one.train_loss is not None
+        assert np.isclose(one.train_loss, other.train_loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gru", "tokens"])
+def test_a_gru_does_not_depend_on_its_company(name: str) -> None:
+    learner = learner_of(*SMALL[name])
+    learner = replace(learner, training=replace(learner.training, block=7))
+    tasks = tasks_of(learner)
+    want = train_block(learner, [tasks[2]])[0]
+    for company in (tasks[:3], tasks[1:5]):
+        got = next(update for update in train_block(learner, company) if update.device == 2)
+        assert (want.shared.tobytes(), want.personal.tobytes()) == (got.shared.tobytes(), got.personal.tobytes())
+        assert want.train_loss == got.train_loss
+
+
+def test_only_small_grus_under_plain_sgd_are_batched() -> None:
+    training = learner_of(*SMALL["gru"]).training
+    for overrides, plain, expected in (
+        (SMALL["gru"], training, True),
+        (SMALL["tokens"], training, True),
+        (("model=gru", "model.hidden=[65]"), training, False),
+        (SMALL["cnn1d"], training, False),
+        (SMALL["gru"], replace(training, momentum=0.9), False),
+    ):
+        parts = split_model(build_model(config_of(*overrides), (1, 1, 9), 10, seed=0), "head")
+        assert batches(parts, plain) == expected, overrides
 
 
 @pytest.mark.parametrize("name", SMALL)
