@@ -28,6 +28,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.execute import executor
+from fedprune_cli.report import drawing
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs import life
@@ -136,10 +137,19 @@ PRELOADED = [
 ]  # fmt: skip
 
 
+def without_drawing() -> None:
+    """Makes figures that show nothing: drawing them takes longer than a tiny run."""
+    drawing.Drawing.svg = lambda _: "<svg></svg>"  # type: ignore[method-assign]
+    drawing.Drawing.pdf = lambda _: b"%PDF"  # type: ignore[method-assign]
+
+
 def fedprune(
-    *arguments: str, cwd: str = ".", before: Callable[[], None] | None = None
+    *arguments: str, cwd: str = ".", before: Callable[[], None] = without_drawing
 ) -> subprocess.CompletedProcess[str]:
-    """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds."""
+    """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds.
+
+    before: what that process does first. Figures are not drawn: tests/report looks at those.
+    """
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as place:
         streams = [os.path.join(place, name) for name in ("stdout", "stderr")]
@@ -153,13 +163,12 @@ def fedprune(
     return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
 
 
-def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: Callable[[], None] | None) -> None:
+def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: Callable[[], None]) -> None:
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
     sys.argv = ["fedprune", *arguments]
-    if before:
-        before()
+    before()
     cli.main()
 
 

@@ -52,6 +52,12 @@ def check(record: RoundRecord) -> None:
         assert record.train_loss is None or 0 < record.train_loss < math.inf
 
 
+@pytest.mark.parametrize("name", HEAVY)
+def test_every_heavy_arm_is_sound_and_asks_something_of_its_own(name: str) -> None:
+    arms = [build_experiment(compose_config([f"experiment={name}", *of])) for of in arms_of(name).values()]
+    assert len({experiment.config_hash for experiment in arms}) == len(arms)
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_every_arm_runs_a_round_and_asks_something_of_its_own(name: str) -> None:
     arms = [
