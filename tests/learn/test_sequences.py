@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_CASES, make_setup, model_inputs
+from conftest import MODEL_CASES, make_setup, model_inputs, run_to_end
 from torch import nn
 
 from fedprune_cli.config.build import build_experiment
@@ -25,6 +26,8 @@ from fedprune_cli.learn.recurrent import Gru
 from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.learn.structured import find_channels
 from fedprune_cli.round.setup import build_learner
+from fedprune_cli.world.datasets.dataset import number_dataset, token_dataset
+from fedprune_cli.world.datasets.embedded import Digits
 
 TOKENS = next(name for name in MODEL_CASES if "embedding" in name)
 SMALL = {
@@ -149,6 +152,26 @@ def test_it_learns_digits(name: str) -> None:
     before = evaluate(learner, task)
     after = evaluate(learner, replace(task, shared=trained.shared, personal=trained.personal))
     assert after.correct > before.correct + after.total / 5
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_prunes_and_keeps_its_deadline(
+    name: str, granularity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run, on digits whose rows are axes, or whose pixels are tokens."""
+    digits = Digits("digits", None).load()
+    windows = number_dataset("digits", digits.inputs.reshape(-1, 8, 1, 8), digits.labels, 10)
+    texts = token_dataset("digits", digits.inputs.reshape(-1, 1, 1, 64)[..., ::4], digits.labels, 10)
+    monkeypatch.setattr(Digits, "load", lambda self: texts if name == "tokens" else windows)
+    records = run_to_end(tmp_path / "run", *SMALL[name], f"pruner.granularity={granularity}")
+    assert len(records) == 3
+    for record in records:
+        assert max(record["devices"]["prune_ratio"]) > 0
+        rounded = 1e-9 if granularity == "channel" else 1e-3  # a mask keeps a whole number of entries
+        assert record["latency_s"] <= record["deadline_s"] * (1 + rounded)
+        assert np.isfinite(record["train_loss"])
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
 
 
 def test_a_gru_is_its_equations() -> None:
