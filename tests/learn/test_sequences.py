@@ -168,7 +168,7 @@ def test_a_run_prunes_and_keeps_its_deadline(
     assert len(records) == 3
     for record in records:
         assert max(record["devices"]["prune_ratio"]) > 0
-        rounded = 1e-9 if granularity == "channel" else 1e-3  # a mask keeps a whole number of entries
+        rounded = 1e-9 if granularity == "channel" else 5e-3  # a mask keeps a whole number of some 500 entries
         assert record["latency_s"] <= record["deadline_s"] * (1 + rounded)
         assert np.isfinite(record["train_loss"])
     assert records[-1]["train_loss"] < records[0]["train_loss"]
