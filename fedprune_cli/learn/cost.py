@@ -23,12 +23,14 @@ class ModelCost:
     shared_params U, personal_params V; param_flops: per training step kind (`personal`, `shared`, `both`: which part is
     updated) the FLOPs of one sample, forward and backward, that each parameter takes part in, float64 [parameters], the
     `num_shared` shared ones first. Counted are matrix products and convolutions (2 FLOPs per multiply-add); elementwise work is not.
+    kinds: of each parameter's layer: `dense`, `conv`, `depthwise`, `recurrent`, or `elementwise` for what only scales, adds or looks up.
     """
 
     shared_params: int
     personal_params: int
     num_shared: int
     param_flops: dict[str, Array]
+    kinds: tuple[str, ...]
 
     @property
     def flops(self) -> dict[str, tuple[float, float]]:
@@ -50,7 +52,14 @@ def count_cost(parts: Parts, shape: Shape) -> ModelCost:
     for kind in ("personal", "shared", "both"):
         trained = parts.shared_params * (kind != "personal") + parts.personal_params * (kind != "shared")
         flops[kind] = _step_flops(parts, shape, trained) if trained else np.zeros(len(parts.names))
-    return ModelCost(parts.shared.numel(), parts.personal.numel(), len(parts.shared_params), flops)
+    kinds = tuple(_kind(parts.model.get_submodule(name.rpartition(".")[0])) for name, _ in parts.names)
+    return ModelCost(parts.shared.numel(), parts.personal.numel(), len(parts.shared_params), flops, kinds)
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Conv2d):
+        return "depthwise" if 1 < layer.groups == layer.out_channels else "conv"
+    return "dense" if isinstance(layer, nn.Linear) else "recurrent" if one_layer(layer) else "elementwise"
 
 
 def _conv_backward_flops(

@@ -66,6 +66,27 @@ def test_costs_add_up_over_every_split(name: str) -> None:
 
 
 @each_model
+def test_all_flops_are_those_of_layers_of_a_known_kind(name: str) -> None:
+    parts = parts_of(name, "head")
+    cost = count_cost(parts, MODEL_CASES[name])
+    kinds = np.array(cost.kinds)
+    assert [kind for kind, (at, _) in zip(cost.kinds, parts.names, strict=True) if at.startswith("head")] == [
+        "dense"
+    ] * 2
+    assert cost.param_flops["both"][kinds == "elementwise"].sum() == 0
+    own = {
+        "cnn": {"conv"},
+        "resnet18": {"conv"},
+        "mobilenet": {"conv", "depthwise"},
+        "cnn1d": {"conv"},
+        "gru": {"recurrent"},
+    }
+    counted = {"dense"} | own.get(name.split()[0].removeprefix("model="), set())
+    assert set(kinds) - {"elementwise"} == counted
+    assert all(cost.param_flops["both"][kinds == kind].sum() > 0 for kind in counted)
+
+
+@each_model
 def test_the_flops_of_a_step_are_those_of_three_forward_passes_less_gradients_that_nobody_needs(name: str) -> None:
     parts = parts_of(name, "none")
     flops, unneeded = 0, 0
