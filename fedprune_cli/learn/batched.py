@@ -8,6 +8,7 @@ those of the loop over devices (`client.train`), which the tests hold it against
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,9 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     """
     learner.parts.make_whole()
     members = [*tasks, *[tasks[0]] * (learner.training.block - len(tasks))]
-    shared = torch.from_numpy(np.stack([task.shared for task in members]))
-    personal = torch.from_numpy(np.stack([task.personal for task in members]))
+    align = _align(learner.parts)
+    shared = _stack([task.shared for task in members], align)
+    personal = _stack([task.personal for task in members], align)
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
@@ -98,6 +100,16 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
         mask = None if keep is None else keep[row].numpy() > 0
         updates.append(send(learner.seed, task, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
     return updates
+
+
+def _align(parts: Parts) -> int:
+    """Returns of how many numbers each member's part of a tensor is a multiple."""
+    return beside.ALIGN if any(isinstance(layer, Gru) for layer in _leaves(parts)) else 1
+
+
+def _stack(vectors: Sequence[Array], align: int) -> Tensor:
+    """Returns the vectors as rows of a matrix, which begin at multiples of `align` numbers."""
+    return beside.rows(len(vectors), len(vectors[0]), align).copy_(torch.from_numpy(np.stack(vectors)))
 
 
 def _masks(members: Sequence[Task], size: int) -> Tensor | None:
@@ -186,12 +198,13 @@ def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: 
 
     The shape is always the same: a batch that is not full, or that a member no longer has, is filled up with any sample.
     """
-    batch = learner.training.batch_size
+    align = _align(learner.parts)
+    batch = math.ceil(learner.training.batch_size / align) * align
     chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
     sizes = np.zeros((len(members), steps), dtype=np.float32)
     for at, member in enumerate(members):
         part = member.table[start : start + steps]
-        chosen[at, : len(part)] = part
+        chosen[at, : len(part), : part.shape[1]] = part
         sizes[at, : len(part)] = member.sizes[start : start + steps]
     x, y = samples(learner, chosen.ravel())
     return (

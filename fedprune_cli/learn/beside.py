@@ -1,16 +1,21 @@
 """Layers of several devices' models side by side, with their backward passes written out.
 
 A layer's parameters are views of all members' vectors, float32 [members, ...]. Each product is one of matrices by member, and each other
-operation goes entry by entry, so that a member's numbers do not depend on the others'.
+operation goes entry by entry, so that a member's numbers do not depend on the others'. Nor on its place among them, if all places lie
+alike in memory: MKL's products depend on whether a matrix begins at a multiple of 16 bytes, and PyTorch's sigmoid on whether an entry is
+among the last of its tensor. So a recurrent layer's members have a multiple of ALIGN numbers, and its functions are written into slices.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+ALIGN = 4  # numbers of 4 bytes
 
 
 @dataclass(frozen=True)
@@ -119,28 +124,28 @@ class Gru:
         fixed = torch.baddbmm(self.bias_input.unsqueeze(1), x, self.by_input.transpose(1, 2))
         fixed = fixed.view(members, length, batch, -1)
         weight, bias = self.by_state.transpose(1, 2), self.bias_state.unsqueeze(1)
-        states, new, inner = (x.new_empty(members, length + extra, batch, width) for extra in (1, 0, 0))
-        gates = x.new_empty(members, length, batch, 2 * width)  # reset and update
-        state = states[:, 0] = x.new_zeros(members, batch, width)
+        shape = (members, length + 1, batch, width)  # one more than steps, so that no slice is a whole
+        states, reset, update, new, inner = (x.new_empty(shape) for _ in range(5))
+        state = states[:, 0].zero_()
         for step in range(length):
-            of_state, of_input = torch.baddbmm(bias, state, weight), fixed[:, step]
-            gate = torch.sigmoid_(of_state[..., : 2 * width] + of_input[..., : 2 * width])
-            candidate = torch.addcmul(of_input[..., 2 * width :], gate[..., :width], of_state[..., 2 * width :]).tanh_()
-            state = torch.lerp(candidate, state, gate[..., width:])
-            gates[:, step], inner[:, step], new[:, step] = gate, of_state[..., 2 * width :], candidate
-            states[:, step + 1] = state
-        return state if self.last else states[:, 1:], (x, states, gates, new, inner)
+            of_state, of_input = torch.baddbmm(bias, state, weight).chunk(3, 2), fixed[:, step].chunk(3, 2)
+            inner[:, step] = of_state[2]
+            torch.add(of_state[0], of_input[0], out=reset[:, step]).sigmoid_()
+            torch.add(of_state[1], of_input[1], out=update[:, step]).sigmoid_()
+            torch.addcmul(of_input[2], reset[:, step], of_state[2], out=new[:, step]).tanh_()
+            state = torch.lerp(new[:, step], state, update[:, step], out=states[:, step + 1])
+        return state if self.last else states[:, 1:], (x, states, reset, update, new, inner)
 
     def backward(self, error: Tensor, kept: tuple[Tensor, ...], change: Change, back: bool) -> Tensor | None:
-        x, states, gates, new, inner = kept
+        x, states, *of_steps = kept
+        reset, update, new, inner = (values[:, :-1] for values in of_steps)
         members, length, batch, width = new.shape
-        reset, update = gates[..., :width], gates[..., width:]
         # what a change of the state after a step does to the sums in the gates and in the candidate of this step
         to_new = (1 - update) * (1 - new * new)
         to_reset = inner * reset * (1 - reset)
         to_update = (states[:, :-1] - new) * update * (1 - update)
         sums = error.new_empty(members, length, batch, 3 * width)  # gradients by what the state adds to them
-        of_new = torch.empty_like(new)  # and by what the input adds to the candidate
+        of_new = error.new_empty(members, length, batch, width)  # and by what the input adds to the candidate
         after = error if self.last else error[:, -1]
         for step in range(length - 1, -1, -1):
             candidate = torch.mul(after, to_new[:, step])
@@ -154,8 +159,23 @@ class Gru:
         of_inputs = torch.cat((by_sum[..., : 2 * width], of_new.flatten(1, 2)), 2)
         before = torch.bmm(of_inputs, self.by_input).view(members, length, batch, -1) if back else None
         if change.rate:
-            change.descend(self.by_input, torch.bmm(of_inputs.transpose(1, 2), x))
-            change.descend(self.by_state, torch.bmm(by_sum.transpose(1, 2), states[:, :-1].flatten(1, 2)))
+            change.descend(self.by_input, _product(of_inputs, x))
+            change.descend(self.by_state, _product(by_sum, states[:, :-1].flatten(1, 2)))
             change.descend(self.bias_input, of_inputs.sum(1))
             change.descend(self.bias_state, by_sum.sum(1))
         return before
+
+
+def rows(count: int, width: int, align: int) -> Tensor:
+    """Returns zeros, float32 [count, width], of which each row begins at a multiple of `align` numbers."""
+    return torch.zeros(count, math.ceil(width / align) * align)[:, :width]
+
+
+def _product(error: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient by a weight, error' x [members, out, in], summed over all steps before the weight is touched.
+
+    Added to the weight term by term, as in `Linear`, hundreds of terms would be rounded to the weight's digits.
+    """
+    shape = (error.shape[2], x.shape[2])
+    product = rows(len(x), math.prod(shape), ALIGN).view(-1, *shape)
+    return torch.bmm(error.transpose(1, 2), x, out=product)

@@ -92,7 +92,9 @@ def tasks_of(learner: Learner) -> list[Task]:
         replace(
             task_of(learner, Entries(np.packbits(rng.random(size) < 0.6)) if device % 2 else Whole(), phases),
             device=device % 4,
-            schedule=by_steps([Phase(p.kind, p.steps + device % 3) for p in phases], 5 + device, 8),
+            schedule=by_steps(
+                [Phase(p.kind, p.steps + device % 3) for p in phases], 3 + device, learner.training.batch_size
+            ),
         )
         for device in range(7)
     ]
@@ -118,14 +120,18 @@ def test_grus_side_by_side_train_like_the_loop(name: str, personal: str, decay: 
         assert np.isclose(one.train_loss, other.train_loss, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gru", "tokens"])
-def test_a_gru_does_not_depend_on_its_company(name: str) -> None:
-    learner = learner_of(*SMALL[name])
-    learner = replace(learner, training=replace(learner.training, block=7))
-    tasks = tasks_of(learner)
+@pytest.mark.parametrize(
+    ("name", "hidden", "batch"), [("gru", "[12,10]", 7), ("gru", "[5,7]", 10), ("tokens", "[9]", 5)]
+)
+def test_a_gru_does_not_depend_on_its_company_nor_on_its_place(name: str, hidden: str, batch: int) -> None:
+    learner = learner_of(*SMALL[name], f"model.hidden={hidden}")
+    learner = replace(learner, training=replace(learner.training, block=5, batch_size=batch))
+    tasks = tasks_of(learner)[:4]
     want = train_block(learner, [tasks[2]])[0]
-    for company in (tasks[:3], tasks[1:5]):
-        got = next(update for update in train_block(learner, company) if update.device == 2)
+    for place in range(4):
+        company = [*tasks[:2], tasks[3]]
+        company.insert(place, tasks[2])
+        got = train_block(learner, company)[place]
         assert (want.shared.tobytes(), want.personal.tobytes()) == (got.shared.tobytes(), got.personal.tobytes())
         assert want.train_loss == got.train_loss
 
