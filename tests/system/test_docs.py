@@ -99,7 +99,7 @@ def test_what_the_reference_allows_is_what_the_program_allows() -> None:
     assert said["faults.die"] == "in [0, 1]"
     assert said["channel.noise_dbm_per_hz"] == "any finite number"
     assert said["failsafe.aggregation"] == "one of mean, median, trimmed_mean"
-    assert said["model.hidden"] == "a list of at most 100 widths in 1..100000 (mlp); in 1..100000 (cnn)"
+    assert said["model.hidden"].startswith("a list of at most 100 widths in 1..100000 (mlp); in 1..100000 (cnn, cnn1d)")
     for bad in ("devices.min_cpu_ghz=1e-7", "devices.radius_km=10001", "faults.die=1.1", "failsafe.aggregation=mode"):
         with pytest.raises(ConfigError):
             build_experiment(compose_config([bad]))
