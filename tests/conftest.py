@@ -172,6 +172,13 @@ def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: C
     cli.main()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives slow proofs two hours in place of ten minutes: a machine that does other work too is no failure."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(7200))
+
+
 def extra(name: str) -> list[str]:
     """Returns the requirements of one of the package's extras."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
