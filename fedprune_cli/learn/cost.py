@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,11 @@ class ModelCost:
         """Per step kind the FLOPs of one sample in the shared and in the personalized blocks."""
         at = self.num_shared
         return {kind: (float(f[:at].sum()), float(f[at:].sum())) for kind, f in self.param_flops.items()}
+
+    def weighted(self, scale: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """Returns `flops` with each layer's FLOPs times the scale of its kind."""
+        of_param = np.array([scale[kind] for kind in self.kinds])
+        return replace(self, param_flops={kind: of_param * flops for kind, flops in self.param_flops.items()}).flops
 
     def sliced(self, kept: Array) -> ModelCost:
         """Returns the cost of a model that has the fraction `kept` [parameters] of each parameter's entries.
