@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from hypothesis import settings
 
 from fedprune_cli.commands import app as cli
@@ -55,6 +56,24 @@ def make_experiment(*overrides: str) -> Experiment:
 def make_setup(*overrides: str) -> Setup:
     """Returns the setup of a tiny experiment, built once."""
     return prepare(make_experiment(*overrides))
+
+
+MODEL_CASES = {  # what the laws over models run with, and the shape of the inputs
+    "model=mlp": (1, 8, 8),
+    "model=cnn": (1, 28, 28),
+    "model=resnet18": (3, 32, 32),
+    "model=mobilenet": (3, 32, 32),
+    "model=cnn1d": (6, 1, 21),
+    "model=gru": (6, 1, 12),
+    "model=gru model.hidden=[24,16] model.embedding=8 model.vocabulary=30": (1, 1, 9),
+}
+
+
+def model_inputs(case: str, count: int) -> torch.Tensor:
+    """Returns random inputs of one of the cases, [count, C, H, W]."""
+    generator, shape = torch.Generator().manual_seed(0), (count, *MODEL_CASES[case])
+    tokens = "embedding" in case
+    return torch.randint(30, shape, generator=generator).float() if tokens else torch.randn(shape, generator=generator)
 
 
 Line = dict[str, Any]  # of rounds.jsonl, as JSON has it

@@ -20,7 +20,7 @@ from fedprune_cli.world.datasets.dataset import Dataset
 CLASSES, MACHINES = ("ok", "worn", "broken"), ("m10", "m2", "m1", "m7")
 REQUIRED = {
     "table": ("data.file=x.csv", "data.label=state"),
-    "windows": ("data.file=x.csv", "data.label=act"),
+    "windows": ("data.file=x.csv", "data.label=act", "model=mlp"),
     "arrays": ("data.file=x.npz",),
     "folder": ("data.root=x", "model=mlp"),
 }

@@ -42,7 +42,8 @@ class Limits:
     """What each device may use besides its time, float64 [K] and SI.
 
     min_bandwidth_hz, max_bandwidth_hz: 0 and infinite where there is none. energy_budget_j E, infinite where there is none, bounds
-    the joules of a round, x_k (shared_energy_j + tx_power_w c_k / r_k(b_k)) + fixed_energy_j (computing and sending; not listening).
+    the joules of a round, x_k (shared_energy_j + tx_power_w c_k / r_k(b_k)) + fixed_energy_j (computing and sending; not listening);
+    tx_power_w is what sending draws, of which a radio radiates a part.
     All of them keep P1 convex: what the energy allows, psi = (E - fixed) r / (shared_energy r + tx_power c), has phi's form.
     Not offered yet, although exact ways are known: a clock or a transmit power chosen together with the ratio, which keep phi
     concave in b (model.md, section 4).

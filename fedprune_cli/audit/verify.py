@@ -312,7 +312,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    yield from _meter_failures(record, again.cut_short(work, load.fleet.tx_power_w))
+    yield from _meter_failures(record, again.cut_short(work, load.fleet.radio_power_w))
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_experiment, make_setup, run_to_end
+from conftest import MODEL_CASES, make_experiment, make_setup, model_inputs, run_to_end
 from torch import nn
 
 from fedprune_cli.config.build import build_experiment
@@ -18,7 +18,7 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Task, train
 from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.kept import Channels, Entries, Whole
-from fedprune_cli.learn.models import MODELS, build_model
+from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import Parts, split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.prune import PRUNERS, Masks, build_masks, least_kept, shares_by_level
@@ -28,20 +28,19 @@ from fedprune_cli.round.setup import build_learner, prepare
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
 
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
-each_model = pytest.mark.parametrize("name", MODELS)
+each_model = pytest.mark.parametrize("name", MODEL_CASES)
 CHANNEL = "pruner.granularity=channel"
 
 
 def parts_of(name: str, personal: str = "head") -> Parts:
-    config = build_experiment(compose_config([f"model={name}"])).model
-    return split_model(build_model(config, SHAPES[name], 10, seed=0), personal)
+    config = build_experiment(compose_config([*name.split()])).model
+    return split_model(build_model(config, MODEL_CASES[name], 10, seed=0), personal)
 
 
 @functools.cache
 def layout_of(name: str, personal: str = "head") -> tuple[Layout, ModelCost]:
     parts = parts_of(name, personal)
-    cost = count_cost(parts, SHAPES[name])
+    cost = count_cost(parts, MODEL_CASES[name])
     return find_channels(parts, cost), cost
 
 
@@ -96,7 +95,7 @@ def test_the_channels_are_thinned_in_step_and_none_is_lost(name: str) -> None:
 def test_the_flops_of_a_slice_are_those_counted_on_the_smaller_model(name: str) -> None:
     layout, cost = layout_of(name)
     kept = masks_of(name, [0.6]).kept_units(0)
-    small = count_cost(sliced(parts_of(name), layout, kept), SHAPES[name])
+    small = count_cost(sliced(parts_of(name), layout, kept), MODEL_CASES[name])
     predicted = cost.sliced(layout.kept_params(kept))
     for kind, counted in small.flops.items():
         np.testing.assert_allclose(predicted.flops[kind], counted, rtol=1e-12)
@@ -108,7 +107,7 @@ def test_a_slice_computes_what_zeroed_channels_do(name: str) -> None:
     """Exactly so without norms; a GroupNorm takes its statistics over what is left, so only the shapes are asked for there."""
     layout, _ = layout_of(name)
     masks = masks_of(name, [0.5])
-    x = torch.randn(4, *SHAPES[name], generator=torch.Generator().manual_seed(0))
+    x = model_inputs(name, 4)
     whole = parts_of(name)
     small = sliced(parts_of(name), layout, masks.kept_units(0))
     normed = any(isinstance(module, nn.GroupNorm) for module in whole.model.modules())
@@ -191,7 +190,7 @@ def test_an_unknown_layer_is_named() -> None:
     def refuse(layer: nn.Module, message: str) -> None:
         model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(8, 2))
         parts = split_model(model, "none")
-        cost = ModelCost(parts.shared.numel(), 0, 4, {})
+        cost = ModelCost(parts.shared.numel(), 0, 4, {}, ())
         with pytest.raises(ConfigError, match=message):
             find_channels(parts, cost)
 

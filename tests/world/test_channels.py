@@ -12,7 +12,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import DataError
 from fedprune_cli.world.channel import CHANNELS, Channel
-from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.fleet import Fleet
 
 each_channel = pytest.mark.parametrize("name", CHANNELS)
 

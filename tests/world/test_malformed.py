@@ -200,7 +200,7 @@ def one_class(rng: random.Random) -> Bad:
 @malformed("table")
 def continuous_label(rng: random.Random) -> Bad:
     own.table(rng).write()
-    return Bad("x.csv: column temp: 80 different numbers such as", TABLE | {"label": "temp", "drop": ["state"]})
+    return Bad("different numbers such as", TABLE | {"label": "temp", "drop": ["state"]})
 
 
 @malformed("table")
@@ -318,10 +318,44 @@ def damaged_parquet(rng: random.Random) -> Bad:
             "reading Parquet needs an extra: pip install 'fedprune[tables]'", TABLE | {"file": "x.parquet"}, CONFIG
         )
     made = own.table(rng)
-    parquet.write_table(pa.table({name: made.column(name) for name in made.header}), "x.parquet")
+    columns = {name: pa.array(made.column(name)) for name in made.header}
+    columns["line"] = pa.array([b"caf\xe9"] * 80, pa.binary()).view(pa.string())
+    parquet.write_table(pa.table(columns), "x.parquet")
     data = Path("x.parquet").read_bytes()
-    Path("x.parquet").write_bytes(rng.choice((b"", b"PAR1", data[: len(data) // 2], rng.randbytes(100), data[4:])))
+    Path("x.parquet").write_bytes(
+        rng.choice((b"", b"PAR1", data[: len(data) // 2], rng.randbytes(100), data[4:], data))
+    )
     return Bad("x.parquet: damaged, or not Parquet", TABLE | {"file": "x.parquet"})
+
+
+@malformed("table")
+def columns_that_parquet_alone_has(rng: random.Random) -> Bad:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    made = own.table(rng)
+    columns = {name: pa.array(made.column(name)) for name in made.header}
+    name, kind = (
+        rng.choice(("temp", "mode", "state")),
+        rng.choice((pa.list_(pa.field("element", pa.int64())), pa.binary(), pa.duration("s"))),
+    )
+    columns[name] = pa.nulls(80, kind)
+    parquet.write_table(pa.table(columns), "x.parquet")
+    return Bad(f"x.parquet: column {name} holds {kind}, and neither numbers nor texts", TABLE | {"file": "x.parquet"})
+
+
+@malformed("table")
+def parquet_row(rng: random.Random) -> Bad:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    made, row = own.table(rng), rng.randrange(80)
+    columns = {name: pa.array(made.column(name)) for name in made.header}
+    numbers = [float(cell) for cell in made.column("temp")]
+    numbers[row] = rng.choice((float("inf"), float("nan"), 1e31, None))
+    columns["temp"] = pa.array(numbers, from_pandas=False)
+    parquet.write_table(pa.table(columns), "x.parquet")
+    return Bad(f"x.parquet, row {row + 1}: temp", TABLE | {"file": "x.parquet"})
 
 
 @malformed("table")

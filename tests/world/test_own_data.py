@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import random
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedprune_cli.errors import DataError, DeviceError
 from fedprune_cli.world.datasets import room, sheets
 from fedprune_cli.world.datasets.dataset import Dataset
 from fedprune_cli.world.datasets.ownfile import encode, encoded_labels, read_like
-from fedprune_cli.world.partition import PARTITIONS, build_partition
+from fedprune_cli.world.partition import PARTITIONS, PartitionConfig, build_partition
 
 KEYS = {"label": "state", "device": "machine"}
 
@@ -322,12 +323,17 @@ def made_dataset(kind: str) -> tuple[Dataset, bool]:
     return own.load("folder", devices=True), True
 
 
+@functools.cache
+def partition_of(name: str) -> PartitionConfig:
+    overrides = ["partition.classes_per_device=2"] if name == "shards" else []
+    return build_experiment(compose_config([f"partition={name}", *overrides])).partition
+
+
 @pytest.mark.parametrize("kind", own.REQUIRED)
 def test_every_partition_works_on_data_of_ones_own(kind: str) -> None:
     dataset, split = made_dataset(kind)
     for name in PARTITIONS:
-        overrides = ["partition.classes_per_device=2"] if name == "shards" else []
-        config = build_experiment(compose_config([f"partition={name}", *overrides])).partition
+        config = partition_of(name)
         partition = build_partition(config, dataset, 4, 0.25, 0)
         source = dataset.source
         for device in range(4):

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from fedprune_cli.world.datasets.room import check_room
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 PASSED_OVER = ("thumbs.db", "desktop.ini")
 GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -134,15 +135,15 @@ def _look(paths: Sequence[Path], size: int | None, channels: int | None) -> tupl
     """Returns the channels, height and width that all images will have, seen from their heads; DataError when sizes are unlike."""
     sizes, colour = list[tuple[int, int]](), False
     for path in paths:
-        with _opened(path) as image:
-            sizes.append(image.size)
-            colour = colour or image.mode in COLOUR
-            if image.mode not in GREY + COLOUR:
-                raise DataError(
-                    f"{path}: pixels of the kind {image.mode!r}: must be grey or colour of 8 bits; data=arrays reads other numbers"
-                )
-            if (pictures := getattr(image, "n_frames", 1)) > 1:
-                raise DataError(f"{path}: holds {pictures} pictures: must be one")
+        size_of, mode, pictures = _use(path, lambda image: (image.size, image.mode, getattr(image, "n_frames", 1)))
+        if mode not in GREY + COLOUR:
+            raise DataError(
+                f"{path}: pixels of the kind {mode!r}: must be grey or colour of 8 bits; data=arrays reads other numbers"
+            )
+        if pictures > 1:
+            raise DataError(f"{path}: holds {pictures} pictures: must be one")
+        sizes.append(size_of)
+        colour = colour or mode in COLOUR
         _check_size(path, sizes[-1], None if size else (paths[0], sizes[0]))
     width, height = (size, size) if size else sizes[0]
     shape = (channels or (3 if colour else 1), height, width)
@@ -170,26 +171,26 @@ def _check_size(path: Path, size: tuple[int, int], first: tuple[Path, tuple[int,
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Array:
     """Returns an image as uint8 [channels, height, width], converted and resized to that shape; raises DataError."""
-    with _opened(path) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            small = image.convert("L" if shape[0] == 1 else "RGB")
-            if small.size != (shape[2], shape[1]):
-                small = small.resize((shape[2], shape[1]), resample=2)  # bilinear, over all pixels that become one
-            pixels = np.asarray(small, dtype=np.uint8)
-        except Exception as error:  # whatever Pillow makes of a damaged file
-            raise _damaged(path, error) from None
-    return pixels[None] if shape[0] == 1 else pixels.transpose(2, 0, 1)
+
+    def pixels(image: Image) -> Array:
+        plain = image.convert("L" if shape[0] == 1 else "RGB")
+        if plain.size != (shape[2], shape[1]):
+            plain = plain.resize((shape[2], shape[1]), resample=2)  # bilinear, over all pixels that become one
+        return np.asarray(plain, dtype=np.uint8).reshape(shape[1], shape[2], shape[0])
+
+    return _use(path, pixels).transpose(2, 0, 1)
 
 
-def _opened(path: Path) -> Image:
+def _use(path: Path, use: Callable[[Image], T]) -> T:
+    """Returns what `use` makes of an image's file while it is open; raises DataError for whatever Pillow raises."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(path)
+            with Image.open(path) as image:
+                return use(image)
         except Exception as error:  # whatever Pillow makes of a damaged file
             raise _damaged(path, error) from None
 

@@ -292,6 +292,7 @@ def _read_parquet(file: str, marks: tuple[str, ...]) -> Sheet:
             cell = sum(TEXT_BYTES if one.type in ("string", "large_string") else 8 for one in wide)
             check_room(f"{file}: {rows} rows of {len(names)} columns", 3 * rows * cell, "give a part of it")
             table = opened.read(use_threads=False)
+            table.validate(full=True)  # else a text that is no UTF-8 is found only when it is used
     except (FedpruneError, MemoryError):
         raise
     except Exception as error:  # whatever pyarrow makes of a damaged file
