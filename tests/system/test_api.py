@@ -16,9 +16,17 @@ from matplotlib.figure import Figure
 from fedprune_cli import api
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, InfeasibleError
+from fedprune_cli.report import drawing
 from fedprune_cli.runs import life
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "docs" / "notebook.ipynb"
+
+
+@pytest.fixture(autouse=True)
+def _reports_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run, and tests/report looks at what is drawn."""
+    monkeypatch.setattr(drawing.Drawing, "svg", lambda _: "<svg></svg>")
+    monkeypatch.setattr(drawing.Drawing, "pdf", lambda _: b"%PDF")
 
 
 def test_a_run_from_python_has_the_bytes_of_one_by_the_command_line() -> None:
