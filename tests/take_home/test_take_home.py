@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -149,13 +150,17 @@ def test_onnx_runtime_agrees_with_pytorch(name: str, tmp_path: Path) -> None:
     taken, asked = take(run, "0"), own_samples(run, 0)
     model = through(taken, "onnx", tmp_path)
     assert model.description == taken.description
+    plain = through(taken, "safetensors", tmp_path)
+    exact = copy.deepcopy(taken.network).double()
     for size in (1, 2, len(asked.inputs)):
-        there, here = (
-            model.logits(asked.inputs[:size]),
-            through(taken, "safetensors", tmp_path).logits(asked.inputs[:size]),
-        )
+        inputs = asked.inputs[:size]
+        there, here = model.logits(inputs), plain.logits(inputs)
         assert np.array_equal(there.argmax(1), here.argmax(1))
-        np.testing.assert_allclose(there, here, atol=1e-5)
+        # over a few values that are nearly alike PyTorch's GroupNorm loses digits; ONNX Runtime's is near the one of float64
+        np.testing.assert_allclose(there, here, atol=5e-4 if "net" in name else 1e-5)
+        if size > 1:
+            x = (torch.from_numpy(inputs).double() / exact.scale - exact.mean) / exact.std
+            np.testing.assert_allclose(there, exact.model(x).numpy(), atol=1e-5)
     data = (tmp_path / "model.onnx").read_bytes()
     assert data == FORMATS["onnx"].encode(taken)
     assert str(Path(torch.__file__).parent).encode() not in data
