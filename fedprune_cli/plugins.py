@@ -270,6 +270,13 @@ def names(key: str) -> list[str]:
     return [one.name for kind in KINDS if kind.key == key for one in foreign(kind)]
 
 
+def fields_of_files(kind: Kind) -> list[str]:
+    """Returns the fields of the parts of a kind that files have: keys of the configuration where one of them is chosen."""
+    parts = [_table(file, kind)[name] for file in given() for name in _table(file, kind)] if kind.group else []
+    fields = [field.name for part in parts if dataclasses.is_dataclass(part) for field in dataclasses.fields(part)]
+    return [name for name in dict.fromkeys(fields) if name != "name"]
+
+
 def origin(entry: str, name: str) -> Foreign | None:
     """Returns the part from outside that has this name, None where it is built in."""
     return next((one for one in foreign(KIND[entry]) if one.name == name), None)

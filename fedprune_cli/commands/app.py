@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedprune_cli import __version__, interrupt
+from fedprune_cli import __version__, interrupt, plugins
 from fedprune_cli.commands.allocate import allocate, ladder
 from fedprune_cli.commands.compare import compare
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
@@ -88,6 +88,7 @@ def main() -> NoReturn:
     """Runs the command line; whatever goes wrong is one line on stderr and an exit code of its own."""
     interrupt.heed()
     hold_streams()
+    os.environ.pop(plugins.VARIABLE, None)  # what is run stands on the command line
     threading.excepthook = _quiet_threads
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=rf"(?!{PACKAGE})")  # libraries' words for those who program with them
