@@ -17,6 +17,7 @@ from fedprune_cli.commands.allocate import allocate, ladder
 from fedprune_cli.commands.compare import compare
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
 from fedprune_cli.commands.measure import bench, calibrate
+from fedprune_cli.commands.new import new
 from fedprune_cli.commands.train import resume, train
 from fedprune_cli.errors import ConfigError, FedpruneError, OutputError, explained
 from fedprune_cli.terminal import hold_streams, let_go, tell, tell_error
@@ -67,7 +68,7 @@ def _check_here() -> None:
 
 
 for command in (
-    train, resume, report, compare, runs, watch, completion, allocate, ladder, verify, bench, calibrate,
+    train, resume, report, compare, runs, watch, completion, allocate, ladder, verify, bench, calibrate, new,
 ):  # fmt: skip
     app.command()(_shielded(command))
 

@@ -58,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         and not call.excinfo.errisinstance(pytest.skip.Exception)
     ):
         law, _, part = item.name.partition("[")
-        why = next(iter(call.excinfo.exconly().strip().splitlines()), "")
+        why = next(iter(call.excinfo.exconly().removeprefix("AssertionError: ").strip().splitlines()), "")
         item.config.stash[BROKEN].append(f"{part.rstrip(']')}: {law.removeprefix('test_').replace('_', ' ')}: {why}")
     return report
 
