@@ -198,9 +198,9 @@ def _given(sha256: str, path: str) -> PluginFile:
     return file
 
 
-def words() -> str:
-    """Returns what the given files are on a command line, with a blank before, for a command that is to be typed."""
-    return "".join(f" --plugin {file.path}" for file in given())
+def options() -> list[str]:
+    """Returns the words of a command line that give the files that this process was given."""
+    return [word for file in given() for word in ("--plugin", file.path)]
 
 
 def _run(file: PluginFile) -> None:

@@ -126,7 +126,7 @@ class Experiment:
         """Yields the parts from outside the package that decide the run's numbers: all that are chosen, but trackers."""
         for kind in plugins.KINDS:
             of = operator.attrgetter(kind.key)(self)
-            names = (of.name,) if kind.group else of if isinstance(of, tuple) else (of,)
+            names = [of.name] if kind.group else [of] if isinstance(of, str) else of
             found = (plugins.origin(kind.entry, name) for name in names)
             yield from (one for one in found if one is not None and kind.entry != "trackers")
 

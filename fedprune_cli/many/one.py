@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ def resumable(run_dir: Path) -> Iterator[None]:
     """While inside, an interruption says how this run is continued, once there is something to continue."""
     with safe(
         lambda: (
-            f"every finished round is safe: fedprune resume {run_dir}{plugins.words()}" if run_dir.exists() else NOTHING
+            f"every finished round is safe: {shlex.join(['fedprune', 'resume', str(run_dir), *plugins.options()])}"
+            if run_dir.exists()
+            else NOTHING
         )
     ):
         yield
