@@ -22,7 +22,7 @@ from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import Channel
-from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.fleet import Fleet, Practice
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,25 @@ class Meter:
 class Load:
     """What a round asks of its devices before anything is pruned, float64 [K].
 
-    shared_flops F, personal_flops G; fleet: the devices alone.
+    shared_flops F, personal_flops G; fleet: the devices alone; effort: where devices are known better than by cycles per FLOP,
+    the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3].
     """
 
     shared_flops: Array
     personal_flops: Array
     fleet: Fleet
+    effort: Array | None = None
 
     def take(self, index: Array) -> Load:
         """Returns the load of some of the devices."""
-        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index))
+        effort = None if self.effort is None else self.effort[index]
+        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort)
+
+    @property
+    def shared_compute_s(self) -> Array:
+        """a [K]: what of t_comp is in proportion to what is kept of u."""
+        shared = self.shared_flops if self.effort is None else self.effort[:, 0]
+        return self.fleet.cycles_per_flop * shared / self.fleet.cpu_hz
 
     def compute_s(self, kept: Array) -> Array:
         """Returns t_comp [K] when the fraction `kept` [K] of u remains."""
@@ -61,8 +70,12 @@ class Load:
         return self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
 
     def cycles(self, kept: Array) -> Array:
-        """Returns the CPU cycles [K] of the round."""
-        return self.fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
+        """Returns the CPU cycles [K] of the round; what a step takes besides its FLOPs counts as computing."""
+        fleet = self.fleet
+        if self.effort is None or fleet.practice is None:
+            return fleet.cycles_per_flop * (kept * self.shared_flops + self.personal_flops)
+        shared, personal, steps = self.effort.T
+        return fleet.cycles_per_flop * (kept * shared + personal) + steps * fleet.practice.step_s * fleet.cpu_hz
 
 
 def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost]) -> Load:
@@ -72,7 +85,21 @@ def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase
         counted = cost.flops
         for phase in schedule:
             row += phase.samples * np.array(counted[phase.kind])
-    return Load(flops[:, 0], flops[:, 1], fleet.take(ids))
+    return Load(flops[:, 0], flops[:, 1], fleet := fleet.take(ids), _effort(fleet.practice, schedules, costs))
+
+
+def _effort(
+    practice: Practice | None, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost]
+) -> Array | None:
+    """Returns every device's FLOPs of both parts, in those of a convolution, and its steps [K, 3]; None where nothing is known of them."""
+    if practice is None:
+        return None
+    effort = np.zeros((len(schedules), 3))
+    for at, (row, schedule, cost) in enumerate(zip(effort, schedules, costs, strict=True)):
+        weighted = cost.weighted({kind: float(scale[at]) for kind, scale in practice.flop_scale.items()})
+        for phase in schedule:
+            row += [*(phase.samples * flops for flops in weighted[phase.kind]), phase.steps]
+    return effort
 
 
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
@@ -103,10 +130,10 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
-        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=fleet.tx_power_w,
+        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=fleet.radio_power_w,
     )  # fmt: skip
     return Problem(
-        shared_compute_s=fleet.cycles_per_flop * load.shared_flops / fleet.cpu_hz,
+        shared_compute_s=load.shared_compute_s,
         payload_bits=ones * BITS_PER_PARAM * uplink.shared_params,
         fixed_s=fixed_s,
         snr_hz=fleet.tx_power_w * uplink.gain_linear / channel.noise_w_per_hz,
@@ -140,7 +167,7 @@ class Measurement:
         """t_k [K]; the round lasts as long as its slowest device."""
         return self.downlink_s + self.compute_s + self.uplink_s
 
-    def cut_short(self, share: Array, tx_power_w: Array) -> Measurement:
+    def cut_short(self, share: Array, radio_power_w: Array) -> Measurement:
         """Returns the figures of devices that stop after the share [K] of their seconds of computing and sending."""
         stops = share < 1
         done_s = share * (self.compute_s + self.uplink_s)
@@ -148,7 +175,7 @@ class Measurement:
         uplink_s = done_s - compute_s
         computed = np.divide(compute_s, self.compute_s, out=np.ones(len(share)), where=self.compute_s > 0)
         sent = np.divide(uplink_s, self.uplink_s, out=np.ones(len(share)), where=self.uplink_s > 0)
-        radio_j = tx_power_w * self.uplink_s
+        radio_j = radio_power_w * self.uplink_s
         cut = {
             "compute_s": compute_s,
             "uplink_s": uplink_s,
@@ -179,7 +206,7 @@ def measure(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
         downlink_s=t_down_s,
-        joules=load.compute_j(kept) + load.fleet.tx_power_w * uplink_s,
+        joules=load.compute_j(kept) + load.fleet.radio_power_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
         bytes_up=payload_bytes,
         bytes_down=bits_down / 8,

@@ -23,12 +23,16 @@ from hypothesis import settings
 
 from fedprune_cli.commands import app as cli
 from fedprune_cli.config.compose import compose_config
+from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
 from fedprune_cli.contracts.parts import TINY, Step, make_experiment, make_setup, outcome, steps_of
+from fedprune_cli.report import drawing
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import State, encode
 
-__all__ = ["TINY", "Step", "make_experiment", "make_setup", "outcome", "steps_of"]  # what tests and contracts share
+__all__ = [  # what tests share with contracts
+    "MODEL_CASES", "TINY", "Step", "make_experiment", "make_setup", "model_inputs", "outcome", "steps_of",
+]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -64,10 +68,19 @@ PRELOADED = [
 ]  # fmt: skip
 
 
+def without_drawing() -> None:
+    """Makes figures that show nothing: drawing them takes longer than a tiny run."""
+    drawing.Drawing.svg = lambda _: "<svg></svg>"  # type: ignore[method-assign]
+    drawing.Drawing.pdf = lambda _: b"%PDF"  # type: ignore[method-assign]
+
+
 def fedprune(
-    *arguments: str, cwd: str = ".", before: Callable[[], None] | None = None
+    *arguments: str, cwd: str = ".", before: Callable[[], None] = without_drawing
 ) -> subprocess.CompletedProcess[str]:
-    """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds."""
+    """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds.
+
+    before: what that process does first. Figures are not drawn: tests/report looks at those.
+    """
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as place:
         streams = [os.path.join(place, name) for name in ("stdout", "stderr")]
@@ -81,14 +94,20 @@ def fedprune(
     return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
 
 
-def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: Callable[[], None] | None) -> None:
+def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: Callable[[], None]) -> None:
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
     sys.argv = ["fedprune", *arguments]
-    if before:
-        before()
+    before()
     cli.main()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives slow proofs two hours in place of ten minutes: a machine that does other work too is no failure."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(7200))
 
 
 def extra(name: str) -> list[str]:

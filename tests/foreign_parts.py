@@ -32,7 +32,7 @@ class Cautious:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         smaller = replace(problem, bandwidth_hz=(1 - self.step) * problem.bandwidth_hz)
-        return solve_under_policy(smaller, as_policy(self.on_infeasible), solve_p1, least_feasible, exact=False)
+        return solve_under_policy(smaller, as_policy(self.on_infeasible), solve_p1, least_feasible)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fedprune_cli.allocate import baselines
+from fedprune_cli.allocate import baselines, whole
 from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "kkt": baselines.Kkt,
+    "blocks": whole.Blocks,
     "minmax": baselines.MinMax,
     "minlatency": baselines.MinLatency,
     "dense": baselines.Dense,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from fedprune_cli.allocate.deadline import least_deadline, least_feasible
-from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
     Policy,
     Settled,
@@ -24,6 +24,7 @@ from fedprune_cli.allocate.policy import (
 from fedprune_cli.allocate.problem import (
     TIGHT,
     Allocation,
+    Certificate,
     Problem,
     energy,
     fit_band,
@@ -54,6 +55,14 @@ class Allocator(Protocol):
         """Returns the allocation of round `number`; raises InfeasibleError under the policy `fail`."""
 
 
+@runtime_checkable
+class Certifying(Protocol):
+    """An allocator that claims to be optimal, and can prove it of a recorded answer."""
+
+    def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+        """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
+
+
 @dataclass(frozen=True)
 class _AimsAtDeadline:
     """An allocator that aims at a deadline, and what it does when the deadline cannot be met."""
@@ -76,7 +85,11 @@ class Kkt(_AimsAtDeadline):
     """P1 exactly: the least weighted sum of ratios, with its certificate."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, solve_p1, least_feasible, exact=True)
+        return solve_under_policy(problem, self.policy, solve_p1, least_feasible, self.certify)
+
+    def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+        """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
+        return certify(problem, kept, bandwidth_hz, price_per_hz)
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class MinMax(_AimsAtDeadline):
     """The largest ratio as small as possible: fairness between devices."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, min_max, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, min_max, least_feasible)
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,11 @@ class MinLatency:
         if not settled.admitted.any():
             return nobody(problem, _ending(settled, 0.0))
         at = replace(problem, deadline_s=min_latency(settled.feasible, self.mean_ratio))
-        return solve_under_policy(at, "stretch", solve_p1, least_feasible, exact=True)
+        return solve_under_policy(at, "stretch", solve_p1, least_feasible, self.certify)
+
+    def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+        """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
+        return certify(problem, kept, bandwidth_hz, price_per_hz)
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class Equal(_AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal, exact=False)
+        return solve_under_policy(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal)
 
 
 @dataclass(frozen=True)
@@ -238,7 +255,7 @@ class Alternating:
         require(1 <= self.iterations <= 10_000, "iterations", self.iterations, "in 1..10000")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, _least_equal, exact=False)
+        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, _least_equal)
 
     def _alternate(self, problem: Problem) -> tuple[Array, float]:
         bandwidth_hz = equal_share(problem)
@@ -254,7 +271,7 @@ class Greedy(_AimsAtDeadline):
     """Best channel first: everybody gets its least, then the strongest devices get all they can use until the band is full."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, self._fill, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, self._fill, least_feasible)
 
     def _fill(self, problem: Problem) -> tuple[Array, float]:
         floor = required_bandwidth(problem, problem.min_kept)
@@ -278,7 +295,7 @@ class RandomShares(_AimsAtDeadline):
             share = stream(seed, "allocator", number).dirichlet(np.ones(len(floor)))
             return _within_budget(p, floor + share * max(p.bandwidth_hz - floor.sum(), 0.0)), 0.0
 
-        return solve_under_policy(problem, self.policy, shares, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, shares, least_feasible)
 
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
@@ -294,7 +311,7 @@ class Cvxpy(_AimsAtDeadline):
     """
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, self._solve, least_feasible, exact=False)
+        return solve_under_policy(problem, self.policy, self._solve, least_feasible)
 
     def _solve(self, problem: Problem) -> tuple[Array, float]:
         from fedprune_cli.allocate.reference import solve_p1_cvxpy

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedprune_cli.allocate.blocks import LeastOnBlocks
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.problem import (
@@ -30,6 +31,7 @@ Policy = Literal["stretch", "drop", "fail"]
 POLICIES: tuple[Policy, ...] = ("stretch", "drop", "fail")
 Solve = Callable[[Problem], tuple[Array, float]]  # bandwidth [K] and price of a feasible problem
 Least = Callable[[Problem], float]  # the smallest deadline at which Solve can work
+Certify = Callable[[Problem, Array, Array, float], Certificate]  # of x [K], b [K] and a price
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def can_meet(problem: Problem, least_s: float, least: Least) -> bool:
     """Whether the problem's deadline is at least `least_s`, and that in digits and not only in theory."""
     if least_s == np.inf or least_s > problem.deadline_s * (1 + TIGHT):
         return False
+    if isinstance(least, LeastOnBlocks):
+        return least.grid.fits(problem)
     return least is not least_feasible or problem.deadline_s == np.inf or keeps_least(problem)
 
 
@@ -170,7 +174,9 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
     if not 0 < floor_hz[next_one] < np.inf:
         return admitted, 0.0
     room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
-    return admitted, float(problem.weight[next_one] * min(room_hz / floor_hz[next_one], 1.0))
+    share = room_hz / floor_hz[next_one]
+    # without whole blocks the next one alone is too much; with them the room may be larger than it, and hold others
+    return admitted, float(problem.weight[next_one] * (min(share, 1.0) if least is least_feasible else share))
 
 
 def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
@@ -185,10 +191,12 @@ def listed(devices: Array) -> str:
     return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
 
 
-def solve_under_policy(problem: Problem, policy: Policy, solve: Solve, least: Least, *, exact: bool) -> Allocation:
-    """Returns the allocation that `solve` finds, under the policy; an `exact` one carries its certificate.
+def solve_under_policy(
+    problem: Problem, policy: Policy, solve: Solve, least: Least, certify: Certify | None = None
+) -> Allocation:
+    """Returns the allocation that `solve` finds, under the policy; one that claims to be optimal gives what certifies it.
 
-    Every device keeps all that its bandwidth allows. Raises CertificateError when an exact solution is not what it claims.
+    Every device keeps all that its bandwidth allows. Raises CertificateError when an optimal solution is not what it claims.
     """
     settled = settle(with_deadline(problem), policy, least)
     if not settled.admitted.any():
@@ -196,12 +204,12 @@ def solve_under_policy(problem: Problem, policy: Policy, solve: Solve, least: Le
     feasible = settled.feasible
     bandwidth_hz, price = solve(feasible)
     kept = kept_on(feasible, bandwidth_hz)
-    certificate = certify(feasible, kept, bandwidth_hz, price) if exact else None
+    certificate = certify(feasible, kept, bandwidth_hz, price) if certify else None
     if certificate and not certificate.holds:
         raise CertificateError(
             f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
         )
-    if exact and settled.status == "feasible":
+    if certify and settled.status == "feasible":
         settled = replace(settled, status="optimal")
     return build_allocation(problem, settled, kept, bandwidth_hz, price, certificate)
 

@@ -42,10 +42,11 @@ class Limits:
     """What each device may use besides its time, float64 [K] and SI.
 
     min_bandwidth_hz, max_bandwidth_hz: 0 and infinite where there is none. energy_budget_j E, infinite where there is none, bounds
-    the joules of a round, x_k (shared_energy_j + tx_power_w c_k / r_k(b_k)) + fixed_energy_j (computing and sending; not listening).
+    the joules of a round, x_k (shared_energy_j + tx_power_w c_k / r_k(b_k)) + fixed_energy_j (computing and sending; not listening);
+    tx_power_w is what sending draws, of which a radio radiates a part.
     All of them keep P1 convex: what the energy allows, psi = (E - fixed) r / (shared_energy r + tx_power c), has phi's form.
     Not offered yet, although exact ways are known: a clock or a transmit power chosen together with the ratio, which keep phi
-    concave in b, and bandwidth in whole blocks, where the greedy by largest gain has no duality gap (model.md, section 4).
+    concave in b (model.md, section 4).
     Raises ConfigError naming the first bad entry.
     """
 
@@ -202,7 +203,8 @@ class Allocation:
     binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `compute` or `dropped`;
     price_per_hz: what one more hertz adds to sum w x, 0 for allocators without a price;
     objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
-    message: who was dropped, what was missing and which knob helps, or empty.
+    message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
+    None where any bandwidth may be given.
     """
 
     prune_ratio: Array
@@ -217,6 +219,7 @@ class Allocation:
     certificate: Certificate | None
     status: Status
     message: str
+    block_hz: float | None = None
 
 
 def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:

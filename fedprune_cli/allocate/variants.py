@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
-from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import can_meet, listed, settle, solve_under_policy
 from fedprune_cli.allocate.problem import TIGHT, Problem, fit_band, kept_on, most_kept, required_bandwidth, resources
 from fedprune_cli.errors import ConfigError, InfeasibleError
@@ -101,7 +101,7 @@ def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array
     for i, deadline_s in enumerate(deadlines):
         at = replace(settled.feasible, deadline_s=float(deadline_s))
         if can_meet(at, least_feasible(at), least_feasible):
-            best = solve_under_policy(at, "fail", solve_p1, least_feasible, exact=True)
+            best = solve_under_policy(at, "fail", solve_p1, least_feasible, certify)
             total = at.weight.sum()
             ratios[i] = 1 - best.objective / total if total else 0.0
     return deadlines, ratios

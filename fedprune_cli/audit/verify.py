@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import certify
+from fedprune_cli.allocate.baselines import Certifying
 from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
@@ -182,11 +182,10 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     wrong += metering_failures(setup, record, roster, len(plan.devices))
     count = len(record.devices.id)
     audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
-    if plan.allocation.certificate is None or not len(plan.devices):
+    if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
         return audit, after
-    return _certified(
-        audit, plan, Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0)), solve=solve
-    ), after
+    given = Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0))
+    return _certified(audit, experiment.allocator, plan, given, solve=solve), after
 
 
 def _unknown_devices(record: RoundRecord, num_devices: int) -> list[int]:
@@ -218,15 +217,15 @@ class Answer:
     price_per_hz: float
 
 
-def _certified(audit: RoundAudit, plan: Plan, answer: Answer, *, solve: bool) -> RoundAudit:
+def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Answer, *, solve: bool) -> RoundAudit:
     """Returns the audit with the certificate of a recorded answer, computed from its numbers alone; solve: also by cvxpy."""
     at = replace(plan.problem.take(plan.admitted_places), deadline_s=plan.allocation.deadline_s)
-    proof = certify(at, answer.kept, answer.bandwidth_hz, answer.price_per_hz)
+    proof = allocator.certify(at, answer.kept, answer.bandwidth_hz, answer.price_per_hz)
     audit = replace(audit, proof=proof)
     if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
         above = f"residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
         audit = replace(audit, failures=(*audit.failures, above))
-    if not solve:
+    if not solve or plan.allocation.block_hz is not None:  # a conic solver knows no whole blocks
         return audit
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
@@ -313,7 +312,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    yield from _meter_failures(record, again.cut_short(work, load.fleet.tx_power_w))
+    yield from _meter_failures(record, again.cut_short(work, load.fleet.radio_power_w))
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedprune_cli.allocate.blocks import Grid, solve_blocks
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.problem import Problem, kept_fraction, rate
@@ -32,7 +34,7 @@ def literature_problem(count: int, fraction: float = 0.1) -> Problem:
 
 def measure_allocator(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures the exact solution of P1: against Clarabel's own solve time, and how its time grows with the devices."""
-    return (*_against_clarabel(effort), *_growth(effort, say))
+    return (*_against_clarabel(effort), *_growth(effort, say), *_in_blocks(effort, say))
 
 
 def _against_clarabel(effort: Effort) -> tuple[Measure, ...]:
@@ -80,6 +82,31 @@ def _growth(effort: Effort, say: Say) -> tuple[Measure, ...]:
     ]  # fmt: skip
     ones = [1.0] * len(exponents)
     return (*growth, ratio("allocator/exponent", "of K log K", "smaller", exponents, ones, 1.0))
+
+
+def _in_blocks(effort: Effort, say: Say) -> tuple[Measure, ...]:
+    """Whole blocks as a ratio to the continuous solution: 273 blocks for 1,000 devices, and 5,000 for 100,000."""
+    measures = []
+    for power, count in ((3, 273), (5, 5000)):
+        problem = literature_problem(10**power)
+        problem = replace(problem, max_ratio=np.ones(10**power))  # there are fewer blocks than devices
+        again = functools.partial(_solve_blocks, problem, Grid(problem.bandwidth_hz / count, count))
+        turns = [(seconds(again, time.process_time) / AGAIN, _solve_s(problem)) for _ in range(2 + effort.repeats)]
+        ours_s, continuous_s = zip(*turns, strict=True)
+        say(f"allocator: K=1e{power} on {count} blocks: {statistics.median(ours_s):.3g} s")
+        figure = statistics.median(continuous_s)
+        measures.append(
+            ratio(f"allocator/blocks_1e{power}", "x without blocks", "smaller", ours_s, continuous_s, figure)
+        )
+    return tuple(measures)
+
+
+AGAIN = 3  # solutions of which the mean is taken
+
+
+def _solve_blocks(problem: Problem, grid: Grid) -> None:
+    for _ in range(AGAIN):
+        solve_blocks(problem, grid)
 
 
 def _solve_s(problem: Problem) -> float:

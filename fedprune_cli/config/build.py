@@ -71,6 +71,7 @@ UNITS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
     ("_dbm", "_w", lambda dbm: 10 ** (dbm / 10 - 3)),
     ("_ghz", "_hz", lambda ghz: ghz * 1e9),
     ("_mhz", "_hz", lambda mhz: mhz * 1e6),
+    ("_khz", "_hz", lambda khz: khz * 1e3),
     ("_km", "_m", lambda km: km * 1e3),
 )
 

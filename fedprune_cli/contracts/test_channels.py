@@ -10,7 +10,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.parts import each, has_field
 from fedprune_cli.world.channel import Channel
-from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.fleet import Fleet
 
 each_channel = each("channels")
 

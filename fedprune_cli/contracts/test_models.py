@@ -1,48 +1,17 @@
-"""Laws of models: their two parts, their counted cost, their slices of whole channels, and their first parameters."""
+"""Laws of models: their two parts, their counted cost, and their first parameters."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pytest
 import torch
 
-from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import each
+from fedprune_cli.contracts.inputs import config_of, model_cases, model_inputs, shape_of
 from fedprune_cli.learn.cost import count_cost
-from fedprune_cli.learn.models import ModelConfig, Shape, build_model
+from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import Parts, split_model
 
-SHAPES: dict[str, Shape] = {"mlp": (1, 8, 8), "cnn": (1, 28, 28), "resnet18": (3, 32, 32), "mobilenet": (3, 32, 32)}
-each_model = each("models")
-CANDIDATES = (
-    (1, 8, 8),
-    (1, 28, 28),
-    (3, 32, 32),
-    (2, 1, 1),
-    (3, 1, 64),
-    (1, 1, 64),
-)  # inputs that a model from outside may take
-
-
-@functools.cache
-def config_of(name: str) -> ModelConfig:
-    return build_experiment(compose_config([f"model={name}"])).model
-
-
-@functools.cache
-def shape_of(name: str) -> Shape:
-    """Returns the inputs that a model is tried on: the first of a few that it takes."""
-    for shape in (SHAPES[name],) if name in SHAPES else CANDIDATES:
-        try:
-            build_model(config_of(name), shape, 10, seed=0)(torch.zeros(1, *shape))
-        except Exception as error:
-            refused = error
-        else:
-            return shape
-    pytest.fail(f"it takes inputs of none of the shapes {CANDIDATES}: {refused}", pytrace=False)
+each_model = pytest.mark.parametrize("name", model_cases())
 
 
 def parts_of(name: str, personal: str) -> Parts:
@@ -63,7 +32,7 @@ def test_the_parts_are_a_disjoint_cover_and_views_of_the_model(name: str) -> Non
 
 @each_model
 def test_splitting_changes_no_output_bit(name: str) -> None:
-    x = torch.randn(2, *shape_of(name), generator=torch.Generator().manual_seed(0))
+    x = model_inputs(name, 2)
     outputs = [parts_of(name, personal).model(x) for personal in ("none", "head", "all")]
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -83,26 +52,33 @@ def test_costs_add_up_over_every_split(name: str) -> None:
 
 
 @each_model
-def test_the_flops_of_a_step_are_those_of_three_forward_passes_less_the_first_input_gradient(name: str) -> None:
+def test_the_flops_of_a_step_are_those_of_three_forward_passes_less_gradients_that_nobody_needs(name: str) -> None:
     parts = parts_of(name, "none")
-    flops, first = 0, 0
+    flops, unneeded = 0, 0
 
     def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal flops, first
+        nonlocal flops, unneeded
         weight: torch.Tensor = getattr(module, "weight", torch.zeros(0))
+        of_state, steps = 0, 0
         if isinstance(module, torch.nn.Conv2d):
             here = 2 * output.numel() * weight[0].numel()
         elif isinstance(module, torch.nn.Linear):
             here = 2 * output.numel() * inputs[0].shape[1]
+        elif isinstance(module, torch.nn.GRU):
+            _, steps, fan_in = inputs[0].shape
+            here = 2 * steps * fan_in * 3 * module.hidden_size
+            of_state = (
+                2 * module.hidden_size * 3 * module.hidden_size
+            )  # in each step; the state before the first gets no gradient
         else:
             return
-        first = first or here
-        flops += here
+        unneeded += of_state + (here if flops == 0 and "embedding" not in name else 0)
+        flops += here + steps * of_state
 
     for module in parts.model.modules():
         module.register_forward_hook(count)
     parts.model(torch.zeros(1, *shape_of(name)))
-    assert count_cost(parts_of(name, "none"), shape_of(name)).flops["shared"][0] == 3 * flops - first
+    assert count_cost(parts_of(name, "none"), shape_of(name)).flops["shared"][0] == 3 * flops - unneeded
 
 
 @each_model

@@ -12,8 +12,8 @@ from torch import nn
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TABLES, each, parts
-from fedprune_cli.contracts.test_models import shape_of
+from fedprune_cli.contracts.inputs import MODEL_CASES, config_of, model_cases, model_inputs, shape_of
+from fedprune_cli.contracts.parts import parts
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.models import build_model
@@ -23,13 +23,12 @@ from fedprune_cli.learn.structured import Layout, find_channels
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import Array, State, untrained
 
-each_model = each("models")
+each_model = pytest.mark.parametrize("name", model_cases())
 CHANNEL = "pruner.granularity=channel"
 
 
 def parts_of(name: str, personal: str = "head") -> Parts:
-    config = build_experiment(compose_config([f"model={name}"])).model
-    return split_model(build_model(config, shape_of(name), 10, seed=0), personal)
+    return split_model(build_model(config_of(name), shape_of(name), 10, seed=0), personal)
 
 
 @functools.cache
@@ -39,7 +38,7 @@ def layout_of(name: str, personal: str = "head") -> tuple[Layout, ModelCost]:
     try:
         return find_channels(parts, cost), cost
     except ConfigError as refused:
-        if name in TABLES["models"].own:
+        if name in MODEL_CASES:
             raise
         pytest.skip(f"it is for single entries only: {refused}")
 
@@ -107,7 +106,7 @@ def test_a_slice_computes_what_zeroed_channels_do(name: str) -> None:
     """Exactly so without norms; a GroupNorm takes its statistics over what is left, so only the shapes are asked for there."""
     layout, _ = layout_of(name)
     masks = masks_of(name, [0.5])
-    x = torch.randn(4, *shape_of(name), generator=torch.Generator().manual_seed(0))
+    x = model_inputs(name, 4)
     whole = parts_of(name)
     small = sliced(parts_of(name), layout, masks.kept_units(0))
     normed = any(isinstance(module, nn.GroupNorm) for module in whole.model.modules())

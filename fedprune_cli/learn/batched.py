@@ -1,6 +1,6 @@
 """Small models of several devices trained side by side: one batched matrix product per layer instead of a step per device.
 
-A step of a small multilayer perceptron costs more Python than arithmetic. A block of devices takes its steps together, with the
+A step of a small multilayer perceptron or GRU costs more calls than arithmetic. A block of devices takes its steps together, with the
 backward pass written out and the update made by the product itself. The unit of arithmetic is the block: it always has the same number
 of members, filled up with copies, so that a device's bits do not depend on who shares its block. They differ in the last digits from
 those of the loop over devices (`client.train`), which the tests hold it against.
@@ -8,6 +8,7 @@ those of the loop over devices (`client.train`), which the tests hold it against
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedprune_cli.learn import beside
+from fedprune_cli.learn.beside import Change, Layer, Linear
 from fedprune_cli.learn.client import (
     Learner,
     Task,
@@ -26,20 +29,13 @@ from fedprune_cli.learn.client import (
     send,
 )
 from fedprune_cli.learn.parts import Parts
+from fedprune_cli.learn.recurrent import Gru, Steps, Tokens
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
 
 MAX_PARAMS = 200_000  # of larger models the arithmetic outweighs what batching saves
+MAX_STATE = 64  # of a GRU's layers, for the same reason
 STEPS = 32  # gathered at a time, to bound memory
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer's place in the flat vectors, float32 [members, ...] views: weight [members, out, in], bias [members, out]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    is_personal: bool
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,28 @@ class _Block:
 
     learner: Learner
     members: Sequence[Task]
-    layers: Sequence[_Layer]
+    layers: Sequence[Layer]
     shared: Tensor
     keep: Tensor | None
 
 
 def batches(parts: Parts, training: Training) -> bool:
-    """Whether the model is a small perceptron, trained in a way that blocks can follow."""
-    leaves = [module for module in parts.model.modules() if not isinstance(module, nn.Sequential)]
-    linear = [module for module in leaves if isinstance(module, nn.Linear)]
-    in_turn = all(isinstance(module, nn.Linear | nn.ReLU | nn.Flatten) for module in leaves)
-    alternating = [type(m) for m in leaves if not isinstance(m, nn.Flatten)] == [nn.Linear, nn.ReLU] * (
-        len(linear) - 1
-    ) + [nn.Linear]
+    """Whether the model is a small perceptron or GRU, trained in a way that blocks can follow."""
+    layers = _leaves(parts)
+    kinds = [type(layer) for layer in layers]
+    perceptron = kinds == [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]
+    cells = kinds[1 if kinds[0] is nn.Embedding else 0 : -1]
+    recurrent = set(cells) == {Gru} and kinds[-1] is nn.Linear
+    narrow = all(layer.gru.hidden_size <= MAX_STATE for layer in layers if isinstance(layer, Gru))
     small = parts.shared.numel() + parts.personal.numel() <= MAX_PARAMS
     plain = training.momentum == 0 and training.precision == "float32" and training.device == "cpu"
-    return training.block > 1 and plain and in_turn and alternating and small
+    return training.block > 1 and plain and (perceptron or recurrent) and narrow and small
+
+
+def _leaves(parts: Parts) -> list[nn.Module]:
+    """Returns the model's layers in forward order, without those that only arrange its inputs."""
+    around = nn.Sequential | nn.RNNBase | nn.Flatten | Steps | Tokens
+    return [module for module in parts.model.modules() if not isinstance(module, around)]
 
 
 def blocks(tasks: Sequence[Task], size: int) -> list[list[Task]]:
@@ -83,8 +85,9 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     """
     learner.parts.make_whole()
     members = [*tasks, *[tasks[0]] * (learner.training.block - len(tasks))]
-    shared = torch.from_numpy(np.stack([task.shared for task in members]))
-    personal = torch.from_numpy(np.stack([task.personal for task in members]))
+    align = _align(learner.parts)
+    shared = _stack([task.shared for task in members], align)
+    personal = _stack([task.personal for task in members], align)
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
@@ -99,6 +102,16 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     return updates
 
 
+def _align(parts: Parts) -> int:
+    """Returns of how many numbers each member's part of a tensor is a multiple."""
+    return beside.ALIGN if any(isinstance(layer, Gru) for layer in _leaves(parts)) else 1
+
+
+def _stack(vectors: Sequence[Array], align: int) -> Tensor:
+    """Returns the vectors as rows of a matrix, which begin at multiples of `align` numbers."""
+    return beside.rows(len(vectors), len(vectors[0]), align).copy_(torch.from_numpy(np.stack(vectors)))
+
+
 def _masks(members: Sequence[Task], size: int) -> Tensor | None:
     """Returns the masks, float32 [members, U], or None when all keep everything."""
     kept = [task.kept.mask(size) for task in members]
@@ -108,7 +121,7 @@ def _masks(members: Sequence[Task], size: int) -> Tensor | None:
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
-def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
+def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[Layer]:
     views: dict[str, Tensor] = {}
     for vector, params, first in (
         (shared, parts.shared_params, 0),
@@ -118,12 +131,20 @@ def _layers(parts: Parts, shared: Tensor, personal: Tensor) -> list[_Layer]:
         for (name, count), param in zip(parts.names[first:], params, strict=False):
             views[name] = vector[:, start : start + count].view(-1, *param.shape)
             start += count
-    personal_ids = {id(param) for param in parts.personal_params}
-    return [
-        _Layer(views[f"{name}.weight"], views.get(f"{name}.bias"), id(layer.weight) in personal_ids)
-        for name, layer in parts.model.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    names = {module: name for name, module in parts.model.named_modules()}
+    leaves, layers = _leaves(parts), list[Layer]()
+    for at, leaf in enumerate(leaves):
+        name, is_personal = names[leaf], names[leaf].split(".")[0] in parts.personal_blocks
+        if isinstance(leaf, nn.Linear):
+            after_relu = at > 0 and isinstance(leaves[at - 1], nn.ReLU)
+            layers.append(Linear(views[f"{name}.weight"], views.get(f"{name}.bias"), is_personal, after_relu))
+        elif isinstance(leaf, nn.Embedding):
+            layers.append(beside.Embedding(views[f"{name}.weight"], is_personal))
+        elif isinstance(leaf, Gru):
+            by_input, by_state, *biases = (views[f"{name}.gru.{param}"] for param, _ in leaf.gru.named_parameters())
+            axes = None if layers else by_input.shape[2]
+            layers.append(beside.Gru(by_input, by_state, biases[0], biases[1], is_personal, axes, leaf.last))
+    return layers
 
 
 def _run_phase(block: _Block, index: int, previous: Sequence[float | None]) -> list[float | None]:
@@ -166,7 +187,7 @@ def _positions(learner: Learner, task: Task, index: int) -> _Positions:
     return _Positions(table, sizes)
 
 
-def _rate(layer: _Layer, phase: LocalPhase, config: Training) -> float:
+def _rate(layer: Layer, phase: LocalPhase, config: Training) -> float:
     """Returns the step size of a layer in a phase, 0 where it is frozen."""
     frozen = phase.kind == ("shared" if layer.is_personal else "personal")
     return 0.0 if frozen else config.personal_lr if layer.is_personal else config.lr
@@ -177,12 +198,13 @@ def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: 
 
     The shape is always the same: a batch that is not full, or that a member no longer has, is filled up with any sample.
     """
-    batch = learner.training.batch_size
+    align = _align(learner.parts)
+    batch = math.ceil(learner.training.batch_size / align) * align
     chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
     sizes = np.zeros((len(members), steps), dtype=np.float32)
     for at, member in enumerate(members):
         part = member.table[start : start + steps]
-        chosen[at, : len(part)] = part
+        chosen[at, : len(part), : part.shape[1]] = part
         sizes[at, : len(part)] = member.sizes[start : start + steps]
     x, y = samples(learner, chosen.ravel())
     return (
@@ -193,18 +215,16 @@ def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: 
 
 
 def _step(
-    layers: Sequence[_Layer], rates: Sequence[float], x: Tensor, y: Tensor, sizes: Tensor, weight_decay: float
+    layers: Sequence[Layer], rates: Sequence[float], x: Tensor, y: Tensor, sizes: Tensor, weight_decay: float
 ) -> Tensor:
     """Takes one SGD step of every member in place, on the first sizes [members] of its batch; returns its losses before it.
 
     A member of which nothing counts does not move, and has no loss.
     """
-    inputs: list[Tensor] = []
+    kept = []
     for layer in layers:
-        if inputs:
-            x = torch.relu_(x)
-        inputs.append(x)
-        x = _linear(x, layer)
+        x, needed = layer.forward(x)
+        kept.append(needed)
     active, counts = (sizes > 0).float(), (torch.arange(y.shape[1]) < sizes[:, None]).float()
     of_each = sizes.clamp(min=1.0)
     logits = torch.log_softmax(x, 2)
@@ -215,23 +235,6 @@ def _step(
     error *= (counts * (active / of_each)[:, None])[:, :, None]
     lowest = next(at for at, rate in enumerate(rates) if rate)
     for at in range(len(layers) - 1, lowest - 1, -1):
-        layer, rate = layers[at], rates[at]
-        back = torch.bmm(error, layer.weight) if at > lowest else None
-        if rate:
-            if weight_decay:
-                layer.weight.mul_(1 - rate * weight_decay * active[:, None, None])
-            layer.weight.baddbmm_(error.transpose(1, 2), inputs[at], alpha=-rate)
-            if layer.bias is not None:
-                if weight_decay:
-                    layer.bias.mul_(1 - rate * weight_decay * active[:, None])
-                layer.bias.add_(error.sum(1), alpha=-rate)
-        if back is not None:
-            error = back.mul_(inputs[at] > 0)
+        back = layers[at].backward(error, kept[at], Change(rates[at], weight_decay, active), at > lowest)
+        error = error if back is None else back
     return loss
-
-
-def _linear(x: Tensor, layer: _Layer) -> Tensor:
-    """Returns x W' + b of every member."""
-    if layer.bias is None:
-        return torch.bmm(x, layer.weight.transpose(1, 2))
-    return torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight.transpose(1, 2))

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from fedprune_cli.errors import ConfigError, require
+from fedprune_cli.learn import recurrent
 from fedprune_cli.rng import stream
+from fedprune_cli.store.state import Array
 
 Shape = tuple[int, int, int]  # channels, height, width
 MAX_WIDTH = 100_000  # of a layer, and channels
@@ -153,7 +155,99 @@ class MobileNet:
         return layers
 
 
-MODELS: dict[str, type[ModelConfig]] = {"mlp": Mlp, "cnn": Cnn, "resnet18": ResNet18, "mobilenet": MobileNet}
+def _require_sequences(shape: Shape, name: str) -> None:
+    if shape[1] != 1:
+        raise ConfigError(
+            f"inputs of shape {list(shape)} are not sequences: model={name} takes windows [axes, 1, length] or texts [1, 1, length]; "
+            "for images take model=mlp, cnn, mobilenet or resnet18"
+        )
+
+
+@dataclass(frozen=True)
+class Cnn1d:
+    """A CNN over windows of time series: convolutions along the time, each with max pooling of two steps, and one hidden layer.
+
+    Windows are images of height 1, so that everything that holds of the CNN holds here. ReLU stands after the pooling, as there.
+    """
+
+    name: str
+    personal: str
+    channels: tuple[int, ...]
+    kernel: int
+    hidden: int
+
+    def __post_init__(self) -> None:
+        widths = 1 <= len(self.channels) <= 8 and all(0 < width <= MAX_WIDTH for width in self.channels)
+        require(widths, "channels", list(self.channels), f"a list of 1 to 8 widths in 1..{MAX_WIDTH}")
+        require(1 <= self.kernel <= 99 and self.kernel % 2 == 1, "kernel", self.kernel, "odd, in 1..99")
+        require(0 < self.hidden <= MAX_WIDTH, "hidden", self.hidden, f"in 1..{MAX_WIDTH}")
+
+    def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
+        _require_sequences(shape, self.name)
+        depth, least = len(self.channels), 2 ** len(self.channels)
+        if shape[2] < least:
+            most = shape[2].bit_length() - 1
+            less = f"model.channels of at most {most} widths" if most else "model=mlp"
+            raise ConfigError(
+                f"windows of {shape[2]} steps are too short to halve {depth} times: allowed are at least {least} steps, or {less}"
+            )
+        conv = functools.partial(nn.Conv2d, kernel_size=(1, self.kernel), padding=(0, self.kernel // 2))
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise((shape[0], *self.channels)), start=1):
+            layers[f"conv{i}"] = nn.Sequential(conv(fan_in, fan_out), nn.MaxPool2d((1, 2)), nn.ReLU())
+        features = self.channels[-1] * (shape[2] // least)
+        layers["fc1"] = nn.Sequential(nn.Flatten(), nn.Linear(features, self.hidden), nn.ReLU())
+        layers["head"] = nn.Linear(self.hidden, num_classes)
+        return layers
+
+
+@dataclass(frozen=True)
+class Gru:
+    """One or two GRU layers over windows of time series, or over the embedded tokens of texts; the head reads the last step's state.
+
+    vocabulary: how many tokens there are, None for as many as classes: the label is the next token.
+    """
+
+    name: str
+    personal: str
+    hidden: tuple[int, ...]
+    embedding: int | None
+    vocabulary: int | None
+
+    def __post_init__(self) -> None:
+        widths = 1 <= len(self.hidden) <= 2 and all(0 < width <= MAX_WIDTH for width in self.hidden)
+        require(widths, "hidden", list(self.hidden), f"one or two widths in 1..{MAX_WIDTH}")
+        for key, value in (("embedding", self.embedding), ("vocabulary", self.vocabulary)):
+            require(value is None or 0 < value <= MAX_WIDTH, key, value, f"in 1..{MAX_WIDTH} or null")
+        alone = self.vocabulary is not None and self.embedding is None
+        require(not alone, "vocabulary", self.vocabulary, "null without model.embedding, which tokens need")
+
+    def blocks(self, shape: Shape, num_classes: int) -> OrderedDict[str, nn.Module]:
+        _require_sequences(shape, self.name)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        if self.embedding is None:
+            widths, first = (shape[0], *self.hidden), [recurrent.Steps()]
+        elif shape[0] == 1:
+            widths, first = (self.embedding, *self.hidden), []
+            tokens = nn.Embedding(self.vocabulary or num_classes, self.embedding)
+            layers["embed"] = nn.Sequential(recurrent.Tokens(), tokens)
+        else:
+            raise ConfigError(f"windows of {shape[0]} axes are not tokens: allowed is model.embedding=null")
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths), start=1):
+            layer = recurrent.Gru(fan_in, fan_out, last=i == len(self.hidden))
+            layers[f"rnn{i}"] = nn.Sequential(*(first if i == 1 else ()), layer)
+        layers["head"] = nn.Linear(self.hidden[-1], num_classes)
+        return layers
+
+
+MODELS: dict[str, type[ModelConfig]] = {
+    "mlp": Mlp,
+    "cnn": Cnn,
+    "resnet18": ResNet18,
+    "mobilenet": MobileNet,
+    "cnn1d": Cnn1d,
+    "gru": Gru,
+}
 
 
 def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Sequential:
@@ -175,3 +269,22 @@ def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) 
             f"model {config.name!r} keeps running buffers ({buffers[0]}, ...): use GroupNorm instead of BatchNorm"
         )
     return model
+
+
+def require_tokens(model: nn.Module, inputs: Array, as_they_are: bool) -> None:
+    """Raises ConfigError when a model that looks tokens up gets others than it knows, or numbers that are none.
+
+    inputs: uint8 or float32 [N, C, H, W]; as_they_are: whether the model sees them without normalisation.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            if not (as_they_are and np.issubdtype(inputs.dtype, np.integer)):
+                raise ConfigError(
+                    f"model.embedding={module.embedding_dim} is for tokens, and these inputs are numbers: allowed is null"
+                )
+            largest, known = int(inputs.max(initial=0)), module.num_embeddings
+            if largest >= known:
+                raise ConfigError(
+                    f"the model knows {known} tokens, 0 to {known - 1}, and the data has token {largest}: "
+                    f"allowed is model.vocabulary={largest + 1} or more"
+                )

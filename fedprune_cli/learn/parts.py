@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,16 @@ class Parts:
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d) and module.groups > 1:
                 module.groups = module.weight.shape[0] // module.weight.shape[1]
+            elif one_layer(module):
+                module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+                module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+
+
+def one_layer(module: nn.Module) -> TypeGuard[nn.RNNBase]:
+    """Whether it is a recurrent layer of the plain kind: one layer, one direction, no projection."""
+    if not isinstance(module, nn.RNNBase):
+        return False
+    return module.num_layers == 1 and not module.bidirectional and module.proj_size == 0
 
 
 def to_device(parts: Parts, device: str) -> Parts:

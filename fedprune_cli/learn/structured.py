@@ -1,9 +1,9 @@
 """Channels: which entries of a model belong to the same filter or neuron, so that a whole one can be left out.
 
 A channel group is a set of tensor axes that must keep the same channels: what a layer puts out, what the next one takes in, the
-norms between them, and everything that a residual sum ties together. A unit is what is kept or dropped as a whole: one channel, or one
-of each group of a GroupNorm, so that its groups stay equal. Leaving a unit out of a model without norms is the same function as
-zeroing its entries; a GroupNorm takes its statistics over the channels that are left.
+norms between them, the gates of a recurrent layer, and everything that a residual sum ties together. A unit is what is kept or
+dropped as a whole: one channel, or one of each group of a GroupNorm, so that its groups stay equal. Leaving a unit out of a model
+without norms is the same function as zeroing its entries; a GroupNorm takes its statistics over the channels that are left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.cost import ModelCost
-from fedprune_cli.learn.parts import Parts
+from fedprune_cli.learn.parts import Parts, one_layer
 from fedprune_cli.store.state import Array
 
 SAME_CHANNELS = (
@@ -181,16 +181,16 @@ class _Space:
     size: int
     open: bool
     norm_groups: int
-    axes: list[tuple[str, int, int]]  # parameter, axis, indices a channel
+    axes: list[tuple[str, int, int, int]]  # parameter, axis, indices a channel, times that the channels lie along it
 
 
 def _trace(model: nn.Sequential, shapes: dict[str, tuple[int, ...]]) -> list[ChannelGroup]:
     spaces: list[_Space] = []
     at: dict[fx.Node, _Space | None] = {}
 
-    def take(space: _Space | None, param: str, axis: int) -> None:
+    def take(space: _Space | None, param: str, axis: int, times: int = 1) -> None:
         if space is not None and param in shapes:
-            space.axes.append((param, axis, shapes[param][axis] // space.size))
+            space.axes.append((param, axis, shapes[param][axis] // space.size // times, times))
 
     def create(size: int) -> _Space:
         spaces.append(_Space(size, True, 1, []))
@@ -212,13 +212,17 @@ def _trace(model: nn.Sequential, shapes: dict[str, tuple[int, ...]]) -> list[Cha
     for node in graph.nodes:
         sources = [argument for argument in node.args if isinstance(argument, fx.Node)]
         before = at.get(sources[0]) if sources else None
-        if node.op == "placeholder":
-            at[node] = None
+        if (
+            node.op != "output"
+            and node.op != "call_module"
+            and all(at[source] is None for source in node.all_input_nodes)
+        ):
+            at[node] = None  # the model's input, and what is done to it before the first layer
         elif node.op == "call_module":
             at[node] = _pass_module(str(node.target), model.get_submodule(str(node.target)), before, take, create)
         elif node.op == "call_function" and node.target in SUMS and len(sources) == 2:
             at[node] = join(before, at.get(sources[1]))
-        elif node.op == "call_function" and node.target is torch.flatten:
+        elif node.op == "call_function" and (node.target is torch.flatten or _picks(node)):
             at[node] = before
         elif node.op == "output":
             if before is not None:
@@ -228,9 +232,14 @@ def _trace(model: nn.Sequential, shapes: dict[str, tuple[int, ...]]) -> list[Cha
     return [_group(space) for space in spaces if space.open and space.size // space.norm_groups > 1]
 
 
+def _picks(node: fx.Node) -> bool:
+    """Whether the operation takes one of a recurrent layer's results, or one of the states in it: the channels lie along another axis."""
+    return node.target is operator.getitem and isinstance(node.args[1], int)
+
+
 def _pass_module(
     name: str, module: nn.Module, before: _Space | None,
-    take: Callable[[_Space | None, str, int], None], create: Callable[[int], _Space],
+    take: Callable[..., None], create: Callable[[int], _Space],
 ) -> _Space | None:  # fmt: skip
     """Returns the channels behind a layer that gets `before`, whose axes it adds to them."""
     depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
@@ -246,6 +255,20 @@ def _pass_module(
         take(after, f"{name}.weight", 0)
         take(after, f"{name}.bias", 0)
         return after
+    if isinstance(module, nn.Embedding):
+        after = create(module.embedding_dim)
+        take(after, f"{name}.weight", 1)
+        return after
+    if one_layer(module):
+        gates = len(module.get_parameter("weight_hh_l0")) // module.hidden_size
+        take(before, f"{name}.weight_ih_l0", 1)
+        after = create(module.hidden_size)
+        take(after, f"{name}.weight_hh_l0", 1)
+        for param in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            take(
+                after, f"{name}.{param}", 0, gates
+            )  # a unit has a row in each gate, and no row is no state: it stays zero
+        return after
     if isinstance(module, SAME_CHANNELS):
         return before
     raise ConfigError(
@@ -257,6 +280,7 @@ def _group(space: _Space) -> ChannelGroup:
     """Returns the group of a followed space: unit j is channel j of each group of its norms."""
     units = space.size // space.norm_groups
     axes = tuple(
-        Axis(param, axis, np.repeat(np.arange(space.size) % units, repeat)) for param, axis, repeat in space.axes
+        Axis(param, axis, np.tile(np.repeat(np.arange(space.size) % units, repeat), times))
+        for param, axis, repeat, times in space.axes
     )
     return ChannelGroup(units, axes)

@@ -21,7 +21,6 @@ from fedprune_cli.report.page import csv_text, seconds, write_files
 from fedprune_cli.round.first import FirstRound
 from fedprune_cli.terminal import Table
 
-CSV_KEYS = ("id", "prune_ratio", "bandwidth_hz", "rate_bps", "latency_s", "binds", "admitted")
 FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
 
 
@@ -36,17 +35,22 @@ class _Named(TypedDict, total=False):
     name: str
 
 
+class _Whole(TypedDict, total=False):
+    blocks: int
+
+
 class _Compressed(TypedDict, total=False):
     bits: int
 
 
 class DeviceAnswer(TypedDict):
-    """What one device gets. name: what the table calls it, where it does; binds: which limit holds it."""
+    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it."""
 
     id: int
     name: NotRequired[str]
     prune_ratio: float
     bandwidth_hz: float
+    blocks: NotRequired[int]
     rate_bps: float
     latency_s: float
     binds: str
@@ -90,11 +94,15 @@ def answer(first: FirstRound, *, of_several: bool) -> Answer:
 def _device(first: FirstRound, at: int) -> DeviceAnswer:
     allocation = first.allocation
     named: _Named = {"name": first.names[at]} if first.names else {}
+    whole: _Whole = {}
+    if allocation.block_hz is not None:
+        whole = {"blocks": round(float(allocation.bandwidth_hz[at]) / allocation.block_hz)}
     return {
         "id": at,
         **named,
         "prune_ratio": float(allocation.prune_ratio[at]),
         "bandwidth_hz": float(allocation.bandwidth_hz[at]),
+        **whole,
         "rate_bps": float(allocation.rate_bps[at]),
         "latency_s": float(allocation.latency_s[at]),
         "binds": allocation.binds[at],
@@ -173,13 +181,15 @@ def allocation_table(result: Answer) -> Table:
             device.get("name", str(device["id"])),
             f"{device['prune_ratio']:.3f}",
             f"{device['bandwidth_hz'] / 1e6:.4f}",
+            *([str(device["blocks"])] if "blocks" in device else []),
             f"{device['latency_s']:.4g}",
             device["binds"],
             f"{device['rate_bps'] / 1e6:.4g}",
         ]
         for device in result["devices"]
     ]
-    headers = ["device", "ratio", "MHz", "seconds", "binds", "Mbit/s"]
+    whole = ["blocks"] if result["devices"] and "blocks" in result["devices"][0] else []
+    headers = ["device", "ratio", "MHz", *whole, "seconds", "binds", "Mbit/s"]
     return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
 
 
@@ -199,7 +209,7 @@ def _ratios_text(ratios: tuple[float, float] | None) -> str:
 def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, float]]) -> Path:
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices: Sequence[Mapping[str, object]] = result["devices"]
-    keys = [CSV_KEYS[0], *(["name"] if "name" in devices[0] else []), *CSV_KEYS[1:]]
+    keys = [*devices[0]]
     files = {
         "allocation.csv": csv_text(keys, [[device[key] for key in keys] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",

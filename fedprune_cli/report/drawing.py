@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, safe for the colour-blind; lines and text take the 
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -48,6 +49,10 @@ class Drawing:
 
     def svg(self) -> str:
         """Returns it for a page: text stays text, and takes the page's colour."""
+        return self._svg
+
+    @functools.cached_property
+    def _svg(self) -> str:  # a page shows it, and a file holds it
         svg = self._save("svg", STYLE, {"Date": None, "Creator": None}).decode()
         return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(INK.upper(), "currentColor")
 
@@ -65,6 +70,9 @@ class Drawing:
             figure = Figure(figsize=(self.width, self.height), layout="constrained")
             FigureCanvasAgg(figure)
             self.plot(figure.subplots(1, self.columns))
+            if engine := figure.get_layout_engine():
+                engine.execute(figure)
+                figure.set_layout_engine("none")  # it would draw everything twice, to lay it out again
             data = io.BytesIO()
             figure.savefig(data, format=kind, metadata=dict(metadata))
         return data.getvalue()

@@ -44,7 +44,7 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
     heard = roster.gain_linear[roster.training]
     training = _charge_training(setup, plan, work, results, heard)
-    training = training.cut_short(work.fates.work, setup.scenario.fleet.tx_power_w[plan.devices])
+    training = training.cut_short(work.fates.work, setup.scenario.fleet.radio_power_w[plan.devices])
     if not results.personal_updates:
         return Bill(training, None)
     listeners_gain = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]

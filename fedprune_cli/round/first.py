@@ -20,7 +20,8 @@ from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.devices import LIMIT_COLUMNS, Fleet, limit_columns
+from fedprune_cli.world.devices import limit_columns
+from fedprune_cli.world.fleet import LIMIT_COLUMNS, Fleet
 from fedprune_cli.world.tables import read_header, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
@@ -142,6 +143,7 @@ def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
         energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
         path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
         names=rows.names,
+        practice=None,
         **limit_columns(str(file), rows, experiment.devices.limits(size)),
     )
     return fleet, rows["samples"]

@@ -18,7 +18,7 @@ from fedprune_cli.store.memory import Slots
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, bits_per_value
-from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.fleet import Fleet
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.batched import batches
 from fedprune_cli.learn.client import Learner
 from fedprune_cli.learn.cost import ModelCost, count_cost
-from fedprune_cli.learn.models import Shape, build_model
+from fedprune_cli.learn.models import Shape, build_model, require_tokens
 from fedprune_cli.learn.parts import Parts, split_model, to_device
 from fedprune_cli.learn.personalize import personal_only
 from fedprune_cli.learn.prune import least_kept
@@ -94,6 +94,7 @@ def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
     """Returns the initial model, split by the method's personalized part."""
     dataset = scenario.dataset
     model = build_model(experiment.model, dataset.inputs.shape[1:], dataset.num_classes, experiment.seed)
+    require_tokens(model, dataset.inputs, (dataset.scale, dataset.mean, dataset.std) == (1.0, (0.0,), (1.0,)))
     return split_model(model, experiment.method.personal_part)
 
 

@@ -31,7 +31,7 @@ class Mine:
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         """Returns the allocation of round `number`; randomness comes from rng.stream(seed, "allocator", number) alone."""
         smaller = replace(problem, bandwidth_hz=(1 - self.reserve) * problem.bandwidth_hz)
-        return solve_under_policy(smaller, as_policy(self.on_infeasible), solve_p1, least_feasible, exact=False)
+        return solve_under_policy(smaller, as_policy(self.on_infeasible), solve_p1, least_feasible)
 
 
 ALLOCATORS = {"mine": Mine}

@@ -15,7 +15,7 @@ import numpy as np
 from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.devices import Fleet
+from fedprune_cli.world.fleet import Fleet
 from fedprune_cli.world.tables import read_table
 
 MAX_OUTAGES = 10**10

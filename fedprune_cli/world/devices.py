@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,43 +13,9 @@ import numpy as np
 from fedprune_cli.errors import ConfigError, DataError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.fleet import LIMIT_COLUMNS, Fleet, check_range
+from fedprune_cli.world.measured import MeasuredFleet
 from fedprune_cli.world.tables import MAX_DEVICES, Rows, check_order, read_table
-
-LIMIT_COLUMNS = ("min_bandwidth_mhz", "max_bandwidth_mhz", "energy_budget_j")
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """The devices, one array entry each [N].
-
-    cpu_hz; cycles_per_flop; tx_power_w; distance_m from the base station; energy_coefficient kappa (kappa f^2 joules per cycle);
-    path_gain_linear: a fixed large-scale gain that replaces path loss and shadowing, NaN where the channel computes it;
-    min_bandwidth_hz, max_bandwidth_hz: what the device may be given, 0 and infinite without a limit; energy_budget_j: of
-    computing and sending, per round, infinite without one; names: what a table calls the devices, None where it does not.
-    """
-
-    cpu_hz: Array
-    cycles_per_flop: Array
-    tx_power_w: Array
-    distance_m: Array
-    energy_coefficient: Array
-    path_gain_linear: Array
-    min_bandwidth_hz: Array
-    max_bandwidth_hz: Array
-    energy_budget_j: Array
-    names: tuple[str, ...] | None = None
-
-    def take(self, index: Array) -> Fleet:
-        """Returns some of the devices, in that order."""
-        chosen = {field.name: getattr(self, field.name)[index] for field in fields(self) if field.name != "names"}
-        names = None if self.names is None else tuple(np.array(self.names, dtype=object)[index])
-        return replace(self, **chosen, names=names)
-
-    @property
-    def limited(self) -> bool:
-        """Whether any device has a limit besides its time."""
-        unlimited = np.isinf(self.max_bandwidth_hz) & np.isinf(self.energy_budget_j) & (self.min_bandwidth_hz == 0)
-        return not bool(unlimited.all())
 
 
 class Devices(Protocol):
@@ -128,12 +94,6 @@ def limit_columns(file: str, rows: Rows, default: Mapping[str, Array]) -> dict[s
     return limits
 
 
-def _check_range(config: object, low: str, high: str, least: float, most: float) -> None:
-    minimum, maximum = getattr(config, low), getattr(config, high)
-    require(least <= minimum <= most, low, minimum, f"in [{least:g}, {most:g}] (SI units)")
-    require(minimum <= maximum <= most, high, maximum, f"at least its minimum and at most {most:g} (SI units)")
-
-
 @dataclass(frozen=True)
 class _DrawnFleet(_EveryFleet, ABC):
     """A fleet of `count` devices and `fresh` more that never train, placed uniformly in a disk with a hole."""
@@ -163,6 +123,7 @@ class _DrawnFleet(_EveryFleet, ABC):
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=np.full(size, np.nan),
             names=None,
+            practice=None,
             **self.limits(size),
         )
 
@@ -172,7 +133,7 @@ def _check_drawn(fleet: _DrawnFleet) -> None:
     require(1 <= fleet.count <= MAX_DEVICES, "count", fleet.count, f"in 1..{MAX_DEVICES}")
     chosen = fleet.per_round
     require(chosen is None or chosen <= fleet.count, "per_round", chosen, f"at most count={fleet.count}")
-    _check_range(fleet, "min_distance_m", "radius_m", 1, 1e7)
+    check_range(fleet, "min_distance_m", "radius_m", 1, 1e7)
 
 
 @dataclass(frozen=True)
@@ -187,8 +148,8 @@ class SampledFleet(_DrawnFleet):
 
     def __post_init__(self) -> None:
         _check_drawn(self)
-        _check_range(self, "min_cpu_hz", "max_cpu_hz", 1e3, 1e15)
-        _check_range(self, "min_cycles_per_flop", "max_cycles_per_flop", 1e-6, 1e6)
+        check_range(self, "min_cpu_hz", "max_cpu_hz", 1e3, 1e15)
+        check_range(self, "min_cycles_per_flop", "max_cycles_per_flop", 1e-6, 1e6)
         require(1e-13 <= self.tx_power_w <= 1e7, "tx_power_w", self.tx_power_w, "in -100..100 dBm")
 
     def kind(self, first: Array, second: Array) -> tuple[Array, Array, Array]:
@@ -284,8 +245,14 @@ class FleetTable(_EveryFleet):
             energy_coefficient=np.full(size, self.energy_coefficient),
             path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
             names=rows.names,
+            practice=None,
             **limit_columns(self.file, rows, self.limits(size)),
         )
 
 
-FLEETS: dict[str, type[Devices]] = {"sampled": SampledFleet, "classes": FleetOfClasses, "table": FleetTable}
+FLEETS: dict[str, type[Devices]] = {
+    "sampled": SampledFleet,
+    "classes": FleetOfClasses,
+    "measured": MeasuredFleet,
+    "table": FleetTable,
+}

@@ -8,7 +8,8 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.datasets import Dataset, DatasetConfig
-from fedprune_cli.world.devices import Devices, Fleet
+from fedprune_cli.world.devices import Devices
+from fedprune_cli.world.fleet import Fleet
 from fedprune_cli.world.partition import Natural, Partition, PartitionConfig, build_partition
 
 

@@ -92,10 +92,10 @@ def compare_with_cvxpy(count: int, seed: int) -> None:
         if at % 10 == 8:
             with pytest.raises(InfeasibleError):
                 solve_under_policy(
-                    replace(problem, deadline_s=0.9 * least_s), "fail", solve_p1, least_feasible, exact=True
+                    replace(problem, deadline_s=0.9 * least_s), "fail", solve_p1, least_feasible, certify
                 )
         problem = replace(problem, deadline_s=least_s if at % 10 == 9 else max(problem.deadline_s, 1.001 * least_s))
-        ours = solve_under_policy(problem, "fail", solve_p1, least_feasible, exact=True)
+        ours = solve_under_policy(problem, "fail", solve_p1, least_feasible, certify)
         theirs, b = solve_p1_cvxpy(problem)
         scale = problem.weight.sum()
         # where the budget is exactly tight, Clarabel's own tolerance on it is worth its price
@@ -124,7 +124,7 @@ def test_cvxpy_is_never_better_on_wild_instances() -> None:
         except CertificateError:
             continue
         solved += 1
-        never_better(solve_under_policy(problem, "fail", solve_p1, least_feasible, exact=True), problem, b)
+        never_better(solve_under_policy(problem, "fail", solve_p1, least_feasible, certify), problem, b)
     assert solved > 20
 
 
@@ -154,9 +154,7 @@ def test_p2_is_the_inverse_of_p1_and_the_frontier_is_monotone() -> None:
     for budget in (0.05, 0.2, 0.5):
         deadline_s = min_latency(problem, budget)
         at = replace(problem, deadline_s=deadline_s)
-        ratio = (
-            1 - solve_under_policy(at, "fail", solve_p1, least_feasible, exact=True).objective / problem.weight.sum()
-        )
+        ratio = 1 - solve_under_policy(at, "fail", solve_p1, least_feasible, certify).objective / problem.weight.sum()
         assert abs(ratio - budget) < 1e-9
     assert np.isclose(min_latency(problem, 0.0), dense_deadline(problem)[0], rtol=1e-6)
     assert min_latency(problem, 1.0) == least_feasible(problem)
@@ -227,7 +225,7 @@ def test_limits_that_never_bind_change_nothing() -> None:
         none = Limits(np.zeros(size), *[np.full(size, np.inf)] * 2, *[np.ones(size)] * 3)
         generous = replace(none, energy_budget_j=np.full(size, 1e6), max_bandwidth_hz=np.full(size, 1e9))
         plain, free, wide = (
-            solve_under_policy(replace(problem, limits=limits), "fail", solve_p1, least_feasible, exact=True)
+            solve_under_policy(replace(problem, limits=limits), "fail", solve_p1, least_feasible, certify)
             for limits in (None, none, generous)
         )
         np.testing.assert_array_equal(plain.prune_ratio, free.prune_ratio)
@@ -243,7 +241,7 @@ def test_what_a_limit_binds_is_said_and_dense_allocators_refuse_a_budget_that_th
     nothing, endless = np.zeros(size), np.full(size, np.inf)
     budget_j = np.where(np.arange(size) == 2, half_j, np.inf)
     slow = Limits(nothing, endless, budget_j, nothing, nothing, np.full(size, 0.2))
-    allocation = solve_under_policy(replace(problem, limits=slow), "fail", solve_p1, least_feasible, exact=True)
+    allocation = solve_under_policy(replace(problem, limits=slow), "fail", solve_p1, least_feasible, certify)
     assert allocation.binds[2] == "energy"
     kept = 1 - allocation.prune_ratio
     joules = energy(slow, kept, upload_s(problem, kept, allocation.bandwidth_hz))

@@ -23,7 +23,7 @@ from fedprune_cli.commands.app import app
 from fedprune_cli.errors import CertificateError, ConfigError, FedpruneError, InfeasibleError
 
 POLICIES = ("stretch", "drop", "fail")
-CERTIFIED = ("kkt", "minlatency")
+CERTIFIED = ("kkt", "blocks", "minlatency")
 IGNORE_THE_DEADLINE = ("dense", "dense_equal", "fixed", "minlatency")
 WRONG = (np.nan, np.inf, -np.inf, -1.0, 5e-324, 1e-310, 1e-41, 1e41, 1e308)
 
@@ -32,7 +32,7 @@ def build(name: str, policy: str) -> Allocator:
     """Returns an allocator with middling values of its own."""
     values = {"name": name, "on_infeasible": policy, "ratio": 0.5, "mean_ratio": 0.4, "iterations": 10}
     cls = ALLOCATORS[name]
-    return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+    return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})  # type: ignore[arg-type]
 
 
 def figures(rng: np.random.Generator, size: int, low: float, high: float, extremes: tuple[float, ...]) -> np.ndarray:
@@ -108,7 +108,11 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
     # x is known to one part in 1e16 of the model, certified to one in 1e9, and from a conic solver to one in 1e4
     sent_s = np.divide(problem.payload_bits, allocation.rate_bps, out=np.zeros(len(b)), where=allocation.rate_bps > 0)
     exact_to = {"cvxpy": 1e-4, "kkt": 1e-9, "minlatency": 1e-9}.get(name, 1e-15)
-    slack_s = loose * allocation.deadline_s + exact_to * (sent_s + problem.shared_compute_s)
+    # who gets some hertz of many is given them to the last digits of the whole band
+    last_digits = np.minimum(2 * np.spacing(problem.bandwidth_hz) / np.maximum(b, 1e-40), 1.0)
+    slack_s = loose * allocation.deadline_s + (exact_to + last_digits) * (
+        np.minimum(sent_s, 1e200) + problem.shared_compute_s
+    )
     t = latency(problem, kept, b)
     assert (t <= allocation.deadline_s + slack_s)[admitted].all()
     if problem.limits is not None:
@@ -195,15 +199,14 @@ FAST = tuple(name for name in ALLOCATORS if name != "cvxpy")
 
 
 def test_any_numbers_give_a_sound_allocation_or_one_line() -> None:
-    sound, refused = try_everything(100, seed=1, names=FAST)
-    assert sound > 1000
-    assert refused > 100
+    sound, refused = try_everything(60, seed=1, names=FAST)
+    assert sound > 600
+    assert refused > 60
     sound, refused = try_everything(12, seed=2, names=("cvxpy",))
     assert sound > 10
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("part", range(10))
 def test_10000_sets_of_any_numbers_give_sound_allocations_or_one_line(part: int) -> None:
     sound, _ = try_everything(1000, seed=100 + part, names=FAST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_experiment
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_cli import CONF
@@ -110,6 +110,7 @@ KEYS = [
 ]
 
 
+@settings(max_examples=50)
 @given(st.sampled_from(KEYS), st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))
 def test_any_text_is_a_value_or_one_line(key: str, text: str) -> None:
     lines = 1
@@ -121,11 +122,10 @@ def test_any_text_is_a_value_or_one_line(key: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-def test_every_experiment_says_what_it_asks_and_each_of_its_arms_is_sound(name: str) -> None:
+def test_every_experiment_says_what_it_asks(name: str) -> None:
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     for key in ("Question:", "Command:", "Expected:", "Minutes:"):
         assert any(line.startswith(f"# {key}") and line.removeprefix(f"# {key}").strip() for line in lines), key
-    config = compose_config([f"experiment={name}"])
-    assert build_experiment(config).name == name
-    for overrides in (config.arms or {}).values():
-        build_experiment(compose_config([f"experiment={name}", *overrides]))
+    assert (
+        build_experiment(compose_config([f"experiment={name}"])).name == name
+    )  # tests/system/test_experiments.py: its arms

@@ -94,7 +94,7 @@ def test_an_unknown_layer_is_named() -> None:
     def refuse(layer: nn.Module, message: str) -> None:
         model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(8, 2))
         parts = split_model(model, "none")
-        cost = ModelCost(parts.shared.numel(), 0, 4, {})
+        cost = ModelCost(parts.shared.numel(), 0, 4, {}, ())
         with pytest.raises(ConfigError, match=message):
             find_channels(parts, cost)
 

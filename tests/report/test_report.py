@@ -27,11 +27,17 @@ from fedprune_cli.runs import life
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> dict[tuple[str, int], Path]:
-    paths = {}
+def runs(finished: dict[tuple[str, int], Path], tmp_path: Path) -> dict[tuple[str, int], Path]:
+    """Returns copies of finished runs, for a test to do with as it likes."""
+    return {key: shutil.copytree(path, tmp_path / path.name) for key, path in finished.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    paths, place = {}, tmp_path_factory.mktemp("runs")
     for method in ("proposed", "personalized"):
         for seed in (0, 1):
-            path = tmp_path / f"{method}{seed}"
+            path = place / f"{method}{seed}"
             run_to_end(path, f"method={method}", f"seed={seed}", "rounds=4")
             paths[method, seed] = path
     return paths

@@ -100,7 +100,7 @@ def test_what_the_reference_allows_is_what_the_program_allows() -> None:
     assert said["faults.die"] == "in [0, 1]"
     assert said["channel.noise_dbm_per_hz"] == "any finite number"
     assert said["failsafe.aggregation"] == "one of mean, median, trimmed_mean"
-    assert said["model.hidden"] == "a list of at most 100 widths in 1..100000 (mlp); in 1..100000 (cnn)"
+    assert said["model.hidden"].startswith("a list of at most 100 widths in 1..100000 (mlp); in 1..100000 (cnn, cnn1d)")
     for bad in ("devices.min_cpu_ghz=1e-7", "devices.radius_km=10001", "faults.die=1.1", "failsafe.aggregation=mode"):
         with pytest.raises(ConfigError):
             build_experiment(compose_config([bad]))
@@ -385,3 +385,34 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_a_network(tmp_path: Path
         )
         assert fetched
         assert [url for url in fetched if re.match(r"(?:https?:)?//", url)] == [], page.name
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_of_data_counts_what_is_there() -> None:
+    """Every table of docs/data.md, made anew from the data."""
+    spec = importlib.util.spec_from_file_location("counts", ROOT / ".ci" / "counts.py")
+    assert spec
+    assert spec.loader
+    counts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counts)
+    page = counts.PAGE.read_text()
+    try:
+        again = counts.written(page)
+    except errors.DataError as error:
+        if "cannot be had" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert again == page
+    assert counts.written(page.replace("| person 01 | 497 |", "| person 01 | 498 |")) == page
+
+
+def test_the_page_of_data_names_every_dataset_and_its_licence() -> None:
+    page = (DOCS / "data.md").read_text()
+    first = page.index("| data | what it is | from | licence |")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page[first:].split("\n\n")[0].splitlines()[2:]]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == set(GROUPS["data"])
+    assert all(len(row) == 4 and row[2] and row[3] for row in rows)

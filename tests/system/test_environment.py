@@ -207,7 +207,6 @@ def hostile_environments(count: int, seed: int) -> list[tuple[str, tuple[str, ..
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
 def test_300_hostile_environments_are_one_line_each(finished: Path) -> None:
     assert [text for of in hostile_environments(300, seed=0) if (text := answer(*of, finished).wrong)] == []
 

@@ -21,6 +21,10 @@ SMALL = (
     "rounds=1", "devices.count=4", "devices.fresh=1", "training.batch_size=8", "training.shared_steps=1",
     "training.personal_steps=1", "evaluation.fresh_steps=1", "execution.kind=serial",
 )  # fmt: skip
+NATURAL = {  # experiments whose devices are those that a package's data names, and what a small round of them needs
+    "watch": ("partition=dirichlet",),
+    "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
+}
 HEAVY = ("colour", "headline_fmnist")  # whose data and models are large: slow tests, with `headline`'s arms
 LIGHT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in HEAVY)
 RUN: dict[str, RoundRecord] = {}  # arms that several experiments share run once
@@ -52,12 +56,30 @@ def check(record: RoundRecord) -> None:
         assert record.train_loss is None or 0 < record.train_loss < math.inf
 
 
+def skip_without_data(experiment: Experiment) -> None:
+    """Skips the test where the package that holds the data is not on this machine."""
+    try:
+        experiment.data.load()
+    except DataError as error:
+        if "cannot be had" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_every_heavy_arm_is_sound_and_asks_something_of_its_own(name: str) -> None:
+    arms = [build_experiment(compose_config([f"experiment={name}", *of])) for of in arms_of(name).values()]
+    assert len({experiment.config_hash for experiment in arms}) == len(arms)
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_every_arm_runs_a_round_and_asks_something_of_its_own(name: str) -> None:
     arms = [
-        build_experiment(compose_config([f"experiment={name}", *SMALL, *overrides]))
+        build_experiment(compose_config([f"experiment={name}", *SMALL, *NATURAL.get(name, ()), *overrides]))
         for overrides in arms_of(name).values()
     ]
+    if name in NATURAL:
+        skip_without_data(arms[0])
     assert len({experiment.config_hash for experiment in arms}) == len(arms)
     for experiment in arms:
         check(run_arm(experiment))

@@ -114,7 +114,10 @@ def test_its_parts_are_held_to_every_law_and_a_broken_one_is_named(mine: Path, t
     breaks = {
         "cautious: every allocation is feasible": ("(1 - self.step)", "(1 + self.step)"),
         "rings: it is the same each time and its hash says so": ("np.random.PCG64(7)", "np.random.PCG64()"),
-        "narrow: the parts are a disjoint cover and views of the model": ("body=body,", "body=body, again=body[1],"),
+        "model=narrow: the parts are a disjoint cover and views of the model": (
+            "body=body,",
+            "body=body, again=body[1],",
+        ),
         "once_each: everybody agreeing is the result and nobody is what was": (
             "return new, old",
             "return new + 1, old",

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fedprune_cli.errors import ConfigError, DataError
-from fedprune_cli.world.datasets import DATASETS, downloaded, embedded
-from fedprune_cli.world.datasets.downloaded import Cifar10, FashionMnist, Mnist
+from fedprune_cli.world.datasets import DATASETS, arrivals, downloaded, embedded
+from fedprune_cli.world.datasets.downloaded import Cifar10, Emnist, FashionMnist, Mnist, Svhn
 from fedprune_cli.world.datasets.embedded import Digits, Patches
 
 
@@ -163,11 +163,72 @@ def test_cifar_is_read_only_when_its_digests_match(tmp_path: Path, monkeypatch: 
         config.load()
 
 
+@pytest.mark.parametrize(("split", "classes"), [("balanced", 47), ("byclass", 62)])
+@pytest.mark.parametrize("compress", [False, True])
+def test_emnist_is_what_torchvision_reads_and_upright(
+    tmp_path: Path, split: str, classes: int, compress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import EMNIST
+
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.Generator(np.random.PCG64(0))
+    for half, count in (("train", 20), ("test", 5)):
+        for what, array in (
+            ("images-idx3", rng.integers(256, size=(count, 28, 28))),
+            ("labels-idx1", rng.integers(classes, size=count)),
+        ):
+            path = raw / f"emnist-{split}-{half}-{what}-ubyte"
+            path.write_bytes(idx(array))
+    halves = [EMNIST(str(tmp_path), split=split, train=train) for train in (True, False)]
+    if compress:
+        for path in raw.iterdir():
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    dataset = Emnist("emnist", str(tmp_path), None, split).load()
+    np.testing.assert_array_equal(
+        dataset.inputs[:, 0].transpose(0, 2, 1), np.concatenate([half.data for half in halves])
+    )
+    np.testing.assert_array_equal(dataset.labels, np.concatenate([half.targets for half in halves]))
+    assert dataset.num_classes == classes
+    without_network(monkeypatch)
+    with pytest.raises(DataError, match="no EMNIST files"):
+        Emnist("emnist", str(tmp_path), None, "byclass" if split == "balanced" else "balanced").load()
+
+
+def test_svhn_is_what_torchvision_reads_and_only_when_its_digests_match(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    rng = np.random.Generator(np.random.PCG64(0))
+    listed = dict(SVHN.split_list)
+    for half, count in (("train", 30), ("test", 10)):
+        path = tmp_path / f"{half}_32x32.mat"
+        pixels, labels = rng.integers(256, size=(32, 32, 3, count)), rng.integers(1, 11, size=(count, 1))
+        savemat(path, {"X": pixels.astype(np.uint8), "y": labels.astype(np.uint8)})
+        listed[half] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    config = Svhn("svhn", str(tmp_path), None)
+    with pytest.raises(
+        DataError, match=r"train_32x32\.mat: damaged or truncated: MD5 \w+ of \d+ bytes, must be e26dedcc"
+    ):
+        config.load()
+    monkeypatch.setattr(SVHN, "split_list", listed)
+    halves = [SVHN(str(tmp_path), split=half) for half in ("train", "test")]
+    dataset = config.load()
+    np.testing.assert_array_equal(dataset.inputs, np.concatenate([half.data for half in halves]))
+    np.testing.assert_array_equal(dataset.labels, np.concatenate([half.labels for half in halves]))
+    assert set(dataset.labels) == set(range(10))
+
+
 @pytest.mark.parametrize("name", [name for name, cls in DATASETS.items() if issubclass(cls, downloaded._Downloaded)])
 def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_network(monkeypatch)
     with pytest.raises(DataError) as caught:
-        DATASETS[name](name=name, root=str(tmp_path), limit=None).load()
+        DATASETS[name](
+            name=name, root=str(tmp_path), limit=None, **{"split": "balanced"} if name == "emnist" else {}
+        ).load()
     text = str(caught.value)
     assert "\n" not in text
     for part in (f"{name} cannot be had", str(tmp_path), "download: no network", "data.root=DIR"):
@@ -177,7 +238,7 @@ def test_what_cannot_be_had_says_what_was_tried(name: str, tmp_path: Path, monke
 
 def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
     def killed() -> None:
-        with downloaded._staged(tmp_path) as stage:
+        with arrivals.staged(tmp_path) as stage:
             (stage / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -189,7 +250,7 @@ def test_a_killed_download_leaves_no_half_file(tmp_path: Path) -> None:
 def test_a_download_replaces_no_file_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "MNIST" / "raw" / "mine").write_text("kept")
-    with downloaded._staged(tmp_path) as stage:
+    with arrivals.staged(tmp_path) as stage:
         (stage / "MNIST" / "raw").mkdir(parents=True)
         (stage / "MNIST" / "raw" / "new").write_text("x")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
@@ -261,7 +322,7 @@ def test_patches_without_a_photograph_say_what_to_install(monkeypatch: pytest.Mo
 def test_a_changed_pixel_in_a_file_that_was_brought_here_is_found(tmp_path: Path) -> None:
     """The file's form is right and its checksum is not: a file of the user's own, which has none, is taken as it is."""
     header = bytes((0, 0, 8, 1)) + (3).to_bytes(4, "big")
-    with downloaded._staged(tmp_path) as stage:
+    with arrivals.staged(tmp_path) as stage:
         (stage / "labels").write_bytes(header + bytes((1, 2, 3)))
     assert downloaded._read_idx(tmp_path / "labels", 1).tolist() == [1, 2, 3]
     (tmp_path / "labels").write_bytes(header + bytes((1, 2, 2)))

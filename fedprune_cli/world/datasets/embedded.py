@@ -10,8 +10,8 @@ import numpy as np
 
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.datasets.arrivals import reason
 from fedprune_cli.world.datasets.dataset import Dataset, image_dataset
-from fedprune_cli.world.datasets.downloaded import reason
 
 
 @dataclass(frozen=True)
