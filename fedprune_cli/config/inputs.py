@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError, DataError, FedpruneError
-from fedprune_cli.store.files import read_bytes
+from fedprune_cli.store.files import read_digest
 from fedprune_cli.world.datasets import DatasetConfig
 
-TABLES = ("devices.file", "channel.file")  # keys of the configuration that name a table
-ROOT = "data.root"
-MAX_BYTES = 2**30  # of a file that is read
+TABLES = ("data.file", "devices.file", "channel.file")  # keys of the configuration that name a file
+DATA, ROOT = "data.file", "data.root"
 MAX_KEPT = 16 * 2**20  # bytes of a file of which a run folder keeps a copy
 MAX_FILES = 2000  # of a data folder, up to which a look at sizes and times tells whether to read it again
 
 
 @dataclass(frozen=True)
 class Input:
-    """A table that a run reads: the key that names it, where it is, and its content."""
+    """A file that a run reads: the key that names it, where it is, the SHA-256 of its content, and the content unless it is large."""
 
     key: str
     path: Path
-    content: bytes
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of its content."""
-        return hashlib.sha256(self.content).hexdigest()
+    sha256: str
+    content: bytes | None
 
     @property
     def kept_as(self) -> str | None:
         """The name of its copy in a run folder, None for one that is too large to be kept."""
-        return f"{self.key}.csv" if len(self.content) <= MAX_KEPT else None
+        return None if self.content is None else copy_name(self.key, self.path)
+
+
+def copy_name(key: str, path: Path) -> str:
+    """Returns how a run folder calls its copy of the file that a key names: its ending says what it is."""
+    return f"{key}{path.suffix.lower()}" if key == DATA else f"{key}.csv"
 
 
 def read_input(key: str, path: str, error: type[FedpruneError] = DataError) -> Input:
     """Returns the input that a key of the configuration names; raises `error` when it cannot be read."""
-    return Input(key, Path(path), read_bytes(Path(path), MAX_BYTES, error))
+    found = read_digest(Path(path), MAX_KEPT, error)
+    return Input(key, Path(path), found.sha256, found.content)
 
 
 def dataset_sha256(data: DatasetConfig) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli import plugins
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, edited, read_input
+from fedprune_cli.config.inputs import TABLES, Input, copy_name, dataset_sha256, edited, read_input
 from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import read_json, read_yaml
@@ -87,19 +88,27 @@ def _found(run_dir: Path, key: str, path: Path, then: str | None) -> Input:
     try:
         original = read_input(key, str(path))
     except DataError as error:
-        return _copy(run_dir, key, then, str(error))
+        return _copy(run_dir, key, path, _Gone(then, str(error)))
     if original.sha256 != then:
         raise edited(path, original.sha256, then)
     return original
 
 
-def _copy(run_dir: Path, key: str, then: str, why: str) -> Input:
-    copy = run_dir / folder.INPUTS / f"{key}.csv"
+@dataclass(frozen=True)
+class _Gone:
+    """An original that cannot be read: the SHA-256 that it had, and why."""
+
+    then: str
+    why: str
+
+
+def _copy(run_dir: Path, key: str, path: Path, gone: _Gone) -> Input:
+    copy = run_dir / folder.INPUTS / copy_name(key, path)
     if not copy.exists():
-        raise CheckpointError(f"{why}; it was too large for the run's folder to keep a copy")
+        raise CheckpointError(f"{gone.why}; it was too large for the run's folder to keep a copy")
     kept = read_input(key, str(copy), CheckpointError)
-    if kept.sha256 != then:
-        raise CheckpointError(f"{copy}: damaged (SHA-256 {kept.sha256}, {then} is noted)")
+    if kept.sha256 != gone.then:
+        raise CheckpointError(f"{copy}: damaged (SHA-256 {kept.sha256}, {gone.then} is noted)")
     return kept
 
 

@@ -90,7 +90,7 @@ def _beginning(setup: Setup, config: DictConfig, state: State, origin: Path | No
         OmegaConf.update(config, one.key, os.path.abspath(one.path))
     if root := OmegaConf.select(config, ROOT):
         OmegaConf.update(config, ROOT, os.path.abspath(root))
-    kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as is not None}
+    kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as and one.content is not None}
     sources = [one.source for one in experiment.chosen_plugins()]
     kept |= {file.kept_as: file.content for file in sources if isinstance(file, PluginFile)}
     return folder.Beginning(OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), state, kept, origin)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -28,20 +31,44 @@ def read_bytes(path: Path, most: int, error: type[FedpruneError]) -> bytes:
 
     A device or a pipe, which may never end, is refused.
     """
+    data = bytearray()
+    for part in _parts(path, error):
+        data += part
+        if len(data) > most:
+            raise error(f"{path}: more than the {most} bytes that are read at most")
+    return bytes(data)
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A file's SHA-256, and its content unless that is larger than was asked for."""
+
+    sha256: str
+    content: bytes | None
+
+
+def read_digest(path: Path, most: int, error: type[FedpruneError]) -> Digest:
+    """Returns the SHA-256 of a plain file of any size, and its content when that has at most `most` bytes; raises `error`."""
+    digest, size, data = hashlib.sha256(), 0, bytearray()
+    for part in _parts(path, error):
+        digest.update(part)
+        size += len(part)
+        data += part if size <= most else b""
+    return Digest(digest.hexdigest(), bytes(data) if size <= most else None)
+
+
+def _parts(path: Path, error: type[FedpruneError]) -> Iterator[bytes]:
+    """Yields a plain file's content piece by piece; raises `error` when it cannot be read, or is none."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # asked first: a pipe blocks whoever opens it
             raise error(f"{path}: not a plain file")
-        data = bytearray()
         with path.open("rb") as file:
-            while (part := file.read(2**22)) and len(data) <= most:
-                data += part
+            while part := file.read(2**22):
+                yield part
     except OSError as refused:
         raise error(f"{path}: {refused.strerror}") from None
     except ValueError as refused:  # a NUL or half a character in the name
         raise error(f"{str(path)!r}: no file can have this name ({refused})") from None
-    if len(data) > most:
-        raise error(f"{path}: more than the {most} bytes that are read at most")
-    return bytes(data)
 
 
 def parse_json(data: bytes) -> Any:

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class Rows(Mapping[str, Array]):
 
 def read_header(file: str) -> tuple[str, ...]:
     """Returns the names of a table's columns; raises DataError."""
-    return _header(file, _records(file))[1]
+    return csv_header(file, csv_records(file))[1]
 
 
 def read_table(
@@ -104,14 +104,14 @@ def read_table(
     named: an `id` column, where there is one, calls each row by a name of its own. A limit's empty cell is no limit.
     Raises DataError naming the file, the line, the column, the value and what is allowed.
     """
-    records = _records(file)
-    line, header = _header(file, records)
+    records = csv_records(file)
+    line, header = csv_header(file, records)
     chosen = [name for name in either if name in header]
     missing = [name for name in columns if name not in header]
     if either and not chosen:
         missing.append(" or ".join(either))
     if missing:
-        raise DataError(f"{file}, line {line}: {_missing(missing[0], header)}")
+        raise DataError(f"{file}, line {line}: {missing_column(missing[0], header)}")
     wanted = (*columns, *chosen, *(name for name in optional if name in header))
     places = [(name, header.index(name)) for name in wanted]
     name_at = header.index("id") if named and "id" in header else None
@@ -124,12 +124,12 @@ def read_table(
             try:
                 values[name].append(_number(name, cells[at]))
             except ValueError as reason:
-                raise DataError(f"{file}, line {line + _breaks(cells, at)}: {reason}") from None
+                raise DataError(f"{file}, line {line + count_breaks(cells[:at])}: {reason}") from None
         if name_at is not None:
             try:
                 names[_name(cells[name_at], names)] = line
             except ValueError as reason:
-                raise DataError(f"{file}, line {line + _breaks(cells, name_at)}: {reason}") from None
+                raise DataError(f"{file}, line {line + count_breaks(cells[:name_at])}: {reason}") from None
         lines.append(line)
     if not lines:
         raise DataError(f"{file}: has no rows")
@@ -149,15 +149,17 @@ def check_order(file: str, lines: Array, least_hz: Array, most_hz: Array) -> Non
         )
 
 
-def _records(file: str) -> Iterator[tuple[int, list[str]]]:
+def csv_records(
+    file: str, most_bytes: int = MAX_TABLE_BYTES, longest_line: int = MAX_LINE
+) -> Iterator[tuple[int, list[str]]]:
     """Yields the line on which each row begins and its cells, blank lines passed over. Raises DataError naming the line."""
-    data = read_bytes(Path(file), MAX_TABLE_BYTES, DataError)
+    data = read_bytes(Path(file), most_bytes, DataError)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + len(re.findall(rb"\r\n|\r|\n", error.object[: error.start]))
         raise DataError(f"{file}, line {line}: not a CSV text file in UTF-8") from None
-    reader = csv.reader(_lines(file, text), strict=True, skipinitialspace=True)
+    reader = csv.reader(_lines(file, text, longest_line), strict=True, skipinitialspace=True)
     line = 1
     try:
         for cells in reader:
@@ -172,35 +174,36 @@ def _records(file: str) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{file}, line {reader.line_num}: not CSV ({error})") from None
 
 
-def _lines(file: str, text: str) -> Iterator[str]:
+def _lines(file: str, text: str, longest: int) -> Iterator[str]:
     """Yields the lines of a text, which end with LF, CR LF or CR and with nothing else that Unicode takes for an end."""
     for number, line in enumerate(io.StringIO(text, newline=""), start=1):
-        if len(line) > MAX_LINE:
-            raise DataError(f"{file}, line {number}: {len(line)} characters, at most {MAX_LINE} are read")
+        if len(line) > longest:
+            raise DataError(f"{file}, line {number}: {len(line)} characters, at most {longest} are read")
         yield line
 
 
-def _header(file: str, records: Iterator[tuple[int, list[str]]]) -> tuple[int, tuple[str, ...]]:
+def csv_header(file: str, records: Iterator[tuple[int, list[str]]]) -> tuple[int, tuple[str, ...]]:
     """Returns the header's line and its names; those of columns without a name, as spreadsheets leave behind, are empty."""
     line, cells = next(records, (1, list[str]()))
     header = tuple(cell.strip() for cell in cells)
     seen = set[str]()
     for at, name in enumerate(header):
         if name in seen:
-            raise DataError(f"{file}, line {line + _breaks(cells, at)}: column {name} stands there twice")
+            raise DataError(f"{file}, line {line + count_breaks(cells[:at])}: column {name} stands there twice")
         seen |= {name} - {""}
     return line, header
 
 
-def _missing(name: str, header: tuple[str, ...]) -> str:
+def missing_column(name: str, header: tuple[str, ...]) -> str:
+    """Returns in words that a header has no column of a name, and why that may be."""
     if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])):
         return f"columns must be separated by ',', not by {other[0]!r}"
     return f"column {name} is missing; the header is {','.join(header) or 'empty'}"
 
 
-def _breaks(cells: list[str], at: int) -> int:
-    """Returns how many lines below the row's first one a cell begins: quoted values may hold ends of lines."""
-    return sum(len(BREAK.findall(cell)) for cell in cells[:at])
+def count_breaks(cells: Iterable[str]) -> int:
+    """Returns how many lines below the row's first one the cell after these begins: quoted values may hold ends of lines."""
+    return sum(len(BREAK.findall(cell)) for cell in cells)
 
 
 def _number(name: str, cell: str) -> float:
@@ -220,18 +223,19 @@ def _number(name: str, cell: str) -> float:
         allowed += ", or empty for no limit"
     if name == "gain_db" and value < least:
         allowed += "; a link so weak carries nothing, and a trace says available=0 for it"
-    raise ValueError(f"{name}={_shown(text)} is not allowed: must be {allowed}")
+    raise ValueError(f"{name}={shown(text)} is not allowed: must be {allowed}")
 
 
 def _name(cell: str, names: Mapping[str, int]) -> str:
     """Returns a row's name; raises ValueError when it is none, or another row's (names: name -> line)."""
     name = cell.strip()
     if not name or len(name) > MAX_NAME:
-        raise ValueError(f"id={_shown(name)} is not allowed: must be a name of 1 to {MAX_NAME} characters")
+        raise ValueError(f"id={shown(name)} is not allowed: must be a name of 1 to {MAX_NAME} characters")
     if name in names:
-        raise ValueError(f"id={_shown(name)} is not allowed: must be of its own, and is that of line {names[name]} too")
+        raise ValueError(f"id={shown(name)} is not allowed: must be of its own, and is that of line {names[name]} too")
     return name
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Returns a value as a message quotes it, cut where it is long."""
     return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."

@@ -64,8 +64,11 @@ def test_bad_overrides_are_one_line(override: str, message: str) -> None:
 def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> None:
     assert (CONF / group / f"{name}.yaml").is_file()
     overrides = [f"{group}={name}"]
-    if (group, name) in (("channel", "trace"), ("devices", "table")):
-        overrides.append(f"{group}.file=some.csv")
+    needed = {
+        "trace": ["file=some.csv"], "table": ["file=some.csv", "label=state"], "windows": ["file=some.csv", "label=state"],
+        "arrays": ["file=some.npz"], "folder": ["root=some"],
+    }  # fmt: skip
+    overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]
     chosen = getattr(build_experiment(compose_config(overrides)), group)
     assert getattr(chosen, "name", name) == name
 

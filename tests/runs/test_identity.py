@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import own
 import pytest
 from conftest import TINY, fedprune, read_lines
 
@@ -19,7 +20,7 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.inputs import MAX_KEPT
-from fedprune_cli.errors import CheckpointError
+from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.report.read import read_run
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
@@ -78,7 +79,16 @@ TRACE_SOURCE = Source(
     "trace.csv", ("devices.count=3", "devices.fresh=1", "channel=trace", "channel.file=trace.csv"), edit_table
 )
 MNIST = ("data=mnist", "model=mlp", "data.root=data", "devices.count=3", "devices.fresh=1", "partition=iid")
+OWN = "size,weight,kind,kept\n" + "".join(
+    f"{at % 7},{at % 5 - 100},{'ab'[at % 2]},{'yes' if at % 3 else 'no'}\n" for at in range(60)
+)
+OWN_SOURCE = Source(
+    "own.csv",
+    ("data=table", "data.file=own.csv", "data.label=kept", "devices.count=3", "devices.fresh=1", "partition=iid"),
+    edit_table,
+)
 SOURCES = {
+    "own": OWN_SOURCE,
     "fleet": FLEET_SOURCE,
     "trace": TRACE_SOURCE,
     "images": Source("data/train-images-idx3-ubyte", MNIST, edit_pixel),
@@ -91,6 +101,7 @@ SOURCES = {
 def _source(request: pytest.FixtureRequest) -> Source:
     Path("fleet.csv").write_text(FLEET)
     Path("trace.csv").write_text(TRACE)
+    Path("own.csv").write_text(OWN)
     write_mnist(Path("data"))
     return SOURCES[request.param]
 
@@ -138,18 +149,19 @@ def test_an_edited_byte_is_refused_with_the_file_and_both_hashes(source: Source)
 def test_the_same_bytes_elsewhere_are_the_same_run(source: Source) -> None:
     identity = asked(source).config_hash
     Path("away").mkdir()
-    for name in ("fleet.csv", "trace.csv", "data"):
+    for name in ("fleet.csv", "trace.csv", "own.csv", "data"):
         shutil.move(name, Path("away") / name)
     moved = [override.replace("file=", "file=away/").replace("root=", "root=away/") for override in source.overrides]
     assert build_experiment(compose_config([*SMALL, *moved])).config_hash == identity
 
 
-@pytest.mark.parametrize("source", [FLEET_SOURCE, TRACE_SOURCE], ids=["fleet", "trace"])
+@pytest.mark.parametrize("source", [FLEET_SOURCE, TRACE_SOURCE, OWN_SOURCE], ids=["fleet", "trace", "own"])
 def test_a_run_goes_on_from_anywhere_when_its_table_is_gone(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("fleet.csv").write_text(FLEET)
     Path("trace.csv").write_text(TRACE)
+    Path("own.csv").write_text(OWN)
     whole = run(source)
     lines = read_lines(whole)
     setup = life.begin_or_reopen(compose_config([*SMALL, *source.overrides, "out=half"]))
@@ -251,3 +263,23 @@ def test_a_dataset_in_its_usual_place_is_looked_at_too(monkeypatch: pytest.Monke
     edit_pixel(Path(usual.file))
     with pytest.raises(CheckpointError, match="edited since the run was made"):
         read_run(run_dir)
+
+
+def test_a_folder_of_images_is_known_by_its_content() -> None:
+    images = ("data=folder", "data.root=images", "model=mlp", "devices.count=3", "devices.fresh=1", "partition=iid")
+    own.folder(np.random.default_rng(0), Path("images"))
+    one = Path("images/ok/000.png")
+    source = Source(str(one), images, lambda path: path.write_bytes(Path("images/ok/003.png").read_bytes()))
+    run_dir = run(source)
+    shutil.copytree("images", "copy")
+    moved = [override.replace("=images", "=copy") for override in images]
+    assert build_experiment(compose_config([*SMALL, *moved])).config_hash == asked(source).config_hash
+    before = one.read_bytes()
+    source.edit(one)
+    with pytest.raises(CheckpointError, match=r"images: folder: edited since the run was made: SHA-256 \w{64} now"):
+        life.reopen(run_dir)
+    one.write_bytes(before)
+    life.reopen(run_dir)
+    shutil.rmtree("images")
+    with pytest.raises(DataError, match="images: No such file or directory"):
+        life.reopen(run_dir)

@@ -34,7 +34,7 @@ def test_every_key_of_the_configuration_is_offered_and_hydra_takes_every_group()
     ("typed", "offered"),
     [
         ("partition.al", ["partition.alpha="]),
-        ("data=f", ["data=fmnist"]),
+        ("data=f", ["data=fmnist", "data=folder"]),
         ("method=proposed,ped", []),
         ("method=proposed,pr", ["method=proposed,pruned"]),  # not the one that is there already
         ("failsafe.safe_ratio=", ["failsafe.safe_ratio=false", "failsafe.safe_ratio=true"]),

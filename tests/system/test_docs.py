@@ -208,7 +208,7 @@ def test_a_command_that_is_not_accepted_is_found() -> None:
 def test_every_table_of_parts_is_in_the_guide_to_them() -> None:
     text = (DOCS / "guide" / "your-own-parts.md").read_text()
     code = "\n".join(path.read_text() for path in (ROOT / "fedprune_cli").rglob("*.py"))
-    tables = {*re.findall(r"^([A-Z_]+): dict\[str, (?:type|Callable)\[", code, re.MULTILINE)}
+    tables = {*re.findall(r"^([A-Z][A-Z_]*): dict\[str, (?:type|Callable)\[", code, re.MULTILINE)}
     assert len(tables) > 10
     assert [table for table in tables if f"`{table}`" not in text] == []
 
@@ -387,6 +387,27 @@ def test_the_site_is_built_strictly_and_asks_nothing_of_a_network(tmp_path: Path
         assert [url for url in fetched if re.match(r"(?:https?:)?//", url)] == [], page.name
 
 
+# --- your data ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sensor_table_of_the_guide_is_trained_on_as_it_says() -> None:
+    """The guide's own table, its refusal to the letter, and its run, audited."""
+    text = (DOCS / "guide" / "your-data.md").read_text()
+    section = text.split("\n## A sensor table, from file to a trained run\n")[1].split("\n## ")[0]
+    exec(re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[0], {})
+    lines = section.replace("\\\n", " ").splitlines()
+    refused, trained, verified = [shlex.split(line)[1:] for line in lines if line.startswith("fedprune ")]
+    said = re.findall(r"^```text\nerror: (.*?)\n```$", section, re.MULTILINE)
+    with pytest.raises(errors.DataError) as raised:
+        life.begin_or_reopen(compose_config(refused[1:]))
+    assert [str(raised.value)] == said
+    small = [word for word in trained[1:] if not word.startswith("rounds=")]
+    setup = life.begin_or_reopen(compose_config([*small, "rounds=2", "model.hidden=[8]"]))
+    assert len(list(life.run(setup, Path(verified[1])))) == 2
+    assert setup.scenario.fleet.names == tuple(f"m{at:02}" for at in range(12))
+    assert not verify_run(setup, Path(verified[1]), 1).failures
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -414,5 +435,10 @@ def test_the_page_of_data_names_every_dataset_and_its_licence() -> None:
     first = page.index("| data | what it is | from | licence |")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page[first:].split("\n\n")[0].splitlines()[2:]]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert named == set(GROUPS["data"])
+    assert named == {*GROUPS["data"]} - {
+        "table",
+        "windows",
+        "arrays",
+        "folder",
+    }  # of one's own: docs/guide/your-data.md
     assert all(len(row) == 4 and row[2] and row[3] for row in rows)

@@ -1,12 +1,16 @@
 """Datasets: what they are, and the table of those that can be chosen."""
 
+from fedprune_cli.world.datasets.arrays import Arrays
 from fedprune_cli.world.datasets.dataset import Dataset, DatasetConfig
 from fedprune_cli.world.datasets.downloaded import Cifar10, Cifar100, Emnist, FashionMnist, Mnist, Svhn
 from fedprune_cli.world.datasets.embedded import Digits, Patches
+from fedprune_cli.world.datasets.images import Folder
 from fedprune_cli.world.datasets.keel import Letter, Optdigits, Satimage
 from fedprune_cli.world.datasets.shakespeare import Shakespeare
 from fedprune_cli.world.datasets.shuttle import Shuttle
+from fedprune_cli.world.datasets.table import Table
 from fedprune_cli.world.datasets.watch import Watch
+from fedprune_cli.world.datasets.windows import Windows
 
 __all__ = ["DATASETS", "Dataset", "DatasetConfig"]
 
@@ -25,4 +29,8 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "letter": Letter,
     "satimage": Satimage,
     "shuttle": Shuttle,
+    "folder": Folder,
+    "arrays": Arrays,
+    "table": Table,
+    "windows": Windows,
 }

@@ -82,8 +82,9 @@ def number_dataset(name: str, inputs: Array, labels: Array, num_classes: int, so
     mean, std = [], []
     for channel in range(inputs.shape[1]):
         values = inputs[:, channel].astype(np.float64)
+        same = values.min() == values.max()  # then the deviation may be the mean's last digit
         mean.append(float(values.mean()))
-        std.append(float(values.std()) or 1.0)
+        std.append(1.0 if same else float(values.std()) or 1.0)
     return _dataset(name, inputs, labels, num_classes, (1.0, tuple(mean), tuple(std)), source or Source())
 
 
