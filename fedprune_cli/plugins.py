@@ -16,16 +16,16 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from fedprune_cli.errors import ConfigError, FedpruneError
 from fedprune_cli.store.files import read_bytes
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", covariant=True)
 
 VARIABLE = "FEDPRUNE_PLUGINS"
 MODULE = "fedprune_plugin_"
@@ -237,7 +237,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' * bool(text)}{text}"
 
 
-def _table(file: PluginFile, kind: Kind) -> Mapping[str, Any]:
+def _table(file: PluginFile, kind: Kind) -> Mapping[str, object]:
     """Returns what a file adds of a kind, name -> class; nothing where its table is fedprune's own, imported; raises ConfigError."""
     table = sys.modules[file.module].__dict__.get(kind.table, {})
     if any(table is module.__dict__.get(kind.table) for name, module in [*sys.modules.items()] if name.startswith(OWN)):
@@ -312,7 +312,7 @@ def _lacks(cls: object, protocol: type) -> str:
     return ""
 
 
-def _takes(function: Any, count: int) -> bool:
+def _takes(function: Callable[..., object], count: int) -> bool:
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:

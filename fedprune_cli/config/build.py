@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import TypeVar, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +52,7 @@ GROUPS: dict[str, Parts[object]] = {
     "weights": Parts("weights", WEIGHTS, Weights),
     "tracking": Parts("trackers", TRACKERS, Tracking),
 }
-OF_SECTIONS: tuple[Parts[Any], ...] = (AGGREGATION, LATE, KINDS)  # parts that keys of a section choose
+OF_SECTIONS: tuple[Parts[object], ...] = (AGGREGATION, LATE, KINDS)  # parts that keys of a section choose
 SECTIONS: dict[str, type] = {
     "training": Training,
     "deadline": Deadline,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import parts
-from fedprune_cli.learn.models import ModelConfig, Shape, build_model
+from fedprune_cli.contracts.parts import names
+from fedprune_cli.learn.models import MODELS, ModelConfig, Shape, build_model
 
 MODEL_CASES: dict[str, Shape] = {
     "model=mlp": (1, 8, 8),
@@ -25,10 +24,10 @@ MODEL_CASES: dict[str, Shape] = {
 CANDIDATES: tuple[Shape, ...] = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 1, 1), (6, 1, 21), (1, 1, 64))
 
 
-def model_cases() -> list[Any]:
+def model_cases() -> list[object]:
     """Returns the cases for `parametrize`: those built in, or the models asked about with their defaults."""
-    outside = [one for one in parts("models") if not isinstance(one, str)]
-    return [pytest.param(f"model={one.values[0]}", marks=one.marks) for one in outside] or [*MODEL_CASES]
+    outside = [name for name in names("models") if name not in MODELS]
+    return [pytest.param(f"model={name}", marks=pytest.mark.foreign) for name in outside] or [*MODEL_CASES]
 
 
 @functools.cache

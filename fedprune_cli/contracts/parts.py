@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
 from fedprune_cli.store.memory import Outcome
 from fedprune_cli.store.record import FaultLog, RoundRecord
-from fedprune_cli.store.state import State
+from fedprune_cli.store.state import Array, State
 
 INSTALLED = "FEDPRUNE_CONTRACTS"  # the distributions that `--plugin` names, in the environment
 
@@ -29,7 +30,7 @@ TINY = (
     "rounds=3", "devices.count=4", "devices.fresh=1", "model.hidden=[16]", "training.batch_size=8",
     "training.shared_steps=3", "training.personal_steps=2", "evaluation.fresh_steps=2", "execution.kind=serial",
 )  # fmt: skip
-TABLES: Mapping[str, plugins.Parts[Any]] = {table.entry: table for table in (*GROUPS.values(), *OF_SECTIONS)}
+TABLES: Mapping[str, plugins.Parts[object]] = {table.entry: table for table in (*GROUPS.values(), *OF_SECTIONS)}
 
 
 def check(installed: Sequence[str]) -> None:
@@ -49,12 +50,16 @@ def _asked(one: plugins.Foreign) -> bool:
     return isinstance(one.source, plugins.PluginFile) or one.origin.split(" ")[0] in named
 
 
-def parts(entry: str, without: Sequence[str] = ()) -> list[Any]:
+def parts(entry: str, without: Sequence[str] = ()) -> list[object]:
     """Returns the names of a kind for `parametrize`: those asked about, marked `foreign`, or else those built in."""
-    outside = [one.name for one in plugins.foreign(plugins.KIND[entry]) if _asked(one)]
-    if outside:
-        return [pytest.param(name, marks=pytest.mark.foreign) for name in outside]
-    return [name for name in TABLES[entry].own if name not in without]
+    own = TABLES[entry].own
+    of = [name for name in names(entry) if name not in without]
+    return [name if name in own else pytest.param(name, marks=pytest.mark.foreign) for name in of]
+
+
+def names(entry: str) -> list[str]:
+    """Returns the names of a kind: those asked about, or else those built in."""
+    return [one.name for one in plugins.foreign(plugins.KIND[entry]) if _asked(one)] or [*TABLES[entry].own]
 
 
 def each(entry: str, without: Sequence[str] = ()) -> pytest.MarkDecorator:
@@ -64,7 +69,7 @@ def each(entry: str, without: Sequence[str] = ()) -> pytest.MarkDecorator:
 
 def has_field(entry: str, name: str, field: str) -> bool:
     """Whether a part is configured by a field of that name."""
-    return field in TABLES[entry][name].__dataclass_fields__
+    return any(one.name == field for one in dataclasses.fields(TABLES[entry][name]))  # type: ignore[arg-type]
 
 
 def make_experiment(*overrides: str) -> Experiment:
@@ -99,7 +104,7 @@ def steps_of(setup: Setup, count: int) -> list[Step]:
     return steps
 
 
-def outcome(devices: Sequence[int] | np.ndarray[Any, Any] = (), number: int = 0, **facts: Any) -> Outcome:
+def outcome(devices: Sequence[int] | Array = (), number: int = 0, **facts: Any) -> Outcome:
     """Returns the facts of round `number` in which `devices` trained the shared part, with some of them given."""
     ids, ones = np.array(devices, dtype=int), np.ones(len(devices))
     plain: dict[str, Any] = {

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune_cli.contracts.parts import TABLES, each, make_experiment
+from fedprune_cli.contracts.parts import each, make_experiment
 from fedprune_cli.sections import part_of
 from fedprune_cli.serve.aggregate import Aggregator, Contribution
+from fedprune_cli.serve.failsafe import AGGREGATION
 from fedprune_cli.store.state import Array
 
 SIZE = 6
@@ -22,7 +23,7 @@ each_aggregator = each("aggregators")
 
 @functools.cache
 def aggregator_of(name: str) -> Aggregator:
-    return part_of(make_experiment("failsafe.trim=0.25").failsafe, TABLES["aggregators"][name])
+    return part_of(make_experiment("failsafe.trim=0.25").failsafe, AGGREGATION[name])
 
 
 def contributions(rng: np.random.Generator, count: int) -> list[Contribution]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TABLES, each, make_setup, steps_of
+from fedprune_cli.contracts.parts import TABLES, each, has_field, make_setup, steps_of
 from fedprune_cli.world.datasets import Dataset
 
 AT_HAND = ("digits", "patches")  # of those built in, what needs no file and no network
@@ -75,7 +75,7 @@ def test_it_is_the_same_each_time_and_its_hash_says_so(name: str) -> None:
 @each_dataset
 def test_a_round_is_trained_on_it(name: str) -> None:
     """Of the perceptron, on the first samples of what has a limit."""
-    limit = [f"data.limit={limit}" for limit in (400,) if "limit" in TABLES["datasets"][name].__dataclass_fields__]
+    limit = ["data.limit=400"] * has_field("datasets", name, "limit")
     step = steps_of(make_setup(f"data={name}", "model=mlp", *limit), 1)[0]
     assert step.record.train_loss is not None
     assert np.isfinite(step.record.train_loss), "the loss is not finite"

@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from fedprune_cli.contracts.parts import TABLES, each, make_experiment
+from fedprune_cli.contracts.parts import each, make_experiment
 from fedprune_cli.sections import part_of
+from fedprune_cli.serve.failsafe import LATE
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.faults import Fates, Fault, Moment
+from fedprune_cli.world.faults import KINDS, Fates, Fault, Moment
 
 OFTEN = (
     "faults.die=0.3", "faults.lose_enter=0.3", "faults.stale=0.3", "faults.nan_share=0.2", "faults.poisoned_share=0.2",
@@ -19,8 +20,8 @@ each_fault, each_policy = each("faults"), each("late_policies")
 
 
 def fault_of(name: str) -> Fault:
-    own = name in TABLES["faults"].own
-    return part_of(make_experiment(*OFTEN, *[] if own else [f"faults.others=[{name}]"]).faults, TABLES["faults"][name])
+    own = name in KINDS.own
+    return part_of(make_experiment(*OFTEN, *[] if own else [f"faults.others=[{name}]"]).faults, KINDS[name])
 
 
 def draw(fault: Fault, number: int, ids: Array) -> Fates:
@@ -68,7 +69,7 @@ def test_a_forgery_is_drawn_the_same_each_time(name: str) -> None:
 
 @each_policy
 def test_a_policy_is_about_late_updates_only(name: str) -> None:
-    policy = TABLES["late_policies"][name]()
+    policy = LATE[name]()
     late, delay = np.array([True, False, False, True]), np.array([0, 0, 2, 0])
     rounds, never = policy.decide(late, delay)
     assert rounds.shape == never.shape == late.shape

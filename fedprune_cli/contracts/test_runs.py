@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,16 +10,16 @@ from fedprune_cli import plugins
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TABLES, TINY, has_field, parts
+from fedprune_cli.contracts.parts import TABLES, TINY, has_field, names
 from fedprune_cli.round.setup import prepare
 from fedprune_cli.runs import life
 
 # What is built in has such runs in fedprune's own tests: of it, one part stands for all.
-CHOICES: list[Any] = [
-    pytest.param(kind.entry, one.values[0], id=f"{kind.key}={one.values[0]}", marks=one.marks)
+CHOICES: list[object] = [
+    pytest.param(kind.entry, name, id=f"{kind.key}={name}", marks=pytest.mark.foreign)
     for kind in plugins.KINDS
-    for one in parts(kind.entry)
-    if not isinstance(one, str)
+    for name in names(kind.entry)
+    if name not in TABLES[kind.entry].own
 ] or [pytest.param("allocators", "kkt", id="allocator=kkt")]
 
 
