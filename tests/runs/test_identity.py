@@ -19,7 +19,7 @@ from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.config.inputs import MAX_KEPT
+from fedprune_cli.config.inputs import MAX_KEPT, _stamp
 from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.report.read import read_run
 from fedprune_cli.runs import life
@@ -283,3 +283,12 @@ def test_a_folder_of_images_is_known_by_its_content() -> None:
     shutil.rmtree("images")
     with pytest.raises(DataError, match="images: No such file or directory"):
         life.reopen(run_dir)
+
+
+def test_a_data_folder_that_another_process_fills_is_read_at_each_look() -> None:
+    """A file that is listed and then gone, as one that is moved at that moment: here a link to nowhere."""
+    write_mnist(Path("data/MNIST/raw"))
+    assert _stamp(Path("data")) == _stamp(Path("data"))
+    Path("data/MNIST/raw/.incoming").symlink_to("nowhere")
+    assert _stamp(Path("data")) != _stamp(Path("data"))
+    assert build_experiment(compose_config([*MNIST])).identity["data"]["sha256"]
