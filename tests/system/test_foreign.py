@@ -119,8 +119,8 @@ def test_its_parts_are_held_to_every_law_and_a_broken_one_is_named(mine: Path, t
             "body=body, again=body[1],",
         ),
         "once_each: everybody agreeing is the result and nobody is what was": (
-            "return new, old",
-            "return new + 1, old",
+            "np.where(count > 0, total",
+            "np.where(count > 0, 1 + total",
         ),
         "settling: who else takes part changes no fate": ("moment.number <", "len(moment.ids) >"),
     }
