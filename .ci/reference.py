@@ -487,7 +487,7 @@ def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:
             return None
         if isinstance(part, ast.Name) and (part.id == "self" or part.id not in scope):
             return None
-        if isinstance(part, ast.Name) and not isinstance(scope[part.id], str | int | float | tuple | list | dict):
+        if isinstance(part, ast.Name) and not isinstance(scope[part.id], str | int | float | tuple | list | Mapping):
             return None
         if isinstance(part, ast.Attribute) and part.attr != "join":
             return None

@@ -136,7 +136,9 @@ def explained(error: BaseException) -> FedpruneError:
     if isinstance(error, OSError):
         return _refused(error)
     name, text = type(error).__name__, " ".join(str(error).split())
-    return UnforeseenError(f"unforeseen {name}{': ' * bool(text)}{text[:MAX_TEXT]}; {_details(error)}")
+    return UnforeseenError(
+        f"unforeseen {name}{': ' * bool(text)}{text[:MAX_TEXT]}; a defect of {_whose(error)}; {_details(error)}"
+    )
 
 
 def _refused(error: OSError) -> FedpruneError:
@@ -171,6 +173,14 @@ def _loading(error: BaseException) -> str | None:
     return named.partition(".")[0] if named and not named.startswith(OWN) else None
 
 
+def _whose(error: BaseException) -> str:
+    """Returns who has to mend it: the plug-in that was at work, and its line, or fedprune."""
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if (file := frame.f_globals.get("__plugin__")) is not None:
+            return f"{file.path}, line {line}"
+    return "fedprune"
+
+
 def _details(error: BaseException) -> str:
     """Writes the traceback to a new file, in the temporary folder or else here; returns where it is, in words."""
     text = "".join(traceback.format_exception(error))
@@ -181,8 +191,8 @@ def _details(error: BaseException) -> str:
                 file.write(f"{sys.argv}\n{text}")
         except OSError:
             continue
-        return f"a defect of fedprune; details are in {path}"
-    return "a defect of fedprune; no file could be written for the details"
+        return f"details are in {path}"
+    return "no file could be written for the details"
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:

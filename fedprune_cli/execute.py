@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
 
+from fedprune_cli import plugins
 from fedprune_cli.errors import DeviceError, OutputError, require
 
 Context = TypeVar("Context")
@@ -134,8 +135,8 @@ class _Shared:
     file: BinaryIO
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        """While a worker is started: hands it the file's descriptor, and there gives the object back."""
-        return _open, (self.data, self.spans, reduction.DupFd(self.file.fileno()))
+        """While a worker is started: hands it the file's descriptor, and there gives the object back; plug-ins before it."""
+        return _open, (plugins.given(), self.data, self.spans, reduction.DupFd(self.file.fileno()))
 
 
 def _share(value: object) -> _Shared:
@@ -174,7 +175,10 @@ class _Descriptor(Protocol):
     def detach(self) -> int: ...
 
 
-def _open(data: bytes, spans: tuple[tuple[int, int], ...], descriptor: _Descriptor) -> object:
+def _open(
+    files: Sequence[plugins.PluginFile], data: bytes, spans: tuple[tuple[int, int], ...], descriptor: _Descriptor
+) -> object:
+    plugins.give(files)
     with open(descriptor.detach(), "rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     return pickle.loads(data, buffers=[mapped[start:end] for start, end in spans])  # from this program's own parent

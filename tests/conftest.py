@@ -13,68 +13,30 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from hypothesis import settings
 
 from fedprune_cli.commands import app as cli
-from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
-from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.execute import executor
+from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
+from fedprune_cli.contracts.parts import TINY, Step, make_experiment, make_setup, outcome, steps_of
 from fedprune_cli.report import drawing
-from fedprune_cli.round.setup import Setup, build_learner, prepare
-from fedprune_cli.round.step import round_step
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
-from fedprune_cli.store.memory import Outcome
-from fedprune_cli.store.record import FaultLog, RoundRecord
 from fedprune_cli.store.state import State, encode, encode_masks
+
+__all__ = [  # what tests share with contracts
+    "MODEL_CASES", "TINY", "Step", "make_experiment", "make_setup", "model_inputs", "outcome", "steps_of",
+]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
-
-TINY = (
-    "rounds=3", "devices.count=4", "devices.fresh=1", "model.hidden=[16]", "training.batch_size=8",
-    "training.shared_steps=3", "training.personal_steps=2", "evaluation.fresh_steps=2", "execution.kind=serial",
-)  # fmt: skip
-
-
-def make_experiment(*overrides: str) -> Experiment:
-    """Returns a tiny experiment with some values changed."""
-    return build_experiment(compose_config([*TINY, *overrides]))
-
-
-@functools.cache
-def make_setup(*overrides: str) -> Setup:
-    """Returns the setup of a tiny experiment, built once."""
-    return prepare(make_experiment(*overrides))
-
-
-MODEL_CASES = {  # what the laws over models run with, and the shape of the inputs
-    "model=mlp": (1, 8, 8),
-    "model=cnn": (1, 28, 28),
-    "model=resnet18": (3, 32, 32),
-    "model=mobilenet": (3, 32, 32),
-    "model=cnn1d": (6, 1, 21),
-    "model=gru": (6, 1, 12),
-    "model=gru model.hidden=[24,16] model.embedding=8 model.vocabulary=30": (1, 1, 9),
-}
-
-
-def model_inputs(case: str, count: int) -> torch.Tensor:
-    """Returns random inputs of one of the cases, [count, C, H, W]."""
-    generator, shape = torch.Generator().manual_seed(0), (count, *MODEL_CASES[case])
-    tokens = "embedding" in case
-    return torch.randint(30, shape, generator=generator).float() if tokens else torch.randn(shape, generator=generator)
-
 
 Line = dict[str, Any]  # of rounds.jsonl, as JSON has it
 
@@ -88,42 +50,11 @@ def results(run_dir: Path) -> dict[str, bytes]:
     return {name: (run_dir / name).read_bytes() for name in (*RESULTS, *beside)}
 
 
-@dataclass(frozen=True)
-class Step:
-    """A round: its state before and after it, and its record."""
-
-    before: State
-    record: RoundRecord
-    after: State
-
-
-def steps_of(setup: Setup, count: int) -> list[Step]:
-    """Returns the first rounds of an experiment, in memory."""
-    state, steps = setup.initial, []
-    build = functools.partial(build_learner, setup.experiment, setup.scenario)
-    with executor(setup.experiment.execution, build) as workers:
-        for _ in range(count):
-            before = state
-            state, record = round_step(setup, state, workers)
-            steps.append(Step(before, record, state))
-    return steps
-
-
 def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     """Returns the lines of rounds.jsonl of a tiny run in its own folder."""
     setup = make_setup(*overrides)
     life.create(setup, compose_config([*TINY, *overrides]), run_dir)
     return [record.as_json() for record in life.run(setup, run_dir)]
-
-
-def outcome(devices: Sequence[int] = (), number: int = 0, **facts: Any) -> Outcome:
-    """Returns the facts of round `number` in which `devices` trained the shared part, with some of them given."""
-    ids, ones = np.array(devices, dtype=int), np.ones(len(devices))
-    plain: dict[str, Any] = {
-        "simulated_s": 0.0, "bits": 32, "rounding_error": None, "prune_ratio": 0 * ones, "pruning_error": 0 * ones,
-        "latency_s": ones, "train_loss": ones.tolist(), "deadline_s": 1.0, "log": FaultLog(),
-    }  # fmt: skip
-    return Outcome(number=number, devices=ids, **plain | facts)
 
 
 def read_lines(run_dir: Path) -> list[Line]:

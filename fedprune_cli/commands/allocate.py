@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Plugins, Quiet
 from fedprune_cli.terminal import print_json, say, show
 
 
@@ -31,6 +31,7 @@ def allocate(
         Path | None, typer.Option(help="Folder for allocation.csv, allocation.json and frontier.svg.")
     ] = None,
     config_dir: ConfigDir = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,6 +73,7 @@ def ladder(
         str, typer.Option(help="Deadlines as fractions of the dense optimum.")
     ] = "0.4,0.5,0.6,0.7,0.8,0.9,1.0",
     config_dir: ConfigDir = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

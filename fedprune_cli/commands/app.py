@@ -12,11 +12,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedprune_cli import __version__, interrupt
+from fedprune_cli import __version__, interrupt, plugins
 from fedprune_cli.commands.allocate import allocate, ladder
 from fedprune_cli.commands.compare import compare
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
 from fedprune_cli.commands.measure import bench, calibrate
+from fedprune_cli.commands.new import new
 from fedprune_cli.commands.take import export, predict, rounds
 from fedprune_cli.commands.train import resume, train
 from fedprune_cli.errors import ConfigError, FedpruneError, OutputError, explained
@@ -69,6 +70,7 @@ def _check_here() -> None:
 
 for command in (
     train, resume, report, compare, runs, watch, export, predict, rounds, completion, allocate, ladder, verify, bench, calibrate,
+    new,
 ):  # fmt: skip
     app.command()(_shielded(command))
 
@@ -89,6 +91,7 @@ def main() -> NoReturn:
     """Runs the command line; whatever goes wrong is one line on stderr and an exit code of its own."""
     interrupt.heed()
     hold_streams()
+    os.environ.pop(plugins.VARIABLE, None)  # what is run stands on the command line
     threading.excepthook = _quiet_threads
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=rf"(?!{PACKAGE})")  # libraries' words for those who program with them

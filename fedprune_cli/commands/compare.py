@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedprune_cli.commands.look import print_comparison
-from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Plugins, Quiet
 from fedprune_cli.errors import FedpruneError
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import note, status, tell_error
@@ -37,6 +37,7 @@ def compare(
         typer.Option(min=1, help="Runs at the same time, each on one core; 1: one by one; default: the cores."),
     ] = None,
     config_dir: ConfigDir = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedprune_cli import CONF
+from fedprune_cli import CONF, plugins
 from fedprune_cli.store.files import Plain
 
 # Typer's own script takes the words that bash has split, and bash splits at '='. This one splits the line at blanks, and gives bash back
@@ -39,21 +39,21 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def groups() -> dict[str, list[str]]:
-    """Returns the groups of conf/ with the names of their options."""
+    """Returns the groups of conf/ with the names of their options, those of plug-ins last."""
     found: dict[str, list[str]] = {}
     for path in sorted(CONF.rglob("*.yaml")):
         if path.parent != CONF:
             found.setdefault(path.parent.relative_to(CONF).as_posix(), []).append(path.stem)
-    return found
+    return {group: [*options, *plugins.names(group)] for group, options in found.items()}
 
 
 def keys() -> dict[str, Plain]:
     """Returns the dotted keys of the configuration and of every option of its groups, with their values."""
     found = dict(_leaves(_read(CONF / "config.yaml"), ""))
+    found |= {f"{kind.key}.{name}": None for kind in plugins.KINDS for name in plugins.fields_of_files(kind)}
     for group, options in groups().items():
         if group != "experiment" and not group.startswith("hydra"):
-            for option in options:
-                path = CONF / group / f"{option}.yaml"
+            for path in (CONF / group / f"{option}.yaml" for option in options if option not in plugins.names(group)):
                 everywhere = path.read_text().startswith("# @package _global_")
                 found |= _leaves(_read(path), "" if everywhere else f"{group}.")
     return {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedprune_cli.commands.completion import BASH
-from fedprune_cli.commands.options import Json, Quiet
+from fedprune_cli.commands.options import Json, Plugins, Quiet
 from fedprune_cli.terminal import live, print_json, say, show, status
 
 
@@ -21,6 +21,7 @@ def report(
             help="Where it goes; default: report/ in a run or sweep, comparison/ beside the first of several runs."
         ),
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,6 +104,7 @@ def watch(
 def verify(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
     every: Annotated[int, typer.Option(help="Solve every Nth round again with cvxpy.")] = 10,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

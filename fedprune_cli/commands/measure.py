@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Plugins, Quiet
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.terminal import note, print_json, say, show, status
 
@@ -63,6 +63,7 @@ def calibrate(
         Path | None, typer.Option(help="Folder for calibration.json, calibration.svg and devices/calibrated.yaml.")
     ] = None,
     config_dir: ConfigDir = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

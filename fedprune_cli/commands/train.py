@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedprune_cli import CONF
+from fedprune_cli import CONF, plugins
 from fedprune_cli.commands.look import print_run, print_sweep
-from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Plugins, Quiet
 from fedprune_cli.errors import ConfigError, FedpruneError, unknown
 from fedprune_cli.interrupt import NOTHING, SAME_COMMAND, safe
 from fedprune_cli.terminal import counting, note, status
@@ -44,6 +44,7 @@ def train(
     ] = None,
     config_dir: ConfigDir = None,
     config_name: Annotated[str | None, typer.Option("--config-name", help="Another primary configuration.")] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,6 +53,7 @@ def train(
     With -m a sweep: the same command again skips its finished runs and continues the others.
     """
     from fedprune_cli.config.compose import check_config_dir, check_overrides
+    from fedprune_cli.config.foreign import offer
     from fedprune_cli.config.words import parse_choice
 
     for option, word, allowed in (("--cfg", cfg, SHOWN_BY_CFG), ("--info", info, SHOWN_BY_INFO)):
@@ -60,6 +62,7 @@ def train(
     check_overrides(overrides or [], sweep=multirun, config_dir=config_dir)
     if config_dir is not None:
         check_config_dir(config_dir)
+    offer(overrides or [], config_dir)
     if package is not None:
         _check_package(package, cfg, [] if multirun else overrides or [], config_dir)
     flags = ["--resolve"] * resolve
@@ -121,7 +124,7 @@ def _sweep(flags: list[str], overrides: list[str], *, as_json: bool) -> None:
     from fedprune_cli.many import sweep
     from fedprune_cli.report.sweep import ended, read_combinations
 
-    asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides])}"
+    asked = f"hydra.sweep.dir={sweep.sweep_dir([*flags, *overrides, *(file.sha256 for file in plugins.given())])}"
     given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("hydra.sweep.dir=")]
     place = Path([asked, *given][-1].partition("=")[2])
     overrides = overrides if given else [*overrides, asked]
@@ -165,6 +168,7 @@ def resume(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Of a branch: rounds, deadline.* and out, its own folder."),
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

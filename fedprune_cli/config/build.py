@@ -12,44 +12,47 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS
+from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
-from fedprune_cli.allocate.weights import WEIGHTS
+from fedprune_cli.allocate.weights import WEIGHTS, Weights
 from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
 from fedprune_cli.config.plain import plain
 from fedprune_cli.config.refusals import reason
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import Training
-from fedprune_cli.learn.models import MODELS
-from fedprune_cli.learn.personalize import METHODS
-from fedprune_cli.learn.prune import PRUNERS
+from fedprune_cli.learn.models import MODELS, ModelConfig
+from fedprune_cli.learn.personalize import METHODS, Method
+from fedprune_cli.learn.prune import PRUNERS, Pruner
 from fedprune_cli.meter import Meter
-from fedprune_cli.serve.failsafe import Failsafe
+from fedprune_cli.plugins import Parts
+from fedprune_cli.serve.failsafe import AGGREGATION, LATE, Failsafe
 from fedprune_cli.serve.participation import Participation
 from fedprune_cli.store.files import Plain
-from fedprune_cli.track import TRACKERS
+from fedprune_cli.track import TRACKERS, Tracking
 from fedprune_cli.wire.payload import Payload
-from fedprune_cli.world.channel import CHANNELS
-from fedprune_cli.world.datasets import DATASETS
-from fedprune_cli.world.devices import FLEETS
-from fedprune_cli.world.faults import Faults
-from fedprune_cli.world.partition import PARTITIONS
+from fedprune_cli.world.channel import CHANNELS, Channel
+from fedprune_cli.world.datasets import DATASETS, DatasetConfig
+from fedprune_cli.world.devices import FLEETS, Devices
+from fedprune_cli.world.faults import KINDS, Faults
+from fedprune_cli.world.partition import PARTITIONS, PartitionConfig
 
 T = TypeVar("T")
 
 # A group is a folder of conf/ whose `name` picks the class; a section is a fixed class.
-GROUPS: dict[str, Mapping[str, type]] = {
-    "data": DATASETS,
-    "partition": PARTITIONS,
-    "devices": FLEETS,
-    "channel": CHANNELS,
-    "model": MODELS,
-    "method": METHODS,
-    "pruner": PRUNERS,
-    "allocator": ALLOCATORS,
-    "weights": WEIGHTS,
-    "tracking": TRACKERS,
+GROUPS: dict[str, Parts[object]] = {
+    "data": Parts("datasets", DATASETS, DatasetConfig),
+    "partition": Parts("partitions", PARTITIONS, PartitionConfig),
+    "devices": Parts("devices", FLEETS, Devices),
+    "channel": Parts("channels", CHANNELS, Channel),
+    "model": Parts("models", MODELS, ModelConfig),
+    "method": Parts("methods", METHODS, Method),
+    "pruner": Parts("pruners", PRUNERS, Pruner),
+    "allocator": Parts("allocators", ALLOCATORS, Allocator),
+    "weights": Parts("weights", WEIGHTS, Weights),
+    "tracking": Parts("trackers", TRACKERS, Tracking),
 }
+OF_SECTIONS: tuple[Parts[object], ...] = (AGGREGATION, LATE, KINDS)  # parts that keys of a section choose
 SECTIONS: dict[str, type] = {
     "training": Training,
     "deadline": Deadline,
@@ -103,13 +106,14 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
     """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
     si = _to_si(values, where)
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
     for key, name in zip(values, si, strict=True):
         if name not in names:
             raise unknown(f"key {where!r} has", str(key), names)
-    for name in names:
-        if name not in si:
-            raise ConfigError(f"{where}.{name}: missing value")
+    for field in fields:
+        if field.name not in si and field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{field.name}: missing value")
     try:
         return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si)))
     except ConfigError as error:
@@ -176,6 +180,8 @@ def _values(config: DictConfig) -> dict[str, Plain]:
 
 def build_experiment(config: DictConfig) -> Experiment:
     """Returns the checked experiment; raises ConfigError naming the key, its value and what is allowed."""
+    for table in (*GROUPS.values(), *OF_SECTIONS):
+        table.check_files()
     values = _values(config)
     parts: dict[str, object] = {}
     for group, table in GROUPS.items():

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedprune_cli import plugins
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
@@ -119,11 +122,20 @@ class Experiment:
         parts = {key: getattr(self, key.split(".")[0]) for key in TABLES}
         return tuple(read_input(key, part.file) for key, part in parts.items() if hasattr(part, "file"))
 
+    def chosen_plugins(self) -> Iterator[plugins.Foreign]:
+        """Yields the parts from outside the package that decide the run's numbers: all that are chosen, but trackers."""
+        for kind in plugins.KINDS:
+            of = operator.attrgetter(kind.key)(self)
+            names = [of.name] if kind.group else [of] if isinstance(of, str) else of
+            found = (plugins.origin(kind.entry, name) for name in names)
+            yield from (one for one in found if one is not None and kind.entry != "trackers")
+
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, apart from the seed: the configuration, what it reads, and the numerics.
 
-        What is read stands there by the SHA-256 of its content. Raises DataError when it cannot be read.
+        What is read, and the file of a plug-in, stands there by the SHA-256 of its content; an installed plug-in by its version.
+        Raises DataError when it cannot be read.
         """
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         for key in ("seed", "out", "execution", "tracking"):
@@ -137,6 +149,10 @@ class Experiment:
             del fields["channel"]["gaps"]
         if self.branch is None:
             del fields["branch"]
+        if not self.faults.others:
+            del fields["faults"]["others"]
+        if chosen := {f"{one.kind.key}={one.name}": one.origin for one in self.chosen_plugins()}:
+            fields["plugins"] = chosen
         if not self.faulty:  # then they decide nothing
             del fields["faults"], fields["failsafe"]
         numerics = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 
-from fedprune_cli import CONF
+from fedprune_cli import CONF, plugins
 from fedprune_cli.errors import ConfigError, unknown
 from fedprune_cli.store.files import NUMBER
 
@@ -80,6 +80,7 @@ def _check_choice(parsed: Override, key: str) -> None:
         return
     options = [path.stem for path in folder.glob("*.yaml")]
     if options:
+        options += plugins.names(key)
         raise unknown(f"{key} option", "null" if value is None else str(value), options)
 
 
@@ -87,7 +88,7 @@ def _check_choices(parsed: Override, config_dir: Path | None) -> None:
     """Raises ConfigError where a sweep over a group names an option that is in no folder, before any of its runs begins."""
     key = parsed.key_or_group
     folders = [root / key for root in (CONF, config_dir) if root is not None and (root / key).is_dir()]
-    options = [path.stem for folder in folders for path in folder.glob("*.yaml")]
+    options = [path.stem for folder in folders for path in folder.glob("*.yaml")] + plugins.names(key)
     for name in parsed.sweep_string_iterator() if options else ():
         if name not in options and "[" not in name:
             raise unknown(f"{key} option", name, options)

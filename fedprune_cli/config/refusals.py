@@ -12,7 +12,7 @@ from collections.abc import Callable
 from hydra import compose, initialize_config_dir
 from omegaconf import errors as refused
 
-from fedprune_cli import CONF
+from fedprune_cli import CONF, plugins
 from fedprune_cli.config.plain import leaves, plain
 from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError, explained, unknown
 
@@ -59,9 +59,8 @@ def _launcher(found: re.Match[str]) -> FedpruneError:
 
 
 def _option(found: re.Match[str]) -> FedpruneError:
-    return unknown(
-        f"{found['group']} option", found["name"].removeprefix(f"{found['group']}/"), found["options"].split()
-    )
+    options = {*found["options"].split(), *plugins.names(found["group"])}
+    return unknown(f"{found['group']} option", found["name"].removeprefix(f"{found['group']}/"), options)
 
 
 REFUSALS: tuple[tuple[str, Callable[[re.Match[str]], FedpruneError]], ...] = (
@@ -100,7 +99,10 @@ def _unknown_key(key: str) -> ConfigError:
             )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         base = compose("config")
-    near = difflib.get_close_matches(key, leaves(plain(base)), n=1, cutoff=0.5)
+    own = [f"{kind.key}.{field}" for kind in plugins.KINDS for field in plugins.fields_of_files(kind)]
+    near = difflib.get_close_matches(key, own, n=1, cutoff=0.8) or difflib.get_close_matches(
+        key, leaves(plain(base)), n=1, cutoff=0.5
+    )
     return ConfigError(
         f"unknown configuration key {key!r}."
         + (f" Did you mean {near[0]!r}?" if near else " `fedprune train --cfg job` shows all keys.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401  # reports are drawn with it: whether it can be loaded is known before a run begins
 
-from fedprune_cli import terminal
+from fedprune_cli import plugins, terminal
 from fedprune_cli.interrupt import NOTHING, safe
 from fedprune_cli.report.run import write_report
 from fedprune_cli.round.setup import Setup
@@ -48,7 +49,13 @@ HIDDEN = Display(_unseen, _unsaid)
 @contextlib.contextmanager
 def resumable(run_dir: Path) -> Iterator[None]:
     """While inside, an interruption says how this run is continued, once there is something to continue."""
-    with safe(lambda: f"every finished round is safe: fedprune resume {run_dir}" if run_dir.exists() else NOTHING):
+    with safe(
+        lambda: (
+            f"every finished round is safe: {shlex.join(['fedprune', 'resume', str(run_dir), *plugins.options()])}"
+            if run_dir.exists()
+            else NOTHING
+        )
+    ):
         yield
 
 

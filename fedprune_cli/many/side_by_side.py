@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fedprune_cli import plugins
 from fedprune_cli.errors import DeviceError, explained
 from fedprune_cli.execute import begin_child, forkserver, starting
 from fedprune_cli.many.one import Display, run_to_end
@@ -66,7 +67,7 @@ def run_members(members: Sequence[Member], jobs: int) -> Iterator[tuple[Member, 
             while waiting and len(running) < jobs:
                 member = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(member, sender))
+                process = context.Process(target=_work, args=(member, plugins.given(), sender))
                 with starting("a process for each run"):
                     process.start()
                 sender.close()
@@ -97,10 +98,11 @@ def _begin(member: Member) -> Setup:
     return begin_or_reopen(DictConfig(OmegaConf.create(member.config)))
 
 
-def _work(member: Member, sender: Connection) -> None:
-    """Takes one member to its end; tells the parent what was wrong when something was."""
+def _work(member: Member, files: Sequence[plugins.PluginFile], sender: Connection) -> None:
+    """Takes one member to its end, with the parent's plug-ins; tells the parent what was wrong when something was."""
     begin_child()
     try:
+        plugins.give(files)
         run_to_end(serially(_begin(member)), member.run_dir)
     except Exception as error:
         known = explained(error)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedprune_cli import plugins
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report import figures
 from fedprune_cli.report.comparison import run_figures
@@ -128,6 +129,7 @@ def build_groups(combinations: Sequence[Combination]) -> list[Group]:
     keys = varied(combinations)
     runs: dict[tuple[str, ...], dict[int, Run]] = {}
     commands: dict[tuple[str, ...], str] = {}
+    outside = plugins.options()
     for ran in combinations:
         if ran.error is not None:
             continue
@@ -135,7 +137,7 @@ def build_groups(combinations: Sequence[Combination]) -> list[Group]:
         run = read_run(Path(ran.run_dir))
         runs.setdefault(at, {})[run.seed] = run
         own = [text for text in ran.overrides if text.lstrip("+~").partition("=")[0] not in ("seed", "out")]
-        commands.setdefault(at, shlex.join(["fedprune", "train", *own]))
+        commands.setdefault(at, shlex.join(["fedprune", "train", *outside, *own]))
     groups = [
         _group(dict(zip(keys, at, strict=True)), commands[at], dict(sorted(by_seed.items())))
         for at, by_seed in runs.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fedprune_cli import plugins
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.inputs import TABLES, Input, copy_name, dataset_sha256, edited, read_input
@@ -26,6 +27,7 @@ def read_config(run_dir: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise CheckpointError(f"{run_dir / folder.CONFIG}: damaged (not a configuration)")
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
+    check_plugins(run_dir, manifest)
     for key in TABLES:
         if path := OmegaConf.select(config, key):
             OmegaConf.update(config, key, str(_found(run_dir, key, Path(str(path)), _then(manifest, key)).path))
@@ -35,6 +37,7 @@ def read_config(run_dir: Path) -> DictConfig:
 def check_inputs(run_dir: Path) -> None:
     """Raises CheckpointError when something that a run read, and that is still there, was edited since."""
     manifest = read_json(run_dir / folder.MANIFEST, CheckpointError)
+    check_plugins(run_dir, manifest)
     data = _section(manifest, "data")
     if not any(_then(manifest, key) for key in TABLES) and "sha256" not in data:
         return
@@ -43,6 +46,30 @@ def check_inputs(run_dir: Path) -> None:
         experiment = build_experiment(config)
         if getattr(experiment.data, "folder", Path()).is_dir():
             check_dataset(experiment, manifest)
+
+
+def check_plugins(run_dir: Path, manifest: Mapping[str, object]) -> None:
+    """Raises CheckpointError when a part that a run chose from outside the package is not given, not installed, or another by now."""
+    for choice, then in _section(manifest, "plugins").items():
+        key, _, name = choice.partition("=")
+        entry = next((kind.entry for kind in plugins.KINDS if kind.key == key), None)
+        found = plugins.origin(entry, name) if entry else None
+        sha256 = str(then).removeprefix("sha256:")
+        if found is None and sha256 != then:
+            copy = next((run_dir / folder.INPUTS).glob(f"plugin.{sha256[:12]}.*"), None)
+            called = copy.name.split(".", 2)[2] if copy else "FILE"
+            kept = f"; {copy} is a copy" if copy else ""
+            raise CheckpointError(
+                f"{run_dir}: {choice} is of the plug-in {called}, which no run folder runs by itself: add --plugin {called} "
+                f"(SHA-256 {sha256}{kept})"
+            )
+        if found is None:
+            raise CheckpointError(f"{run_dir}: {choice} is of the plug-in {then}, which is not installed")
+        if found.origin == then:
+            continue
+        if isinstance(found.source, plugins.PluginFile) and sha256 != then:
+            raise edited(found.source.path, found.source.sha256, sha256)
+        raise CheckpointError(f"{run_dir}: {choice} is of the plug-in {then} and not of {found.origin}")
 
 
 def check_dataset(experiment: Experiment, manifest: Mapping[str, object]) -> None:

@@ -18,6 +18,7 @@ from fedprune_cli.config.experiment import Branch, Experiment
 from fedprune_cli.config.inputs import ROOT
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import executor, ready
+from fedprune_cli.plugins import PluginFile
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs.inputs import check_dataset, read_config
@@ -90,6 +91,8 @@ def _beginning(setup: Setup, config: DictConfig, state: State, origin: Path | No
     if root := OmegaConf.select(config, ROOT):
         OmegaConf.update(config, ROOT, os.path.abspath(root))
     kept = {one.kept_as: one.content for one in experiment.inputs if one.kept_as and one.content is not None}
+    sources = [one.source for one in experiment.chosen_plugins()]
+    kept |= {file.kept_as: file.content for file in sources if isinstance(file, PluginFile)}
     return folder.Beginning(OmegaConf.to_yaml(config, resolve=True), build_manifest(setup), state, kept, origin)
 
 

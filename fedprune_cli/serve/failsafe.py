@@ -11,6 +11,7 @@ import numpy as np
 
 from fedprune_cli.allocate.problem import Problem
 from fedprune_cli.errors import require
+from fedprune_cli.plugins import Parts
 from fedprune_cli.sections import part_of
 from fedprune_cli.serve.aggregate import AGGREGATORS, Aggregator
 from fedprune_cli.store.memory import Outcome, Sizes, Slots
@@ -66,6 +67,8 @@ class Defer:
 
 
 LATE_POLICIES: dict[str, type[LatePolicy]] = {"wait": Wait, "drop": Drop, "defer": Defer}
+LATE: Parts[LatePolicy] = Parts("late_policies", LATE_POLICIES, LatePolicy)
+AGGREGATION: Parts[Aggregator] = Parts("aggregators", AGGREGATORS, Aggregator)
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,10 @@ class Failsafe:
     outlier_norm: float
 
     def __post_init__(self) -> None:
-        require(self.late in LATE_POLICIES, "late", self.late, f"one of {', '.join(LATE_POLICIES)}")
+        require(self.late in LATE, "late", self.late, f"one of {', '.join(LATE)}")
         require(1 <= self.wait_factor < math.inf, "wait_factor", self.wait_factor, ">= 1 and finite")
         require(0 <= self.max_staleness <= 10**6, "max_staleness", self.max_staleness, "in 0..1000000")
-        require(self.aggregation in AGGREGATORS, "aggregation", self.aggregation, f"one of {', '.join(AGGREGATORS)}")
+        require(self.aggregation in AGGREGATION, "aggregation", self.aggregation, f"one of {', '.join(AGGREGATION)}")
         require(0 <= self.trim < 0.5, "trim", self.trim, "in [0, 0.5)")
         norm = self.clip_norm
         require(norm is None or 0 < norm < math.inf, "clip_norm", norm, "> 0 and finite, or null")
@@ -114,12 +117,12 @@ class Failsafe:
     @property
     def policy(self) -> LatePolicy:
         """What becomes of late updates."""
-        return LATE_POLICIES[self.late]()
+        return LATE[self.late]()
 
     @functools.cached_property
     def aggregator(self) -> Aggregator:
         """How updates are combined, configured by the keys that it names."""
-        return part_of(self, AGGREGATORS[self.aggregation])
+        return part_of(self, AGGREGATION[self.aggregation])
 
     def slots(self, sizes: Sizes) -> Slots:
         """Returns what is remembered before round 1.

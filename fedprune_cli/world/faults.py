@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedprune_cli.errors import require
+from fedprune_cli.plugins import Parts
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import part_of
 from fedprune_cli.store.state import Array
@@ -190,6 +191,7 @@ class Sabotage:
 
 
 FAULTS: dict[str, type[Fault]] = {"death": Death, "burst_loss": BurstLoss, "staleness": Staleness, "sabotage": Sabotage}
+KINDS: Parts[Fault] = Parts("faults", FAULTS, Fault)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class Faults:
     an update arrives 1..max_delay rounds later. Shares of the devices, the same ones throughout, send NaN, infinity, a wrong number of
     values, or poison: `sign_flip`, their change of u times -poison_scale, or `noise` of poison_scale times its size.
     clock_error, channel_error: the standard deviation of ln(estimate / truth) of what the server knows of a device's clock, the same
-    throughout, and of its gain, drawn anew each round.
+    throughout, and of its gain, drawn anew each round. others: kinds of faults from outside the package
+    that happen too.
     """
 
     die: float
@@ -217,6 +220,7 @@ class Faults:
     poison_scale: float
     clock_error: float
     channel_error: float
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("die", "lose_enter", "stale", "nan_share", "inf_share", "misshapen_share", "poisoned_share"):
@@ -229,6 +233,10 @@ class Faults:
         require(0 < self.poison_scale < math.inf, "poison_scale", self.poison_scale, "> 0 and finite")
         for key in ("clock_error", "channel_error"):
             require(0 <= getattr(self, key) <= 10, key, getattr(self, key), "in [0, 10]")
+        outside = [name for name in KINDS if name not in FAULTS]
+        known = len({*self.others}) == len(self.others) and all(name in outside for name in self.others)
+        allowed = f"each once, of {', '.join(outside)}" if outside else "[]: no plug-in has a fault"
+        require(known, "others", list(self.others), allowed)
 
     @property
     def misjudges(self) -> bool:
@@ -238,7 +246,8 @@ class Faults:
     @functools.cached_property
     def kinds(self) -> tuple[Fault, ...]:
         """The kinds that ever happen, in the order of their table."""
-        return tuple(fault for cls in FAULTS.values() if (fault := part_of(self, cls)).active)
+        classes = [*FAULTS.values(), *(KINDS[name] for name in self.others)]
+        return tuple(fault for cls in classes if (fault := part_of(self, cls)).active)
 
     @property
     def none(self) -> bool:

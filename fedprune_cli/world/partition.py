@@ -29,7 +29,7 @@ class PartitionConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class _Cover(ABC):
+class Cover(ABC):
     """A disjoint cover of the data: every sample belongs to exactly one device, near-duplicates (a group) to the same one.
 
     min_samples: that every device has at least, in groups where the data has them; who would have fewer is filled up with random ones
@@ -117,7 +117,7 @@ def _one_sided(dataset: Dataset, device: int, owned: Array, *, all_held: bool) -
     )
 
 
-def _check_least(partition: _Cover) -> None:
+def _check_least(partition: Cover) -> None:
     least = partition.min_samples
     require(2 <= least <= 10**9, "min_samples", least, ">= 2 (one to train on, one to test on)")
 
@@ -127,7 +127,7 @@ def _check_alpha(alpha: float) -> None:
 
 
 @dataclass(frozen=True)
-class Iid(_Cover):
+class Iid(Cover):
     """Samples dealt at random, equally many to every device."""
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Iid(_Cover):
 
 
 @dataclass(frozen=True)
-class Dirichlet(_Cover):
+class Dirichlet(Cover):
     """Each class is spread over the devices by its own draw from Dirichlet(alpha): the smaller alpha, the more skewed."""
 
     alpha: float
@@ -159,7 +159,7 @@ class Dirichlet(_Cover):
 
 
 @dataclass(frozen=True)
-class QuantitySkew(_Cover):
+class QuantitySkew(Cover):
     """Device sizes are one draw from Dirichlet(alpha), labels are mixed at random."""
 
     alpha: float
@@ -176,7 +176,7 @@ class QuantitySkew(_Cover):
 
 
 @dataclass(frozen=True)
-class Shards(_Cover):
+class Shards(Cover):
     """Pathological skew (McMahan et al. 2017): every device holds `classes_per_device` classes, each class in equal parts."""
 
     classes_per_device: int

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from problems import draw, literature
 from scipy.optimize import linprog
 
 from fedprune_cli.allocate.blocks import (
@@ -27,6 +26,7 @@ from fedprune_cli.allocate.problem import Problem, kept_on
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
+from fedprune_cli.contracts.problems import draw, literature
 from fedprune_cli.errors import ConfigError, InfeasibleError
 
 COUNTS = (5, 24, 51, 106, 273)

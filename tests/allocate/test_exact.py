@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from problems import draw, literature, with_limits
 from scipy.special import lambertw
 
 from fedprune_cli.allocate.baselines import Dense
@@ -27,6 +26,7 @@ from fedprune_cli.allocate.problem import (
 )
 from fedprune_cli.allocate.reference import solve_p1_cvxpy
 from fedprune_cli.allocate.variants import frontier, min_latency
+from fedprune_cli.contracts.problems import draw, literature, with_limits
 from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import fedprune
-from problems import literature
 
 from fedprune_cli import bench
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.bench import allocator, bare, baseline, rounds
 from fedprune_cli.bench.measure import Effort, Kind, Measure, Say
 from fedprune_cli.commands import app as cli
+from fedprune_cli.contracts.problems import literature
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.execute import executor
 from fedprune_cli.round import bill

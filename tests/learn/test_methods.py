@@ -1,11 +1,10 @@
-"""Laws over every registered method, and the degenerate equalities against plain PyTorch."""
+"""The degenerate equalities of methods, against plain PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from conftest import make_setup, steps_of
 from torch import nn
@@ -13,49 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from fedprune_cli.learn.client import Task, train
 from fedprune_cli.learn.kept import Entries, Whole
-from fedprune_cli.learn.personalize import METHODS
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import Setup, build_learner, build_parts
 from fedprune_cli.serve.aggregate import Contribution, Mean
-
-each_method = pytest.mark.parametrize("name", METHODS)
-
-
-@each_method
-def test_training_learns_and_only_moves_what_it_should(name: str) -> None:
-    setup = make_setup(
-        f"method={name}",
-        "rounds=5",
-        "training.shared_steps=20",
-        "training.personal_steps=20",
-        "training.lr=0.1",
-        "training.personal_lr=0.1",
-    )
-    assert setup.blueprint.cost.shared_params + setup.blueprint.cost.personal_params == 64 * 16 + 16 + 16 * 10 + 10
-    first, *_, last = steps_of(setup, 5)
-    assert last.record.train_loss < first.record.train_loss
-    assert last.record.accuracy > first.record.accuracy
-    for state in (first.after, last.after):
-        assert np.isfinite(state.shared).all()
-        assert np.isfinite(np.stack(list(state.personal))).all()
-    if setup.blueprint.cost.shared_params == 0:
-        assert last.record.bytes_up == 0
-        assert last.record.simulated_s > 0
-    else:
-        assert (first.after.shared != setup.initial.shared).any()
-        assert last.record.bytes_up > 0
-
-
-@each_method
-def test_a_dropped_entry_never_moves_on_the_device_that_dropped_it(name: str) -> None:
-    setup = make_setup(f"method={name}", "training.momentum=0.9", "training.weight_decay=0.1")
-    learner = build_learner(setup.experiment, setup.scenario)
-    mask = np.arange(setup.blueprint.cost.shared_params) % 3 == 0
-    kept, initial = Entries(np.packbits(mask)), setup.initial
-    update = train(learner, Task("test", 0, 1, initial.shared, initial.personal[1], kept, setup.schedule(1)))
-    whole = learner.parts.shared.numpy()
-    assert (whole[~mask] == 0).all()
-    np.testing.assert_array_equal(update.shared, whole[mask])
 
 
 def reference_fedavg(setup: Setup, count: int) -> np.ndarray:

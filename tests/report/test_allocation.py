@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_experiment, make_setup, run_to_end
-from problems import literature
 from typer.testing import CliRunner
 
 from fedprune_cli.commands.app import app
+from fedprune_cli.contracts.problems import literature
 from fedprune_cli.errors import DataError, FedpruneError
 from fedprune_cli.report.allocation import answer
 from fedprune_cli.round.first import allocate_first_round, ask

@@ -15,7 +15,7 @@ ROOT = Path(fedprune_cli.__file__).parent
 LAYERS = (  # from the ground up: a part imports from lower rows only, never from its own row
     ("errors", "forked", "interrupt", "rng", "sections"),
     ("store",),
-    ("wire",),
+    ("plugins", "wire"),
     ("world", "allocate", "learn"),
     ("execute", "meter", "serve", "track", "terminal"),
     ("config",),
@@ -23,7 +23,7 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("runs",),
     ("report",),
     ("many", "audit", "bench", "take_home"),
-    ("commands", "api"),
+    ("commands", "contracts", "templates", "api"),
 )
 HEIGHT = {part: at for at, row in enumerate(LAYERS) for part in row}
 

@@ -23,9 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from test_architecture import LAYERS
 
-from fedprune_cli import CONF, errors
+from fedprune_cli import CONF, errors, plugins
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.commands.app import app
+from fedprune_cli.commands.new import new
 from fedprune_cli.config.build import GROUPS, SECTIONS, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
@@ -156,6 +157,8 @@ def check(words: tuple[str, ...]) -> None:
         assert name in ("--help", "--version", "--install-completion")
         return
     assert name in COMMANDS, f"no command {name!r}"
+    if "--plugin" in rest and not Path("thrifty.py").exists():
+        new("allocator", "thrifty")  # the file of the guide
     context = COMMANDS[name].make_context(name, rest)
     overrides = context.params.get("overrides") or []
     if name == "resume":
@@ -179,7 +182,8 @@ def check(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
-def test_every_command_in_the_documentation_is_accepted(example: Example) -> None:
+def test_every_command_in_the_documentation_is_accepted(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "[]")
     if example.error is None:
         try:
             check(example.words)

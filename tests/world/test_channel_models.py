@@ -1,4 +1,4 @@
-"""Laws over every registered channel."""
+"""The built-in channels by hand: path loss, line of sight, traces."""
 
 from __future__ import annotations
 
@@ -10,58 +10,8 @@ import pytest
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
+from fedprune_cli.contracts.test_channels import channel_of, fleet_of
 from fedprune_cli.errors import DataError
-from fedprune_cli.world.channel import CHANNELS, Channel
-from fedprune_cli.world.fleet import Fleet
-
-each_channel = pytest.mark.parametrize("name", CHANNELS)
-
-
-def channel_of(name: str, *overrides: str) -> Channel:
-    if name == "trace":
-        rows = [f"{r},{d},{-100 - r - 2 * d}" for r in range(5) for d in range(60)]
-        Path("trace.csv").write_text("\n".join(["round,device,gain_db", *rows]) + "\n")
-        overrides = ("channel.file=trace.csv", *overrides)
-    return build_experiment(compose_config([f"channel={name}", *overrides])).channel
-
-
-def fleet_of(count: int, *overrides: str, seed: int = 0) -> Fleet:
-    return build_experiment(compose_config([f"devices.count={count}", "devices.fresh=0", *overrides])).devices.draw(
-        seed
-    )
-
-
-@each_channel
-def test_gains_are_finite_positive_and_decided_by_seed_and_round(name: str) -> None:
-    channel, fleet = channel_of(name), fleet_of(30)
-    gain = channel.gain(3, 1, fleet)
-    assert gain.shape == (30,)
-    assert (gain > 0).all()
-    assert np.isfinite(gain).all()
-    np.testing.assert_array_equal(gain, channel.gain(3, 1, fleet))
-    assert (gain != channel.gain(3, 2, fleet)).any()
-    if name != "trace":
-        assert (gain != channel.gain(4, 1, fleet)).any()
-
-
-@each_channel
-def test_more_devices_and_rounds_change_no_earlier_draw(name: str) -> None:
-    channel = channel_of(name, "channel.outage_enter=0.2")
-    few, many = fleet_of(10), fleet_of(50)
-    np.testing.assert_array_equal(few.cpu_hz, many.cpu_hz[:10])
-    np.testing.assert_array_equal(few.distance_m, many.distance_m[:10])
-    np.testing.assert_array_equal(channel.gain(0, 4, few), channel.gain(0, 4, many)[:10])
-    np.testing.assert_array_equal(channel.available(0, 20, 10), channel.available(0, 30, 50)[:20, :10])
-
-
-@each_channel
-def test_outages_have_their_rate_and_burst_length(name: str) -> None:
-    channel = channel_of(name, "channel.outage_enter=0.1", "channel.outage_leave=0.4")
-    lost = ~channel.available(0, 4000, 50)
-    assert abs(lost.mean() - 0.2) < 0.01
-    starts = (lost[1:] & ~lost[:-1]).sum()
-    assert abs(lost[1:].sum() / starts - 1 / 0.4) < 0.1
-    assert channel_of(name).available(0, 10, 50).all()
 
 
 def test_urban_path_loss_and_fading_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the aggregators: what each needs to see of the devices is what it says."""
+"""Laws of aggregators: what each needs to see of the devices is what it says."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_experiment
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune_cli.contracts.parts import each, make_experiment
 from fedprune_cli.sections import part_of
-from fedprune_cli.serve.aggregate import AGGREGATORS, Aggregator, Contribution
+from fedprune_cli.serve.aggregate import Aggregator, Contribution
+from fedprune_cli.serve.failsafe import AGGREGATION
 from fedprune_cli.store.state import Array
 
 SIZE = 6
-SUMS = [name for name, of in AGGREGATORS.items() if of.needs == "sum"]
-EACH = [name for name, of in AGGREGATORS.items() if of.needs == "each"]
+each_aggregator = each("aggregators")
 
 
 @functools.cache
 def aggregator_of(name: str) -> Aggregator:
-    return part_of(make_experiment("failsafe.trim=0.25").failsafe, AGGREGATORS[name])
+    return part_of(make_experiment("failsafe.trim=0.25").failsafe, AGGREGATION[name])
 
 
 def contributions(rng: np.random.Generator, count: int) -> list[Contribution]:
@@ -44,14 +44,17 @@ def halves(one: Contribution) -> list[Contribution]:
     return [replace(one, weight=one.weight / 2)] * 2
 
 
-def test_every_aggregator_says_what_it_needs() -> None:
-    assert sorted([*SUMS, *EACH]) == sorted(AGGREGATORS)
+@each_aggregator
+def test_it_says_what_it_needs(name: str) -> None:
+    assert aggregator_of(name).needs in ("sum", "each"), "`needs` must be 'sum' or 'each'"
 
 
-@pytest.mark.parametrize("name", SUMS)
+@each_aggregator
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 6))
 def test_where_sums_suffice_only_sums_count(name: str, seed: int, count: int) -> None:
     """Neither the order of the devices nor how a weight is spread over those that send the same; nor who sent what of a sum."""
+    if aggregator_of(name).needs != "sum":
+        return
     rng, aggregator = np.random.default_rng(seed), aggregator_of(name)
     old, sent = rng.normal(size=SIZE).astype(np.float32), contributions(rng, count)
     whole = aggregator.combine(old, sent)
@@ -69,8 +72,10 @@ def test_where_sums_suffice_only_sums_count(name: str, seed: int, count: int) ->
     assert whole[1][-1] == 0
 
 
-@pytest.mark.parametrize("name", EACH)
+@each_aggregator
 def test_where_each_is_needed_sums_do_not_suffice(name: str) -> None:
+    if aggregator_of(name).needs != "each":
+        pytest.skip("it needs sums only")
     aggregator, everything = aggregator_of(name), np.ones(1, bool)
     old = np.zeros(1, np.float32)
     sent = [Contribution(everything, np.array([value], np.float32), 1.0, 1.0) for value in (0, 1, 2, 3, 9)]
@@ -79,7 +84,7 @@ def test_where_each_is_needed_sums_do_not_suffice(name: str) -> None:
     assert not np.allclose(whole, aggregator.combine(old, [*sent[:-1], *halves(sent[-1])])[0], rtol=0.05)
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@each_aggregator
 @given(seed=st.integers(0, 2**32 - 1))
 def test_everybody_agreeing_is_the_result_and_nobody_is_what_was(name: str, seed: int) -> None:
     rng, aggregator = np.random.default_rng(seed), aggregator_of(name)

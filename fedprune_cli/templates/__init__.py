@@ -1,0 +1,1 @@
+"""Working parts that `fedprune new` begins files of one's own with: each is a plug-in as it stands."""
