@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from fedprune_cli.round.setup import Setup
 
 __all__ = [
-    "Allocated", "ComparedRuns", "Composed", "FedpruneError", "FinishedRun", "allocate", "compare", "compose", "load", "resume", "run",
+    "Allocated", "ComparedRuns", "Composed", "FedpruneError", "FinishedRun", "allocate", "compare", "compose", "load", "plugin", "resume",
+    "run",
 ]  # fmt: skip
 
 
@@ -57,6 +58,16 @@ class Composed:
     def run_dir(self) -> Path:
         """Where its run is kept."""
         return self.experiment.run_dir
+
+
+def plugin(*files: Path | str) -> None:
+    """Gives this process the parts in files of one's own, which are run, in place of those given before: the command line's --plugin.
+
+    Raises ConfigError for a file that cannot be run.
+    """
+    from fedprune_cli import plugins
+
+    plugins.give([plugins.read(Path(file)) for file in files])
 
 
 def compose(*overrides: str, config_dir: Path | str | None = None) -> Composed:

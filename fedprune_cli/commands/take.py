@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedprune_cli.commands.options import Json, Quiet
+from fedprune_cli.commands.options import Json, Plugins, Quiet
 from fedprune_cli.errors import ConfigError, OutputError
 from fedprune_cli.terminal import note, print_json, say, show, status
 
@@ -31,6 +31,7 @@ def export(
     data: Annotated[
         Path | None, typer.Option(help="With --device shared: an .npz of labelled samples for the newcomer's own part.")
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -125,6 +126,7 @@ def predict(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="A CSV file for the predictions.")] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -158,6 +160,7 @@ def rounds(
         bool, typer.Option("--devices", help="A row a device and round instead of a row a round.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The file; of CSV default: stdout.")] = None,
+    plugin: Plugins = None,
     quiet: Quiet = False,
 ) -> None:
     """Print a run's rounds as CSV, whole rows, or write them as Parquet: for shells, spreadsheets and notebooks."""

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedprune_cli.errors import DataError, FedpruneError
 from fedprune_cli.learn.models import MAX_PARAMS, MODELS, ModelConfig
+from fedprune_cli.plugins import Parts
 from fedprune_cli.store.files import Plain
 from fedprune_cli.take_home.description import Input
 
@@ -88,11 +89,14 @@ def _tell_size(layer: nn.Module) -> None:
 def rebuild(model: Mapping[str, Plain], classes: int, seen: Input, weights: Weights) -> Network:
     """Returns the network that a description and its weights are of; raises DataError when there is none."""
     name = str(model["name"])
-    if name not in MODELS:
-        raise DataError(f"its model {name!r} is none that this fedprune has: {', '.join(sorted(MODELS))}")
+    models: Parts[ModelConfig] = Parts("models", MODELS, ModelConfig)
+    if name not in models:
+        raise DataError(
+            f"its model {name!r} is none that this fedprune has: {', '.join(sorted(models))}; one of a file of yours needs --plugin FILE"
+        )
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
     try:
-        network = build_network(MODELS[name](**fields), classes, seen, weights)
+        network = build_network(models[name](**fields), classes, seen, weights)
         with torch.inference_mode():
             logits = network(example(seen, 2))
     except DataError:

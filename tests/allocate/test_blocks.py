@@ -77,7 +77,7 @@ def test_the_greedy_is_dynamic_programming_and_has_no_gap() -> None:
 
 @pytest.mark.slow
 def test_10000_instances_have_no_gap_and_1000_are_dynamic_programming() -> None:
-    found = instances(11_500, 1, (1, 2, 3, 10, 40, 200))
+    found = instances(15_000, 1, (1, 2, 3, 10, 40, 200))
     assert len(found) >= 10_000
     small = [(problem, grid) for problem, grid in found if len(problem.weight) <= 40][:1000]
     assert len(small) == 1000

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import foreign_parts
+import numpy as np
 import pytest
 from conftest import TINY, extra, results
 from test_surface import JSON_OF
@@ -104,6 +105,13 @@ def test_a_killed_run_is_resumed_to_the_same_bytes_with_its_file_only(mine: Path
         assert results(killed) == results(tmp_path / kind)
         verified = run([sys.executable, "-m", "fedprune_cli", "verify", str(killed), "--plugin", str(mine)])
         assert "sound" in verified.stdout
+    own, took = ("--plugin", str(mine)), [sys.executable, "-m", "fedprune_cli"]
+    run([*took, "export", "serial", "--device", "1", "--out", "own.safetensors", *own])
+    np.savez("points.npz", inputs=np.zeros((3, 2, 1, 1), np.float32))
+    assert "no labels: there is no accuracy" in run([*took, "predict", "own.safetensors", "points.npz", *own]).stdout
+    for command in (["export", "serial", "--device", "1"], ["predict", "own.safetensors", "points.npz"]):
+        refused = run([*took, *command], code=5 if command[0] == "export" else 6).stderr
+        assert refused.count("\n") == 1, refused
 
 
 def test_its_parts_are_held_to_every_law_and_a_broken_one_is_named(mine: Path, tmp_path: Path) -> None:
