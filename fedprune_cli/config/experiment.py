@@ -36,9 +36,9 @@ from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
 from fedprune_cli.world.partition import PartitionConfig
 
-ARITHMETIC = (
-    2  # raised by a change that gives a configuration other numbers; 1: a batch could be larger than a device's data
-)
+# Raised by a change that gives a configuration other numbers. 1: a batch could be larger than a device's data; 2: a device's numbers
+# depended on its place among those that train side by side, for widths that are no multiple of 4.
+ARITHMETIC = 3
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,8 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     """
     learner.parts.make_whole()
     members = [*tasks, *[tasks[0]] * (learner.training.block - len(tasks))]
-    align = _align(learner.parts)
-    shared = _stack([task.shared for task in members], align)
-    personal = _stack([task.personal for task in members], align)
+    shared = _stack([task.shared for task in members])
+    personal = _stack([task.personal for task in members])
     keep = _masks(members, shared.shape[1])
     if keep is not None:
         shared *= keep
@@ -102,14 +101,9 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     return updates
 
 
-def _align(parts: Parts) -> int:
-    """Returns of how many numbers each member's part of a tensor is a multiple."""
-    return beside.ALIGN if any(isinstance(layer, Gru) for layer in _leaves(parts)) else 1
-
-
-def _stack(vectors: Sequence[Array], align: int) -> Tensor:
-    """Returns the vectors as rows of a matrix, which begin at multiples of `align` numbers."""
-    return beside.rows(len(vectors), len(vectors[0]), align).copy_(torch.from_numpy(np.stack(vectors)))
+def _stack(vectors: Sequence[Array]) -> Tensor:
+    """Returns the vectors as rows of a matrix, each of which begins where a product does not depend on its place."""
+    return beside.rows(len(vectors), len(vectors[0])).copy_(torch.from_numpy(np.stack(vectors)))
 
 
 def _masks(members: Sequence[Task], size: int) -> Tensor | None:
@@ -198,8 +192,7 @@ def _gather(learner: Learner, members: Sequence[_Positions], start: int, steps: 
 
     The shape is always the same: a batch that is not full, or that a member no longer has, is filled up with any sample.
     """
-    align = _align(learner.parts)
-    batch = math.ceil(learner.training.batch_size / align) * align
+    batch = math.ceil(learner.training.batch_size / beside.ALIGN) * beside.ALIGN
     chosen = np.zeros((len(members), steps, batch), dtype=np.int64)
     sizes = np.zeros((len(members), steps), dtype=np.float32)
     for at, member in enumerate(members):

@@ -3,7 +3,7 @@
 A layer's parameters are views of all members' vectors, float32 [members, ...]. Each product is one of matrices by member, and each other
 operation goes entry by entry, so that a member's numbers do not depend on the others'. Nor on its place among them, if all places lie
 alike in memory: MKL's products depend on whether a matrix begins at a multiple of 16 bytes, and PyTorch's sigmoid on whether an entry is
-among the last of its tensor. So a recurrent layer's members have a multiple of ALIGN numbers, and its functions are written into slices.
+among the last of its tensor. So members have a multiple of ALIGN numbers, and a recurrent layer's functions are written into slices.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ class Gru:
         return before
 
 
-def rows(count: int, width: int, align: int) -> Tensor:
-    """Returns zeros, float32 [count, width], of which each row begins at a multiple of `align` numbers."""
-    return torch.zeros(count, math.ceil(width / align) * align)[:, :width]
+def rows(count: int, width: int) -> Tensor:
+    """Returns zeros, float32 [count, width], of which each row begins at a multiple of ALIGN numbers."""
+    return torch.zeros(count, math.ceil(width / ALIGN) * ALIGN)[:, :width]
 
 
 def _product(error: Tensor, x: Tensor) -> Tensor:
@@ -177,5 +177,5 @@ def _product(error: Tensor, x: Tensor) -> Tensor:
     Added to the weight term by term, as in `Linear`, hundreds of terms would be rounded to the weight's digits.
     """
     shape = (error.shape[2], x.shape[2])
-    product = rows(len(x), math.prod(shape), ALIGN).view(-1, *shape)
+    product = rows(len(x), math.prod(shape)).view(-1, *shape)
     return torch.bmm(error.transpose(1, 2), x, out=product)

@@ -66,6 +66,19 @@ def test_a_device_does_not_depend_on_its_company() -> None:
         assert want.train_loss == got.train_loss
 
 
+@pytest.mark.parametrize("hidden", ["[10]", "[13]", "[30,7]", "[64]"])
+@pytest.mark.parametrize("batch", [8, 10])
+def test_a_device_does_not_depend_on_its_place(hidden: str, batch: int) -> None:
+    """Whatever the widths: products depend on whether a matrix begins at a multiple of 16 bytes, and rows of odd ones would not."""
+    setup = make_setup(*SCENE, f"model.hidden={hidden}", f"training.batch_size={batch}")
+    learner, tasks = learner_of(setup), tasks_of(setup, pruned=True)
+    found = set()
+    for place in range(10):
+        company = [*tasks[:place], tasks[11], *tasks[place:9]]
+        found.add(next(one for one in train_block(learner, company) if one.device == 11).shared.tobytes())
+    assert len(found) == 1
+
+
 def test_one_by_one_and_side_by_side_agree_to_the_last_digits(tmp_path: Path) -> None:
     runs = [run_to_end(tmp_path / str(block), f"training.block={block}") for block in (1, 10)]
     for one, ten in zip(*runs, strict=True):
