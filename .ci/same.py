@@ -39,7 +39,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "outputs" / ".same"
 COMPARED = (
-    "rounds.jsonl", "state.safetensors", "personal-*.f32", "summary.json", "manifest.json", "config.yaml", "allocation.json",
+    "rounds.jsonl", "state.safetensors", "masks-*.safetensors", "personal-*.f32", "summary.json", "manifest.json", "config.yaml", "allocation.json",
     "allocation.csv", "frontier.csv",
 )  # fmt: skip
 SAME_TIME = 2  # configurations
