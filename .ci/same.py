@@ -39,8 +39,8 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "outputs" / ".same"
 COMPARED = (
-    "rounds.jsonl", "state.safetensors", "masks-*.safetensors", "personal-*.f32", "summary.json", "manifest.json", "config.yaml", "allocation.json",
-    "allocation.csv", "frontier.csv",
+    "rounds.jsonl", "state.safetensors", "masks-*.safetensors", "personal-*.f32", "summary.json", "manifest.json", "config.yaml",
+    "allocation.json", "allocation.csv", "frontier.csv",
 )  # fmt: skip
 SAME_TIME = 2  # configurations
 LONGEST_S = 300  # a command, before it is ended
