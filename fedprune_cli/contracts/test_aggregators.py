@@ -55,7 +55,7 @@ def test_where_sums_suffice_only_sums_count(name: str, seed: int, count: int) ->
     """Neither the order of the devices nor how a weight is spread over those that send the same; nor who sent what of a sum."""
     if aggregator_of(name).needs != "sum":
         return
-    rng, aggregator = np.random.default_rng(seed), aggregator_of(name)
+    rng, aggregator = np.random.Generator(np.random.PCG64(seed)), aggregator_of(name)
     old, sent = rng.normal(size=SIZE).astype(np.float32), contributions(rng, count)
     whole = aggregator.combine(old, sent)
     assert close(whole, aggregator.combine(old, [sent[at] for at in rng.permutation(count)]))
@@ -87,7 +87,7 @@ def test_where_each_is_needed_sums_do_not_suffice(name: str) -> None:
 @each_aggregator
 @given(seed=st.integers(0, 2**32 - 1))
 def test_everybody_agreeing_is_the_result_and_nobody_is_what_was(name: str, seed: int) -> None:
-    rng, aggregator = np.random.default_rng(seed), aggregator_of(name)
+    rng, aggregator = np.random.Generator(np.random.PCG64(seed)), aggregator_of(name)
     old, agreed = rng.normal(size=(2, SIZE)).astype(np.float32)
     masks = rng.random((4, SIZE)) < 0.6
     sent: Sequence[Contribution] = [Contribution(mask, agreed[mask], 1.0 + at, 0.5) for at, mask in enumerate(masks)]

@@ -90,7 +90,7 @@ def test_alternation_stalls_where_it_starts() -> None:
     assert best.objective > alternating.objective + 0.005
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_brute_force_on_a_grid(count: int) -> None:
     rng = np.random.Generator(np.random.PCG64(10))
     steps = 2000 if count == 2 else 200

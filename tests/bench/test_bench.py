@@ -261,6 +261,7 @@ def test_the_allocators_scene_is_the_literatures_and_binds() -> None:
     assert solve_p1(problem)[1] > 0
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_the_allocator() -> None:
     result = fedprune("bench", "--tasks", "allocator", "--quick", "--json", "--out", "out")
     assert result.returncode == 0, result.stderr

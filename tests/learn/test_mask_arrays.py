@@ -14,6 +14,7 @@ from fedprune_cli.learn.prune import build_masks, masks_of_arrays
 from fedprune_cli.store.state import State, untrained
 
 NOBODY = untrained(np.zeros(0, np.float32), 0)
+PRUNER = make_experiment().pruner
 
 
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
@@ -23,7 +24,7 @@ def test_masks_come_back_from_their_arrays(granularity: str, ratios: list[float]
     layout = make_setup(f"pruner.granularity={granularity}", "model.hidden=[16,12]").blueprint.layout
     size = sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared])
     shared = np.random.Generator(np.random.PCG64(seed)).normal(size=size).astype(np.float32)
-    masks = build_masks(make_experiment().pruner, State(2, shared, NOBODY, {}), np.array(ratios), seed, layout)
+    masks = build_masks(PRUNER, State(2, shared, NOBODY, {}), np.array(ratios), seed, layout)
     arrays = masks.arrays()
     assert all(value.dtype == np.uint8 for value in arrays.values())
     again = masks_of_arrays(arrays, layout, len(ratios))

@@ -55,7 +55,7 @@ def test_a_failing_member_is_named_and_the_complete_seeds_are_reported(jobs: str
 
 def test_an_infeasible_arm_ends_with_its_own_exit_code() -> None:
     arms = 'arms={a: ["method=personalized"], b: ["method=proposed", "allocator.on_infeasible=fail", "deadline.fraction=1e-6"]}'
-    result = fedprune("compare", *TINY, arms, "--jobs", "2")
+    result = fedprune("compare", *TINY, arms, "--jobs", "1")
     assert result.returncode == 3
     assert "error: b, seed 0: " in result.stderr
     assert "1/2" in result.stderr or "2/2" in result.stderr

@@ -270,11 +270,16 @@ def check_race(arguments: Sequence[str], race: str, after_s: float, finished: Pa
     assert said == [] if result.returncode == 0 else len(said) == 1, what
 
 
-@pytest.mark.parametrize("race", RACES)
+COMMON = ("removed", "without state.safetensors")  # the others take as long, and are slow tests
+
+
+@pytest.mark.parametrize(
+    "race", [race if race in COMMON else pytest.param(race, marks=pytest.mark.slow) for race in RACES]
+)
 def test_a_run_whose_folder_is_changed_by_another_ends_in_one_line(
     race: Callable[[Path], None], finished: Path
 ) -> None:
-    check_race(("train", *TINY, "rounds=150", "out=run"), race, 0.7, finished)
+    check_race(("train", *TINY, "rounds=80", "out=run"), race, 0.7, finished)
 
 
 @pytest.mark.slow
