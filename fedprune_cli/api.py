@@ -19,7 +19,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedprune_cli.errors import ConfigError, FedpruneError
 
@@ -282,7 +282,7 @@ class Allocated:
     @property
     def devices(self) -> DataFrame:
         """A row a device: pruning ratio, bandwidth, rate, latency, which limit binds. Needs pandas."""
-        rows: list[dict[str, Any]] = [{**device} for device in self.answer["devices"]]
+        rows: list[dict[str, object]] = [{**device} for device in self.answer["devices"]]
         headers = list(rows[0]) if rows else []
         return _frame((headers, [list(row.values()) for row in rows]))
 

@@ -21,13 +21,16 @@ MODEL_CASES: dict[str, Shape] = {
     "model=gru": (6, 1, 12),
     "model=gru model.hidden=[24,16] model.embedding=8 model.vocabulary=30": (1, 1, 9),
 }
+LARGE = ("model=resnet18",)  # takes as long as all the others together
 CANDIDATES: tuple[Shape, ...] = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 1, 1), (6, 1, 21), (1, 1, 64))
 
 
 def model_cases() -> list[object]:
     """Returns the cases for `parametrize`: those built in, or the models asked about with their defaults."""
     outside = [name for name in names("models") if name not in MODELS]
-    return [pytest.param(f"model={name}", marks=pytest.mark.foreign) for name in outside] or [*MODEL_CASES]
+    if outside:
+        return [pytest.param(f"model={name}", marks=pytest.mark.foreign) for name in outside]
+    return [pytest.param(case, marks=pytest.mark.slow) if case in LARGE else case for case in MODEL_CASES]
 
 
 @functools.cache

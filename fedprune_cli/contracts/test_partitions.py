@@ -35,15 +35,15 @@ def build(
 
 def plain(labels: Array, devices: int = 0, seed: int = 0, **source: Any) -> Dataset:
     """Returns a dataset of which only the labels matter, and of so many natural devices, each with four samples or more."""
-    owned: dict[str, Any] = {}
+    known = Source(**source)
     if devices:
         owner = np.arange(len(labels)) % devices
         owner[4 * devices :] = np.random.Generator(np.random.PCG64(seed)).integers(devices, size=len(labels))[
             4 * devices :
         ]
-        owned = {"owner": owner, "owner_names": tuple(f"d{at:03}" for at in range(devices))}
+        known = dataclasses.replace(known, owner=owner, owner_names=tuple(f"d{at:03}" for at in range(devices)))
     inputs = np.zeros((len(labels), 1, 1, 1))
-    return number_dataset("x", inputs, labels, int(labels.max()) + 1, Source(**owned, **source))
+    return number_dataset("x", inputs, labels, int(labels.max()) + 1, known)
 
 
 def labels_of(size: int, classes: int, seed: int) -> Array:

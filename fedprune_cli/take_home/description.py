@@ -101,7 +101,7 @@ def parse_description(text: str | bytes | None, where: str) -> Description:
     if text is None:
         raise DataError(f"{where}: no model that `fedprune export` wrote (it has no description of one)")
     try:
-        value: Any = parse_json(text.encode() if isinstance(text, str) else text)
+        value = parse_json(text.encode() if isinstance(text, str) else text)
     except ValueError as error:
         raise DataError(f"{where}: damaged (its description is not JSON: {error})") from None
     version = value.pop("version", None) if isinstance(value, dict) else None

@@ -104,7 +104,7 @@ def _digest(text: str, weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _by_torch(network: Any, precision: str) -> Predict:
+def _by_torch(network: Callable[[torch.Tensor], torch.Tensor], precision: str) -> Predict:
     def logits(samples: Array) -> Array:
         inputs = torch.from_numpy(np.ascontiguousarray(samples))
         with torch.inference_mode(), computing(precision):
@@ -112,7 +112,7 @@ def _by_torch(network: Any, precision: str) -> Predict:
                 found = network(inputs)
             except ValueError:  # a GroupNorm of a very small slice, to which a single sample gives one value a group
                 found = network(torch.cat([inputs, inputs]))[: len(inputs)]
-        return cast(Array, found.float().numpy())
+        return found.float().numpy()
 
     return logits
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -192,9 +191,10 @@ def _newcomers(run: Finished, samples: Samples | None) -> Taken:
     return _said(_taken(run, learner, len(state.shared)), kind=SHARED, called=SHARED)
 
 
-def _said(taken: Taken, **facts: Any) -> Taken:
+def _said(taken: Taken, **facts: str | int) -> Taken:
     """Returns the model with facts of its description."""
-    return replace(taken, description=replace(taken.description, **facts))
+    said = replace(taken.description, **facts)  # type: ignore[arg-type]
+    return replace(taken, description=said)
 
 
 def describe_input(setup: Setup) -> Input:

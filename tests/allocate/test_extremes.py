@@ -199,9 +199,9 @@ FAST = tuple(name for name in ALLOCATORS if name != "cvxpy")
 
 
 def test_any_numbers_give_a_sound_allocation_or_one_line() -> None:
-    sound, refused = try_everything(35, seed=1, names=FAST)
-    assert sound > 350
-    assert refused > 35
+    sound, refused = try_everything(20, seed=1, names=FAST)
+    assert sound > 200
+    assert refused > 20
     sound, refused = try_everything(12, seed=2, names=("cvxpy",))
     assert sound > 10
 

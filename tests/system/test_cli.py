@@ -116,7 +116,10 @@ def test_a_mistake_is_one_line_and_its_own_exit_code(arguments: tuple[str, ...],
         assert files() == []
 
 
-def test_ctrl_c_leaves_a_resumable_run() -> None:
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow)]
+)
+def test_ctrl_c_leaves_a_resumable_run(signals: list[signal.Signals]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -128,7 +131,7 @@ def test_ctrl_c_leaves_a_resumable_run() -> None:
         "execution.workers=2",
         "out=run",
     ]
-    for sign in (signal.SIGINT, signal.SIGTERM):
+    for sign in signals:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it

@@ -26,8 +26,7 @@ def test_every_key_of_the_configuration_is_offered_and_hydra_takes_every_group()
     assert wanted <= {word.removesuffix("=") for word in completion.complete_override("")}
     for group, options in completion.groups().items():
         if not group.startswith("hydra"):  # those need their extras
-            for option in options:
-                compose_config([f"{group}={option}"])
+            compose_config([f"{group}={sorted(options)[-1]}"])  # the others: contracts, experiments
 
 
 @pytest.mark.parametrize(

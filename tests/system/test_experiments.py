@@ -25,7 +25,11 @@ NATURAL = {  # experiments whose devices are those that a package's data names, 
     "watch": ("partition=dirichlet",),
     "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
 }
-HEAVY = ("colour", "headline_fmnist")  # whose data and models are large: slow tests, with `headline`'s arms
+HEAVY = (
+    "colour",
+    "headline_fmnist",
+    "shakespeare",
+)  # whose data and models are large: slow tests, with `headline`'s arms
 LIGHT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in HEAVY)
 RUN: dict[str, RoundRecord] = {}  # arms that several experiments share run once
 

@@ -103,12 +103,12 @@ def many(count: int, seed: int) -> list[str]:
     [
         ("train", 0.0, signal.SIGINT, None),
         ("train", 1.1, signal.SIGINT, None),
-        ("train", 2.4, signal.SIGTERM, None),
-        ("train", 3.6, signal.SIGINT, 0.05),
-        ("compare", 0.5, signal.SIGINT, 0.01),
+        pytest.param(*("train", 2.4, signal.SIGTERM, None), marks=pytest.mark.slow),
+        pytest.param(*("train", 3.6, signal.SIGINT, 0.05), marks=pytest.mark.slow),
+        pytest.param(*("compare", 0.5, signal.SIGINT, 0.01), marks=pytest.mark.slow),
         ("compare", 3.0, signal.SIGINT, None),
         ("sweep", 0.2, signal.SIGTERM, None),
-        ("sweep", 1.8, signal.SIGINT, None),
+        pytest.param(*("sweep", 1.8, signal.SIGINT, None), marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_start_is_one_line(

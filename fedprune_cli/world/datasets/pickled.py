@@ -10,11 +10,13 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedprune_cli.errors import DataError
+
+Value: TypeAlias = Any  # whatever a pickle holds
 
 _HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(127) + b"\n"
 _ARRAY, _TYPE, _ENCODE, _CLASS = "array", "dtype", "encode", "class"
@@ -48,7 +50,7 @@ class _Kind:
 class _Made:
     """An array that is being built: numpy gives its content after it."""
 
-    values: Any = None
+    values: Value = None
 
 
 class _OtherError(Exception):
@@ -60,7 +62,7 @@ _MALFORMED = (
 )  # fmt: skip
 
 
-def read_pickled_object(data: bytes, where: str) -> Any:
+def read_pickled_object(data: bytes, where: str) -> Value:
     """Returns the value in a .npy file that holds one pickled object; raises DataError for a file with anything but values in it."""
     try:
         if not data.startswith(_HEADER):
@@ -73,10 +75,10 @@ def read_pickled_object(data: bytes, where: str) -> Any:
         raise DataError(f"{where}: not a file of arrays ({error or type(error).__name__})") from None
 
 
-def _walk(pickle: bytes) -> Any:
+def _walk(pickle: bytes) -> Value:
     """Returns what the opcodes leave on the stack, arrays still as they were made."""
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
+    stack: list[Value] = []
+    memo: dict[Value, Value] = {}
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         if name in ("PROTO", "FRAME"):
@@ -109,7 +111,7 @@ def _known(name: str) -> str:
     return _KNOWN[name]
 
 
-def _after_mark(stack: list[Any]) -> list[Any]:
+def _after_mark(stack: list[Value]) -> list[Value]:
     """Returns and removes what lies above the last mark, and the mark."""
     at = len(stack) - 1 - next(back for back, value in enumerate(reversed(stack)) if value is _MARK)
     above = stack[at + 1 :]
@@ -117,7 +119,7 @@ def _after_mark(stack: list[Any]) -> list[Any]:
     return above
 
 
-def _reduce(stack: list[Any]) -> None:
+def _reduce(stack: list[Value]) -> None:
     """Puts what numpy's call would make, from the call's name and arguments."""
     arguments, name = stack.pop(), stack.pop()
     if not isinstance(name, _Name):
@@ -132,7 +134,7 @@ def _reduce(stack: list[Any]) -> None:
         raise _OtherError(f"a call of {name.kind} with {str(arguments)[:40]}")
 
 
-def _build(stack: list[Any]) -> None:
+def _build(stack: list[Value]) -> None:
     """Gives an array its content, or a data type its byte order."""
     state, made = stack.pop(), stack[-1]
     if isinstance(made, _Kind):
@@ -148,26 +150,26 @@ def _build(stack: list[Any]) -> None:
         made.values = flat.reshape(shape, order="F" if by_column else "C")
 
 
-def _append(stack: list[Any]) -> None:
+def _append(stack: list[Value]) -> None:
     value = stack.pop()
     stack[-1].append(value)
 
 
-def _appends(stack: list[Any]) -> None:
+def _appends(stack: list[Value]) -> None:
     values = _after_mark(stack)
     stack[-1].extend(values)
 
 
-def _set_items(stack: list[Any]) -> None:
+def _set_items(stack: list[Value]) -> None:
     values = _after_mark(stack)
     stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
 
-def _tuple(stack: list[Any]) -> None:
+def _tuple(stack: list[Value]) -> None:
     stack.append(tuple(_after_mark(stack)))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Value) -> Value:
     """Returns the value with its arrays in place of what they were made from."""
     if isinstance(value, _Made):
         return _plain(value.values)
@@ -181,7 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 _ARGUMENT = frozenset({"BININT", "BININT1", "BININT2", "BINUNICODE", "BINFLOAT"})  # whose argument is the value
-_CONSTANT: dict[str, Callable[[], Any]] = {
+_CONSTANT: dict[str, Callable[[], Value]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -191,7 +193,7 @@ _CONSTANT: dict[str, Callable[[], Any]] = {
     "MARK": lambda: _MARK,
 }
 _COUNT = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_STEP: dict[str, Callable[[list[Any]], None]] = {
+_STEP: dict[str, Callable[[list[Value]], None]] = {
     "REDUCE": _reduce,
     "BUILD": _build,
     "APPEND": _append,
