@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Gives the process the files before any law is collected."""
     config.addinivalue_line("markers", "foreign: a law on a part from outside the package")
+    config.addinivalue_line("markers", "slow: a law that takes long")
     config.stash[BROKEN] = []
     if not (asked := config.getoption("fedprune_plugins")):
         return
