@@ -7,6 +7,7 @@ import functools
 import mmap
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -252,6 +253,8 @@ def forkserver(preload: Sequence[str]) -> multiprocessing.context.ForkServerCont
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([QUIET_SERVER, *preload])
     _prepare()
+    with starting("processes"):
+        multiprocessing.resource_tracker.ensure_running()  # first: it unblocks what is blocked here
     signal.pthread_sigmask(
         signal.SIG_BLOCK, [signal.SIGINT]
     )  # it is imported by what is started here, so that Ctrl-C finds nobody

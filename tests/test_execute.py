@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,16 @@ def test_an_error_of_the_work_is_the_work_s_own(context: functools.partial[Conte
 def test_the_data_are_mapped_and_not_copied(context: functools.partial[Context]) -> None:
     with executor(Execution("processes", 2), context) as workers:
         assert set(workers.map(mapped_bytes, range(4))) == {(True, True)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux which signals a process has blocked")
+def test_the_server_of_processes_never_hears_ctrl_c() -> None:
+    """Not even while it is imported, before it can ignore it: it is started with the signal blocked."""
+    code = (
+        "from pathlib import Path\nfrom multiprocessing import forkserver\nfrom fedprune_cli import execute\n"
+        "if __name__ == '__main__':\n execute.forkserver([])\n"
+        " status = Path(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read_text()\n"
+        " print(next(line.split()[1] for line in status.splitlines() if line.startswith('SigBlk')))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert int(result.stdout, 16) >> (signal.SIGINT - 1) & 1

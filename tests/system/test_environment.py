@@ -151,8 +151,10 @@ def answer(command: str, names: Sequence[str], finished: Path) -> Answer:
         subprocess.run(["cp", "-r", finished, folder / "finished"], check=True)
         result = run(command, names, folder)
         begun = (folder / "run").exists()
-    notes = r"(.*: round \d|round \d|\d+/\d+  |\d+ of \d+ runs|\d+ runs ended)"
-    said = [line for line in result.stderr.splitlines() if not re.match(notes, line)]
+    notes = r"(shell-init: |.*: line \d+: ulimit: |.*: round \d|round \d|\d+/\d+  |\d+ of \d+ runs|\d+ runs ended)"
+    said = [
+        line for line in result.stderr.splitlines() if not re.match(notes, line)
+    ]  # the shells around it have words of their own
     errors = [line for line in said if line.startswith("error: ")]
     deaf = any("stderr" in name or "all closed" in name for name in names)
     each = command in ("compare", "sweep")  # each run's line, and the sum of them
