@@ -34,10 +34,10 @@ type: .venv/installed ## mypy, strict
 	$(BIN)/mypy
 
 test: .venv/installed ## the default tests, under five minutes on two cores; also as outputs/tests.xml (JUnit)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --junitxml=outputs/tests.xml
+	$(BIN)/python -m pytest -m "not slow" -n 2 --junitxml=outputs/tests.xml
 
 test-all: .venv/installed lint type ## everything, with the slow proofs
-	$(BIN)/python -m pytest -n 2 --dist worksteal --junitxml=outputs/tests.xml
+	$(BIN)/python -m pytest -n 2 --junitxml=outputs/tests.xml
 
 reference: .venv/installed ## write docs/reference/ from the program itself
 	$(BIN)/python .ci/reference.py
