@@ -163,6 +163,14 @@ class _Device:
         return self.weight[device] * max(x, self.least_kept[device])
 
 
+def _steps(problem: Problem, grid: Grid, count: Array) -> tuple[Array, Array]:
+    """Returns what one block more is worth to each device, 0 where it may have no more, and one fewer, infinite where it needs all [K]."""
+    here = problem.weight * kept_at(problem, grid.block_hz, count)
+    more = problem.weight * kept_at(problem, grid.block_hz, count + 1) - here
+    fewer = here - problem.weight * kept_at(problem, grid.block_hz, np.maximum(count - 1, 0))
+    return np.where(count < grid.most(problem), more, 0.0), np.where(count > grid.least(problem), fewer, np.inf)
+
+
 def solve_blocks(problem: Problem, grid: Grid) -> tuple[Array, float]:
     """Returns the optimal count of blocks [K] of a problem that fits, any count being allowed, and the price of a block.
 
@@ -174,12 +182,8 @@ def solve_blocks(problem: Problem, grid: Grid) -> tuple[Array, float]:
     if grid.count > FEW:
         whole = np.floor(solve_p1(problem)[0] / grid.block_hz)
         count = np.clip(whole, least, most).astype(np.int64)
-    device, block_hz = _Device(problem, grid.block_hz), grid.block_hz
-    here = problem.weight * kept_at(problem, block_hz, count)
-    more = np.where(count < most, problem.weight * kept_at(problem, block_hz, count + 1) - here, -1.0)
-    fewer = np.where(
-        count > least, here - problem.weight * kept_at(problem, block_hz, np.maximum(count - 1, 0)), np.inf
-    )
+    device = _Device(problem, grid.block_hz)
+    more, fewer = _steps(problem, grid, count)
     helped, spared = np.flatnonzero(more > 0), np.flatnonzero(np.isfinite(fewer))
     gains = list(zip((-more[helped]).tolist(), helped.tolist(), count[helped].tolist(), strict=True))
     losses = list(zip(fewer[spared].tolist(), spared.tolist(), count[spared].tolist(), strict=True))
@@ -242,11 +246,7 @@ def certify_blocks(problem: Problem, grid: Grid, kept: Array, bandwidth_hz: Arra
         float((problem.min_kept - kept).max()),
         0.0,
     )
-    worth = problem.weight * kept_at(problem, block_hz, count)
-    more = np.where(count < most, problem.weight * kept_at(problem, block_hz, count + 1) - worth, 0.0)
-    fewer = np.where(
-        count > least, worth - problem.weight * kept_at(problem, block_hz, np.maximum(count - 1, 0)), np.inf
-    )
+    more, fewer = _steps(problem, grid, count)
     slackness = price * max(grid.count - int(count.sum()), 0) / scale
     best = _best_counts(problem, grid, price)
     bound = float(problem.weight @ kept_at(problem, block_hz, best)) + price * (grid.count - float(best.sum()))

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedprune_cli.errors import require
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.state import Array
 
@@ -61,6 +62,11 @@ class DatasetConfig(Protocol):
 
     def load(self) -> Dataset:
         """Returns the data; raises DataError saying what was tried and how to get it."""
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises ConfigError unless `limit`, of how many of the first samples are used, is None or a number of them."""
+    require(limit is None or limit >= 1, "limit", limit, ">= 1 or null")
 
 
 def image_dataset(

@@ -23,7 +23,7 @@ from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.files import read_bytes
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets.arrivals import SUM_SUFFIX, DebianPackage, reason, staged, unpack
-from fedprune_cli.world.datasets.dataset import Dataset, image_dataset
+from fedprune_cli.world.datasets.dataset import Dataset, check_limit, image_dataset
 from fedprune_cli.world.datasets.packages import data_folder
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Downloaded(ABC):
     package: ClassVar[DebianPackage | None] = None
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
         require(self._num_classes >= 2, "name", self.name, "of two classes or more")
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets.arrivals import reason
-from fedprune_cli.world.datasets.dataset import Dataset, image_dataset
+from fedprune_cli.world.datasets.dataset import Dataset, check_limit, image_dataset
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Digits:
     limit: int | None
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
 
     def load(self) -> Dataset:
         from sklearn.datasets import load_digits
@@ -50,7 +50,7 @@ class Patches:
 
     def __post_init__(self) -> None:
         require(self.tile in (8, 16, 32), "tile", self.tile, "8, 16 or 32")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
 
     def load(self) -> Dataset:
         photographs = _photographs(self.name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.datasets.dataset import Dataset, Source, image_dataset, number_dataset
+from fedprune_cli.world.datasets.dataset import Dataset, Source, check_limit, image_dataset, number_dataset
 from fedprune_cli.world.datasets.packages import Package, packaged_files
 
 SOILS = {
@@ -37,7 +37,7 @@ class Optdigits:
     limit: int | None
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
 
     def load(self) -> Dataset:
         values, classes = _table(self.name, OPTDIGITS, self.root)
@@ -57,7 +57,7 @@ class Letter:
     limit: int | None
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
 
     def load(self) -> Dataset:
         values, classes = _table(self.name, LETTER, self.root)

@@ -13,10 +13,10 @@ from types import ModuleType
 
 import numpy as np
 
-from fedprune_cli.errors import DataError, require
+from fedprune_cli.errors import DataError
 from fedprune_cli.store.files import read_bytes
 from fedprune_cli.world.datasets.arrivals import DebianPackage, reason, unpack
-from fedprune_cli.world.datasets.dataset import Dataset, Source, number_dataset
+from fedprune_cli.world.datasets.dataset import Dataset, Source, check_limit, number_dataset
 from fedprune_cli.world.datasets.packages import MAX_BYTES, data_folder
 
 MLBENCH = DebianPackage("r-cran-mlbench", "usr/lib/R/site-library/mlbench/data", "Shuttle.rda")
@@ -35,7 +35,7 @@ class Shuttle:
     limit: int | None
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1 or null")
+        check_limit(self.limit)
 
     def load(self) -> Dataset:
         rdata = _reader(self.name)
