@@ -7,11 +7,9 @@ import hashlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
-import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,19 +18,18 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
+from forked import PRELOADED, fedprune
 from hypothesis import settings
 
-from fedprune_cli.commands import app as cli
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
 from fedprune_cli.contracts.parts import TINY, Step, make_experiment, make_setup, outcome, steps_of
-from fedprune_cli.report import drawing
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import State, encode, encode_masks
 
 __all__ = [  # what tests share with contracts
-    "MODEL_CASES", "TINY", "Step", "make_experiment", "make_setup", "model_inputs", "outcome", "steps_of",
+    "MODEL_CASES", "TINY", "Step", "fedprune", "make_experiment", "make_setup", "model_inputs", "outcome", "steps_of",
 ]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -60,48 +57,6 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
 def read_lines(run_dir: Path) -> list[Line]:
     """Returns the lines of a run's rounds.jsonl, checked."""
     return [record.as_json() for record in folder.read_records(run_dir)]
-
-
-PRELOADED = [
-    "cvxpy", "fedprune_cli.report.comparison_page", "fedprune_cli.runs.life", "hydra", "hydra._internal.hydra",
-    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "rich.progress", "scipy.optimize", "scipy.stats",
-    "sklearn.datasets", "torch._dynamo", "torch.fx", "torch.onnx",
-]  # fmt: skip
-
-
-def without_drawing() -> None:
-    """Makes figures that show nothing: drawing them takes longer than a tiny run."""
-    drawing.Drawing.svg = lambda _: "<svg></svg>"  # type: ignore[method-assign]
-    drawing.Drawing.pdf = lambda _: b"%PDF"  # type: ignore[method-assign]
-
-
-def fedprune(
-    *arguments: str, cwd: str = ".", before: Callable[[], None] = without_drawing
-) -> subprocess.CompletedProcess[str]:
-    """Returns what a command line gives in a process of its own, forked from one that has everything imported: starting takes seconds.
-
-    before: what that process does first. Figures are not drawn: tests/report looks at those.
-    """
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory() as place:
-        streams = [os.path.join(place, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=_command, args=(arguments, os.path.abspath(cwd), streams, before))
-        process.start()
-        process.join(timeout=120)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"fedprune {' '.join(arguments)} took more than 120 s")
-        stdout, stderr = (Path(stream).read_text() for stream in streams)
-    return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
-
-
-def _command(arguments: tuple[str, ...], cwd: str, streams: list[str], before: Callable[[], None]) -> None:
-    for descriptor, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(cwd)
-    sys.argv = ["fedprune", *arguments]
-    before()
-    cli.main()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
