@@ -19,7 +19,7 @@ import foreign_parts
 import numpy as np
 import pytest
 from conftest import TINY, extra, results
-from test_surface import JSON_OF
+from test_surface import JSON_OF, write_samples
 
 from fedprune_cli import plugins
 from fedprune_cli.commands.app import app
@@ -176,6 +176,7 @@ def test_every_command_works_from_a_wheel(bare: Path, tmp_path: Path) -> None:
     where = "import fedprune_cli; print(fedprune_cli.__file__)"
     assert str(bare.parent) in run([str(bare / "python"), "-c", where], env=outside(), cwd=tmp_path).stdout
     done = {"completion": ("completion",), "new": ("new", "allocator", "mine")}
+    write_samples()
     for name, arguments in {**JSON_OF, **done}.items():
         spread = [str(path) for text in arguments for path in (sorted(Path().glob(text)) if "*" in text else [text])]
         run([str(bare / "fedprune"), *spread], env=outside())

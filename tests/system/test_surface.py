@@ -78,9 +78,14 @@ def exit_codes() -> dict[str, int]:
     return {of.__name__: of.exit_code for of in classes} | {"SIGINT": 130, "SIGTERM": 143}
 
 
+def write_samples() -> None:
+    """Writes the file that `predict` is asked about."""
+    np.savez("x.npz", inputs=np.zeros((2, 8, 8), np.uint8), labels=[3, 4])
+
+
 def answers() -> Iterator[tuple[str, Any]]:
     """Yields each command with the form of what it prints with --json."""
-    np.savez("x.npz", inputs=np.zeros((2, 8, 8), np.uint8), labels=[3, 4])
+    write_samples()
     for name, arguments in JSON_OF.items():
         spread = [str(path) for text in arguments for path in (sorted(Path().glob(text)) if "*" in text else [text])]
         result = fedprune(*spread, "--json")
