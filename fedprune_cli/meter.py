@@ -2,9 +2,10 @@
 
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
     t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
-    t_up,k   = bits of the encoded payload / r_k(b_k)
-    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
-Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.
+    t_up,k   = bits of the encoded payload / (1 - block_error) / (uplink_share r_k(b_k))
+    t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band, in the
+               share of the time that is the downlink's.
+Ignored: the time to sort and pack, protocol headers, what a retransmission waits for, the broadcast's own errors, the server's own time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fedprune_cli.learn.cost import ModelCost
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.band import PLAIN, Radio
+from fedprune_cli.world.channel import Channel, radio_of
 from fedprune_cli.world.fleet import Fleet, Practice
 
 
@@ -42,18 +44,25 @@ class Load:
     """What a round asks of its devices before anything is pruned, float64 [K].
 
     shared_flops F, personal_flops G; fleet: the devices alone; effort: where devices are known better than by cycles per FLOP,
-    the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3].
+    the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3];
+    radio: how they send.
     """
 
     shared_flops: Array
     personal_flops: Array
     fleet: Fleet
     effort: Array | None = None
+    radio: Radio = PLAIN
 
     def take(self, index: Array) -> Load:
         """Returns the load of some of the devices."""
         effort = None if self.effort is None else self.effort[index]
-        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort)
+        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort, self.radio)
+
+    @property
+    def radio_power_w(self) -> Array:
+        """What the radios draw on average while an upload lasts [K]: they send in the uplink's share of the time only."""
+        return self.radio.uplink_share * self.fleet.radio_power_w
 
     @property
     def shared_compute_s(self) -> Array:
@@ -78,14 +87,16 @@ class Load:
         return fleet.cycles_per_flop * (kept * shared + personal) + steps * fleet.practice.step_s * fleet.cpu_hz
 
 
-def build_load(fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost]) -> Load:
+def build_load(
+    fleet: Fleet, ids: Array, schedules: Sequence[Sequence[LocalPhase]], costs: Sequence[ModelCost], radio: Radio = PLAIN
+) -> Load:  # fmt: skip
     """Returns the load of the devices `ids`, device i following the phases schedules[i] on a model that costs costs[i]."""
     flops = np.zeros((len(schedules), 2))
     for row, schedule, cost in zip(flops, schedules, costs, strict=True):
         counted = cost.flops
         for phase in schedule:
             row += phase.samples * np.array(counted[phase.kind])
-    return Load(flops[:, 0], flops[:, 1], fleet := fleet.take(ids), _effort(fleet.practice, schedules, costs))
+    return Load(flops[:, 0], flops[:, 1], fleet := fleet.take(ids), _effort(fleet.practice, schedules, costs), radio)
 
 
 def _effort(
@@ -105,13 +116,14 @@ def _effort(
 def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float) -> float:
     """Returns t_down: `payload_bits` broadcast with the base station's power at the rate of the worst link; 0 if not metered.
 
-    A device without a link hears nothing, and the broadcast does not wait for it.
+    A device without a link hears nothing, and the broadcast does not wait for it. The downlink has the uplink's usable band, and where
+    the uplink has a share of the time, the rest of it.
     """
-    snr_hz = channel.bs_power_w * gain / channel.noise_w_per_hz
-    snr_hz = snr_hz[snr_hz >= NO_LINK * channel.bandwidth_hz]
+    radio, snr_hz = radio_of(channel), channel.bs_power_w * gain / channel.noise_w_per_hz
+    snr_hz = snr_hz[snr_hz >= NO_LINK * radio.band_hz]
     if not meter.downlink or payload_bits == 0 or not len(snr_hz):
         return 0.0
-    return float(payload_bits / rate(np.array(channel.bandwidth_hz), snr_hz.min()))
+    return float(payload_bits / (radio.downlink_share * rate(np.array(radio.band_hz), snr_hz.min())))
 
 
 @dataclass(frozen=True)
@@ -124,21 +136,27 @@ class Uplink:
 
 
 def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
-    """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI."""
+    """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI.
+
+    c is in bits that r_k would carry in the time that the upload takes: q U, more where blocks are sent again and where the uplink has
+    only a share of the time; the radio then sends in this share only, and draws so much less on average.
+    """
     fleet, channel = load.fleet, uplink.channel
+    radio = radio_of(channel)
     ones, zeros = np.ones(len(weight)), np.zeros(len(weight))
     fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
-        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=fleet.radio_power_w,
+        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
     )  # fmt: skip
     return Problem(
         shared_compute_s=load.shared_compute_s,
-        payload_bits=ones * BITS_PER_PARAM * uplink.shared_params,
+        payload_bits=ones * BITS_PER_PARAM * uplink.shared_params * radio.attempts / radio.uplink_share,
         fixed_s=fixed_s,
         snr_hz=fleet.tx_power_w * uplink.gain_linear / channel.noise_w_per_hz,
         weight=weight,
-        bandwidth_hz=channel.bandwidth_hz,
+        bandwidth_hz=radio.band_hz,
+        block_hz=radio.block_hz,
         deadline_s=np.inf,
         max_ratio=ones * max_ratio,
         limits=limits if fleet.limited else None,
@@ -197,18 +215,19 @@ def measure(
 ) -> Measurement:
     """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
 
+    rate_bps: r_k(b_k) [K], while devices may send. Blocks that fail are sent again, and count as bytes, seconds and joules.
     Energy: kappa f^2 per cycle and the radio's power while it sends; receiving and idling are ignored.
     """
-    uplink_s = np.zeros(len(kept))
+    uplink_s, bytes_up = np.zeros(len(kept)), load.radio.sent_bytes(payload_bytes)
     sends = payload_bytes > 0
-    uplink_s[sends] = 8 * payload_bytes[sends] / rate_bps[sends]
+    uplink_s[sends] = 8 * bytes_up[sends] / (load.radio.uplink_share * rate_bps[sends])
     return Measurement(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
         downlink_s=t_down_s,
-        joules=load.compute_j(kept) + load.fleet.radio_power_w * uplink_s,
+        joules=load.compute_j(kept) + load.radio_power_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
-        bytes_up=payload_bytes,
+        bytes_up=bytes_up,
         bytes_down=bits_down / 8,
     )
 

@@ -27,6 +27,7 @@ Purpose = Literal[
     "poison",  # noise sent by (round, device)
     "rounding",  # stochastic rounding of the payload of (round, device)
     "saboteurs",  # which devices send what they should not
+    "selective",  # fading by resource block of (round)
     "shadowing",  # log-normal shadowing of each device
     "split",  # train and test samples of (device)
 ]

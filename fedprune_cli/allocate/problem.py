@@ -84,7 +84,8 @@ class Problem:
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
     bandwidth_hz B; deadline_s T, infinite when open; ids: of the devices, int [K], their positions when None;
-    titles: what messages call them, str [K], their ids when None; limits: None when there are none. A signal below NO_LINK of the
+    titles: what messages call them, str [K], their ids when None; limits: None when there are none; block_hz: of the resource blocks
+    that the band consists of, None where it has none; only an allocator of whole blocks asks. A signal below NO_LINK of the
     noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
@@ -100,6 +101,7 @@ class Problem:
     ids: Array | None = None
     limits: Limits | None = None
     titles: Array | None = None
+    block_hz: float | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -130,9 +132,8 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        arrays = (
-            f.name for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s", "ids", "limits", "titles")
-        )
+        others = ("bandwidth_hz", "deadline_s", "ids", "limits", "titles", "block_hz")
+        arrays = (f.name for f in fields(self) if f.name not in others)
         limits = None if self.limits is None else self.limits.take(index)
         chosen = {name: getattr(self, name)[index] for name in arrays}
         titles = None if self.titles is None else self.titles[index]

@@ -23,19 +23,22 @@ from fedprune_cli.allocate.problem import SMALLEST, Allocation, Certificate, Pro
 from fedprune_cli.errors import require
 from fedprune_cli.store.state import Array
 
+BLOCK_HZ = 180e3  # of a band that says nothing of blocks
+
 
 @dataclass(frozen=True)
 class Blocks:
     """P1 in whole resource blocks, to the optimum: a scheduler hands out no other.
 
-    block_hz: of one block, 180 kHz of LTE and of 5G at 15 kHz spacing; count: blocks of the band, None: as many as it holds;
+    block_hz: of one block, None: the band's own, or 180 kHz, of LTE and of 5G at 15 kHz spacing, where it has none;
+    count: blocks of the band, None: as many as it holds;
     group: they are handed out in groups of so many; smooth: a device may have 2^a 3^b 5^c groups only, as an uplink of one carrier.
     With smooth counts there is no certificate: the optimum is that of dynamic programming, and the message states the dual bound's gap.
     """
 
     name: str
     on_infeasible: str
-    block_hz: float = 180e3
+    block_hz: float | None = None
     count: int | None = None
     group: int = 1
     smooth: bool = False
@@ -43,13 +46,17 @@ class Blocks:
 
     def __post_init__(self) -> None:
         as_policy(self.on_infeasible)
-        require(0 < self.block_hz < np.inf, "block_hz", self.block_hz, "> 0")
+        require(self.block_hz is None or 0 < self.block_hz < np.inf, "block_hz", self.block_hz, "> 0 or null")
         require(self.count is None or 1 <= self.count <= 10**9, "count", self.count, "in 1..1000000000 or null")
         require(1 <= self.group <= 1000, "group", self.group, "in 1..1000")
 
+    def width_hz(self, problem: Problem) -> float:
+        """Returns the bandwidth of one block of a problem's band."""
+        return self.block_hz or problem.block_hz or BLOCK_HZ
+
     def grid(self, problem: Problem) -> Grid:
         """Returns the blocks of a problem's band; raises ConfigError when it has none, or not as many as asked."""
-        return grid_of(problem, self.block_hz, self.count, self.group, smooth=self.smooth)
+        return grid_of(problem, self.width_hz(problem), self.count, self.group, smooth=self.smooth)
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and whole blocks [K] of the admitted devices at a price."""
@@ -60,9 +67,9 @@ class Blocks:
         least = LeastOnBlocks(grid)
         if self.smooth:
             allocation = solve_under_policy(problem, policy, functools.partial(_by_table, grid), least)
-            return replace(allocation, message=_with_gap(problem, grid, allocation), block_hz=self.block_hz)
+            return replace(allocation, message=_with_gap(problem, grid, allocation), block_hz=self.width_hz(problem))
         allocation = solve_under_policy(problem, policy, functools.partial(_by_greedy, grid), least, self.certify)
-        return replace(allocation, block_hz=self.block_hz)
+        return replace(allocation, block_hz=self.width_hz(problem))
 
 
 def _by_greedy(grid: Grid, problem: Problem) -> tuple[Array, float]:

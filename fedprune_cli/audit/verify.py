@@ -276,8 +276,9 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         experiment.faults.draw(moment).work, np.ones(len(devices) - training)
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
-    coded = code_bytes(kept, record.bits or BITS_PER_PARAM)
-    if wrong := [*_bytes_failures(record, np.where(stopped, 0, coded), (work < 1) | slices, at_most=slices)]:
+    coded = np.where(stopped, 0, code_bytes(kept, record.bits or BITS_PER_PARAM))
+    sent = setup.radio.sent_bytes(coded)
+    if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong
         return
     masks_bits = 8 * record.bytes_down - BITS_PER_PARAM * size  # what was broadcast beside u
@@ -302,17 +303,17 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         for device, still in zip(devices.tolist(), stopped, strict=True)
     ]
     costs = [setup.blueprint.cost] * len(devices)
-    load = build_load(setup.scenario.fleet, devices, schedules, costs)
+    load = build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     again = measure(
         load,
         rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),
         kept=kept / max(size, 1),
-        payload_bytes=np.where(work < 1, coded, np.array(record.devices.bytes_up, dtype=float)),
+        payload_bytes=coded,  # what was sent agrees with it, or was cut short
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    yield from _meter_failures(record, again.cut_short(work, load.fleet.radio_power_w))
+    yield from _meter_failures(record, again.cut_short(work, load.radio_power_w))
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ from fedprune_cli import plugins
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
+from fedprune_cli.allocate.whole import BLOCK_HZ
 from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, read_input
 from fedprune_cli.errors import require
 from fedprune_cli.execute import Execution
@@ -26,11 +27,12 @@ from fedprune_cli.learn.models import ModelConfig
 from fedprune_cli.learn.personalize import Method
 from fedprune_cli.learn.prune import Pruner
 from fedprune_cli.meter import Meter
+from fedprune_cli.sections import as_before
 from fedprune_cli.serve.failsafe import Failsafe
 from fedprune_cli.serve.participation import Participation
 from fedprune_cli.track import Tracking
 from fedprune_cli.wire.payload import Payload
-from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.channel import Channel, radio_of
 from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
@@ -145,8 +147,11 @@ class Experiment:
             fields["data"]["sha256"] = sha256
         for one in self.inputs:
             fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
-        if fields["channel"].get("gaps") == "refuse":
-            del fields["channel"]["gaps"]
+        for key in fields:
+            for name in as_before(getattr(self, key)):
+                del fields[key][name]
+        if fields["allocator"].get("block_hz", 0) is None and radio_of(self.channel).block_hz is None:
+            fields["allocator"]["block_hz"] = BLOCK_HZ  # which it was called before a channel could say it
         if self.branch is None:
             del fields["branch"]
         if not self.faults.others:

@@ -13,13 +13,15 @@ from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.fleet import Fleet
 
 each_channel = each("channels")
+RECORDED = {"trace": ("gain_db", -100), "uplink": ("uplink_mbps", 200)}  # column, and what it says first
 
 
 def channel_of(name: str, *overrides: str) -> Channel:
-    if name == "trace":
-        rows = [f"{r},{d},{-100 - r - 2 * d}" for r in range(5) for d in range(60)]
-        Path("trace.csv").write_text("\n".join(["round,device,gain_db", *rows]) + "\n")
-        overrides = ("channel.file=trace.csv", *overrides)
+    if name in RECORDED:
+        column, first = RECORDED[name]
+        rows = [f"{r},{d},{first - r - 2 * d}" for r in range(5) for d in range(60)]
+        Path(f"{name}.csv").write_text("\n".join([f"round,device,{column}", *rows]) + "\n")
+        overrides = (f"channel.file={name}.csv", *overrides)
     return build_experiment(compose_config([f"channel={name}", *overrides])).channel
 
 
@@ -37,7 +39,7 @@ def test_gains_are_finite_positive_and_decided_by_seed_and_round(name: str) -> N
     assert (gain > 0).all(), "a gain is not above 0"
     assert np.isfinite(gain).all(), "a gain is not finite"
     np.testing.assert_array_equal(gain, channel.gain(3, 1, fleet))
-    if has_field("channels", name, "fading") or name == "trace":
+    if has_field("channels", name, "fading") or name in RECORDED:
         assert (gain != channel.gain(3, 2, fleet)).any(), "two rounds have the same gains"
     if has_field("channels", name, "fading"):
         assert (gain != channel.gain(4, 1, fleet)).any(), "two seeds have the same gains"

@@ -44,7 +44,8 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
     heard = roster.gain_linear[roster.training]
     training = _charge_training(setup, plan, work, results, heard)
-    training = training.cut_short(work.fates.work, setup.scenario.fleet.radio_power_w[plan.devices])
+    radio_power_w = setup.radio.uplink_share * setup.scenario.fleet.radio_power_w[plan.devices]
+    training = training.cut_short(work.fates.work, radio_power_w)
     if not results.personal_updates:
         return Bill(training, None)
     listeners_gain = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
@@ -91,4 +92,4 @@ def _broadcast_bits(setup: Setup, masks: Masks, devices: Array) -> float:
 def _load(setup: Setup, masks: Masks, devices: Array, schedules: Sequence[Sequence[LocalPhase]]) -> tuple[Load, Array]:
     """Returns what the devices compute, and which share of its shared part's work counts [K]."""
     costs, share = masks.costs(setup.blueprint.layout, setup.blueprint.cost, devices)
-    return build_load(setup.scenario.fleet, devices, schedules, costs), share
+    return build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio), share

@@ -20,6 +20,7 @@ from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
+from fedprune_cli.world.channel import radio_of
 from fedprune_cli.world.devices import limit_columns
 from fedprune_cli.world.fleet import LIMIT_COLUMNS, Fleet
 from fedprune_cli.world.tables import read_header, read_table
@@ -117,10 +118,12 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
+    radio = radio_of(experiment.channel)
     problem = Problem(
         **{name: rows[name] for name in OWN_COLUMNS},
         max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
-        bandwidth_hz=experiment.channel.bandwidth_hz,
+        bandwidth_hz=radio.band_hz,
+        block_hz=radio.block_hz,
         deadline_s=math.inf,
         limits=limits,
         titles=None if rows.names is None else np.array(rows.names, dtype=object),

@@ -18,6 +18,8 @@ from fedprune_cli.learn.structured import Layout, find_channels, no_channels
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
+from fedprune_cli.world.band import Radio
+from fedprune_cli.world.channel import radio_of
 from fedprune_cli.world.scenario import Scenario, World, build_scenario
 
 
@@ -62,6 +64,11 @@ class Setup:
     def experiment(self) -> Experiment:
         """The experiment."""
         return self.blueprint.experiment
+
+    @property
+    def radio(self) -> Radio:
+        """What of the channel carries the uplink."""
+        return radio_of(self.experiment.channel)
 
     def schedule(self, device: int) -> tuple[LocalPhase, ...]:
         """Returns a device's phases and steps per round."""

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from fedprune_cli.errors import ConfigError, DataError, require
+from fedprune_cli.errors import require
 from fedprune_cli.rng import stream
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.band import Radio, RadioBand, check_band, without_outage
 from fedprune_cli.world.fleet import Fleet
-from fedprune_cli.world.tables import read_table
+from fedprune_cli.world.recorded import Trace, UplinkTrace
 
-MAX_OUTAGES = 10**10
-MAX_FILLED = 2 * 10**7  # gains of a trace with gaps; without gaps its bytes are the bound
 LIGHT_M_PER_S = 299_792_458.0
 
 
@@ -45,60 +42,21 @@ class Channel(Protocol):
         """Returns who can be reached, bool [rounds, N]; more rounds or devices change no earlier entry."""
 
 
-def gilbert_elliott(draw: Callable[[int], Array], rounds: int, num_devices: int, enter: float, leave: float) -> Array:
-    """Returns who is in the bad state, bool [rounds, N], from the stationary distribution on.
+@runtime_checkable
+class Gridded(Protocol):
+    """A channel that says what of its band carries an uplink; one from outside need not."""
 
-    draw: returns the uniform numbers [N] of a round; enter, leave: probabilities per round of entering and of leaving the state.
-    """
-    bad = np.zeros((rounds, num_devices), dtype=bool)
-    bad[0] = draw(0) < enter / (enter + leave)
-    for number in range(1, rounds):
-        uniform = draw(number)
-        bad[number] = np.where(bad[number - 1], uniform >= leave, uniform < enter)
-    return bad
+    @property
+    def radio(self) -> Radio: ...
 
 
-@dataclass(frozen=True)
-class _RadioBand:
-    """The band and its outages, common to all channels; each checks them by `_check_band`.
-
-    bandwidth_hz B; noise_w_per_hz N0; bs_power_w: the base station's, for the downlink;
-    outage_enter, outage_leave: Gilbert-Elliott probabilities per round of losing and of regaining a device, 0 to enter: never.
-    """
-
-    name: str
-    bandwidth_hz: float
-    noise_w_per_hz: float
-    bs_power_w: float
-    outage_enter: float
-    outage_leave: float
-
-
-def _check_band(band: _RadioBand) -> None:
-    for key in ("bandwidth_hz", "noise_w_per_hz", "bs_power_w"):
-        require(0 < getattr(band, key) < math.inf, key, getattr(band, key), "> 0 and finite")
-    require(0 <= band.outage_enter <= 1, "outage_enter", band.outage_enter, "in [0, 1]")
-    require(0 < band.outage_leave <= 1, "outage_leave", band.outage_leave, "in (0, 1]")
-
-
-def _without_outage(band: _RadioBand, seed: int, rounds: int, num_devices: int) -> Array:
-    """Returns who is in no outage, bool [rounds, N]: by Gilbert-Elliott, in outage a fraction enter / (enter + leave) of the time."""
-    if band.outage_enter == 0:
-        return np.broadcast_to(np.True_, (rounds, num_devices))  # one byte, however many rounds and devices
-    if rounds * num_devices > MAX_OUTAGES:
-        raise ConfigError(
-            f"channel.outage_enter={band.outage_enter}: {rounds} rounds of {num_devices} devices are too many outages to draw: "
-            f"must be at most {MAX_OUTAGES}"
-        )
-
-    def draw(number: int) -> Array:
-        return stream(seed, "outage", number).random(num_devices)
-
-    return ~gilbert_elliott(draw, rounds, num_devices, band.outage_enter, band.outage_leave)
+def radio_of(channel: Channel) -> Radio:
+    """Returns what of a channel carries an uplink: all of its band, in any portions, where it does not say."""
+    return channel.radio if isinstance(channel, Gridded) else Radio(channel.bandwidth_hz)
 
 
 @dataclass(frozen=True)
-class _Fading(_RadioBand, ABC):
+class _Fading(RadioBand, ABC):
     """Path loss and log-normal shadowing, fixed for a device, times block fading, redrawn each round.
 
     A fleet's own `path_gain_linear` stands in for path loss and shadowing where it is given.
@@ -110,20 +68,23 @@ class _Fading(_RadioBand, ABC):
     def loss_db(self, seed: int, distance_m: Array) -> Array:
         """Returns path loss plus shadowing, dB [N]."""
 
-    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
-        size = len(fleet.distance_m)
+    def path_gain(self, seed: int, fleet: Fleet) -> Array:
+        """Returns the power gain without fading, linear [N]: the inverse of the path loss that a device measures over many rounds."""
         with np.errstate(invalid="ignore"):
-            large_scale = np.where(
+            return np.where(
                 np.isnan(fleet.path_gain_linear),
                 10 ** (-self.loss_db(seed, fleet.distance_m) / 10),
                 fleet.path_gain_linear,
             )
+
+    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
+        path_gain = self.path_gain(seed, fleet)
         if self.fading == "none":
-            return large_scale
-        return large_scale * stream(seed, "fading", number).exponential(size=size)
+            return path_gain
+        return path_gain * stream(seed, "fading", number).exponential(size=len(path_gain))
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
-        return _without_outage(self, seed, rounds, num_devices)
+        return without_outage(self, seed, rounds, num_devices)
 
 
 def _check_fading(channel: _Fading) -> None:
@@ -132,18 +93,23 @@ def _check_fading(channel: _Fading) -> None:
 
 @dataclass(frozen=True)
 class Urban(_Fading):
-    """128.1 + 37.6 log10(d_km) dB, the field's usual urban macro cell at 2 GHz (model.md, section 5)."""
+    """128.1 + 37.6 log10(d_km) dB, the field's usual urban macro cell at 2 GHz (model.md, section 5).
+
+    loss_1km_db: what is lost over a kilometre; 120.9 at 900 MHz (3GPP TR 25.814, table A.2.1.1-3).
+    """
 
     shadowing_db: float
+    loss_1km_db: float = field(default=128.1, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
-        _check_band(self)
+        check_band(self)
         _check_fading(self)
         require(0 <= self.shadowing_db <= 100, "shadowing_db", self.shadowing_db, "in [0, 100]")
+        require(0 <= self.loss_1km_db <= 250, "loss_1km_db", self.loss_1km_db, "in [0, 250]")
 
     def loss_db(self, seed: int, distance_m: Array) -> Array:
         shadowing = self.shadowing_db * stream(seed, "shadowing").normal(size=len(distance_m))
-        return 128.1 + 37.6 * np.log10(distance_m / 1e3) + shadowing
+        return self.loss_1km_db + 37.6 * np.log10(distance_m / 1e3) + shadowing
 
 
 @dataclass(frozen=True)
@@ -197,7 +163,7 @@ class _Tr38901(_Fading, ABC):
 
 
 def _check_street(channel: _Tr38901) -> None:
-    _check_band(channel)
+    check_band(channel)
     _check_fading(channel)
     carrier, bs_height, device_height = channel.carrier_hz, channel.bs_height_m, channel.device_height_m
     require(0.5e9 <= carrier <= 100e9, "carrier_hz", carrier, "in 0.5..100 GHz, the range of TR 38.901")
@@ -251,93 +217,14 @@ class Uma(_Tr38901):
         return los, np.maximum(los, nlos)
 
 
-@dataclass(frozen=True)
-class Trace(_RadioBand):
-    """Recorded gains: a CSV file with the columns round, device, gain_db and, if known, available (1 or 0).
-
-    It holds the devices in the rounds from 0 to its last one, and starts again after that. The gains are whole: the fleet's
-    distances and fixed gains do not count. Outages of the configuration come on top of the recorded ones.
-    gaps: what a round without a row for a device means. `refuse`: the file is not sound; `hold`: the device's last row still stands;
-    `outage`: it cannot be reached, and its gain, should anybody ask, is its last one, or its first one before that.
-    """
-
-    file: str
-    gaps: str
-
-    def __post_init__(self) -> None:
-        _check_band(self)
-        require(self.gaps in ("refuse", "hold", "outage"), "gaps", self.gaps, "'refuse', 'hold' or 'outage'")
-
-    def gain(self, seed: int, number: int, fleet: Fleet) -> Array:
-        gains, _ = self._read(len(fleet.distance_m))
-        row: Array = gains[number % len(gains)]
-        return row
-
-    def available(self, seed: int, rounds: int, num_devices: int) -> Array:
-        _, recorded = self._read(num_devices)
-        both: Array = recorded[np.arange(rounds) % len(recorded)] & _without_outage(self, seed, rounds, num_devices)
-        return both
-
-    def _read(self, num_devices: int) -> tuple[Array, Array]:
-        path = Path(self.file)
-        found = path.stat() if path.is_file() else None
-        version = (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
-        return _read_trace(self.file, num_devices, self.gaps, (path.resolve(), *version))
-
-
-@functools.lru_cache(maxsize=2)
-def _read_trace(file: str, num_devices: int, gaps: str, _version: tuple[object, ...]) -> tuple[Array, Array]:
-    """Returns linear gains and availability [rounds, devices]; raises DataError. The version tells the cache of another file."""
-    rows = read_table(file, ("round", "device", "gain_db"), optional=("available",))
-    wanted = np.flatnonzero(rows["device"] < num_devices)
-    keys = (rows["round"][wanted] * num_devices + rows["device"][wanted]).astype(np.int64)
-    order = np.argsort(keys, kind="stable")
-    keys, wanted = keys[order], wanted[order]
-    if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
-        number, device = divmod(int(keys[twice[0]]), num_devices)
-        lines = rows.lines[wanted[twice[0] : twice[0] + 2]]
-        raise DataError(
-            f"{file}, line {lines[1]}: round {number}, device {device} stands there twice, on line {lines[0]} too"
-        )
-    shape = (int(rows["round"].max()) + 1, num_devices)
-    held, known = _fill(file, keys, shape, gaps)
-    gains = 10 ** (rows["gain_db"][wanted] / 10)
-    available = rows["available"][wanted] == 1 if "available" in rows else np.ones(len(wanted), dtype=bool)
-    return gains[held].reshape(shape), (available[held] & known).reshape(shape)
-
-
-def _fill(file: str, keys: Array, shape: tuple[int, int], gaps: str) -> tuple[Array, Array]:
-    """Returns which row stands for each device in each round, and whether the device can be reached, int and bool [rounds * devices].
-
-    keys: round * devices + device of every row, ascending and each once.
-    """
-    rounds, num_devices = shape
-    size = rounds * num_devices
-    where = f"rounds 0..{rounds - 1} must all have the devices 0..{num_devices - 1}"
-    if len(keys) == size:
-        return np.arange(size), np.ones(size, dtype=bool)
-    if gaps == "refuse":
-        number, device = divmod(int(np.append(np.flatnonzero(keys != np.arange(len(keys))), len(keys))[0]), num_devices)
-        raise DataError(
-            f"{file}: round {number}, device {device} is missing; {where}, or channel.gaps=hold or outage says what a gap is"
-        )
-    if size > MAX_FILLED:
-        raise DataError(
-            f"{file}: {rounds} rounds of {num_devices} devices, at most {MAX_FILLED} gains have their gaps filled"
-        )
-    row_of = np.full(size, -1)
-    row_of[keys] = np.arange(len(keys))
-    row_of = row_of.reshape(shape)
-    known = row_of >= 0
-    begun = known[0] if gaps == "hold" else known.any(axis=0)
-    if not begun.all():
-        device = int(np.flatnonzero(~begun)[0])
-        lacks = "no row in round 0, and so nothing to hold" if gaps == "hold" else "no row at all"
-        raise DataError(f"{file}: device {device} has {lacks}")
-    standing = np.maximum.accumulate(np.where(known, np.arange(rounds)[:, None], 0), axis=0)
-    standing = np.maximum(standing, known.argmax(axis=0))
-    held = np.take_along_axis(row_of, standing, axis=0)
-    return held.ravel(), (known if gaps == "outage" else np.ones(shape, dtype=bool)).ravel()
-
-
-CHANNELS: dict[str, type[Channel]] = {"urban": Urban, "umi": Umi, "uma": Uma, "trace": Trace}
+CHANNELS: dict[str, type[Channel]] = {
+    "urban": Urban,
+    "umi": Umi,
+    "uma": Uma,
+    "trace": Trace,
+    "uplink": UplinkTrace,
+    "lte": Urban,
+    "lte_m": Urban,
+    "nb_iot": Urban,
+    "nr": Umi,
+}

@@ -15,7 +15,7 @@ from fedprune_cli.plugins import Parts
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import part_of
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.channel import gilbert_elliott
+from fedprune_cli.world.band import gilbert_elliott
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ RANGES = {
     "tx_power_dbm": (-100, 100),
     "distance_km": (1e-3, 1e4),
     "gain_db": (-250, 100),
+    "uplink_mbps": (1e-6, 1e6),
     "round": (0, 10**7 - 1),
     "device": (0, MAX_DEVICES - 1),
     "available": (0, 1),
@@ -221,7 +222,7 @@ def _number(name: str, cell: str) -> float:
         allowed += f", and 0 when it is below {TINY:g}"
     if name in UNLIMITED:
         allowed += ", or empty for no limit"
-    if name == "gain_db" and value < least:
+    if name in ("gain_db", "uplink_mbps") and value < least:
         allowed += "; a link so weak carries nothing, and a trace says available=0 for it"
     raise ValueError(f"{name}={shown(text)} is not allowed: must be {allowed}")
 

@@ -65,7 +65,8 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
     assert (CONF / group / f"{name}.yaml").is_file()
     overrides = [f"{group}={name}"]
     needed = {
-        "trace": ["file=some.csv"], "table": ["file=some.csv", "label=state"], "windows": ["file=some.csv", "label=state"],
+        "trace": ["file=some.csv"], "uplink": ["file=some.csv"],
+        "table": ["file=some.csv", "label=state"], "windows": ["file=some.csv", "label=state"],
         "arrays": ["file=some.npz"], "folder": ["root=some"],
     }  # fmt: skip
     overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]

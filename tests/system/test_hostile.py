@@ -160,7 +160,8 @@ def small_world(config: DictConfig) -> None:
 def good_configs() -> list[dict[str, Any]]:
     """Returns one configuration for each choice of each group."""
     choices = [f"{group}={name}" for group, table in GROUPS.items() for name in table]
-    extra = {"channel=trace": ["channel.file=trace.csv"], "devices=table": ["devices.file=fleet.csv"]}
+    files = {"channel=trace": "trace.csv", "channel=uplink": "uplink.csv", "devices=table": "fleet.csv"}
+    extra = {choice: [f"{choice.split('=')[0]}.file={file}"] for choice, file in files.items()}
     return [OmegaConf.to_container(compose_config([choice, *extra.get(choice, [])])) for choice in choices]  # type: ignore[misc]
 
 
@@ -235,7 +236,7 @@ def bad_table(rng: random.Random, text: bytes) -> bytes:
 
 def read_bad_table(path: Path, kind: bytes) -> None:
     if kind is TRACE:
-        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path), "refuse")
+        trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, str(path))
         trace.available(0, 3, 2)
         trace.gain(0, 1, make_setup().scenario.fleet.take(np.arange(2)))
         return

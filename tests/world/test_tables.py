@@ -255,7 +255,7 @@ def check_trace(rng: random.Random) -> None:
     if repeated := bool(rows) and rng.random() < 0.2:
         rows.append(rng.choice(rows))
     Path("trace.csv").write_text("\n".join(["round,device,gain_db,available", *rows]))
-    trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, "trace.csv", rule)
+    trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, "trace.csv", gaps=rule)
     last = max((r for r, _ in table), default=-1) + 1
     whole = len(table) == last * devices
     begun = all(any((r, d) in table for r in range(last if rule == "outage" else 1)) for d in range(devices))
@@ -328,6 +328,6 @@ def test_a_tables_least_bandwidth_is_held_against_the_configurations_most() -> N
 @pytest.mark.parametrize("gaps", ["hold", "outage"])
 def test_gaps_too_many_to_fill_are_refused_at_once(gaps: str) -> None:
     Path("t.csv").write_text("round,device,gain_db\n0,0,-90\n9999999,0,-90\n")
-    trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, "t.csv", gaps)
+    trace = Trace("trace", 20e6, 1e-20, 40.0, 0.0, 0.5, "t.csv", gaps=gaps)
     with pytest.raises(DataError, match=r"10000000 rounds of 3 devices, at most 20000000"):
         trace.available(0, 1, 3)
