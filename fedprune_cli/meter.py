@@ -27,14 +27,24 @@ from fedprune_cli.world.fleet import Fleet, Practice
 
 @dataclass(frozen=True)
 class Meter:
-    """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`."""
+    """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`.
+
+    idle: whether joules count what devices draw from the round's beginning to its end besides computing and sending, where a fleet knows
+    it. kappa is of dynamic watts, so idle watts are on top of it, also while a device computes.
+    """
 
     name: str
     mask_overhead: bool
     downlink: bool
+    idle: bool = False
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The keys that decide nothing as they stand, which a run's identity leaves out."""
+        return () if self.idle else ("idle",)
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,10 @@ class Measurement:
         }
         return replace(self, **{name: np.where(stops, value, getattr(self, name)) for name, value in cut.items()})
 
+    def idling(self, idle_power_w: Array, until_s: Array) -> Measurement:
+        """Returns the figures with what the devices draw besides, from the round's beginning until `until_s` [K], in their joules."""
+        return replace(self, joules=self.joules + idle_power_w * until_s)
+
     def joined(self, other: Measurement) -> Measurement:
         """Returns the figures of these devices and of others that heard more of the same broadcast."""
         arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up")
@@ -197,7 +211,7 @@ def measure(
 ) -> Measurement:
     """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
 
-    Energy: kappa f^2 per cycle and the radio's power while it sends; receiving and idling are ignored.
+    Energy: kappa f^2 per cycle and the radio's power while it sends; receiving is ignored, and idling is counted when the round has ended.
     """
     uplink_s = np.zeros(len(kept))
     sends = payload_bytes > 0

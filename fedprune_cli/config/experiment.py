@@ -147,6 +147,14 @@ class Experiment:
             fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
         if fields["channel"].get("gaps") == "refuse":
             del fields["channel"]["gaps"]
+        for part in ("devices", "meter"):
+            for key in getattr(getattr(self, part), "unused", ()):
+                del fields[part][key]
+        for entry in fields["devices"].get("classes", ()):  # later figures of a class, where they decide nothing
+            if entry.get("radio_circuit_w") == 0:
+                del entry["radio_circuit_w"]
+            if not self.meter.idle:
+                entry.pop("idle_power_w", None)
         if self.branch is None:
             del fields["branch"]
         if not self.faults.others:

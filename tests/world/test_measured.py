@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_setup
+from conftest import make_setup, run_to_end
 from torch import nn
 from torchvision import models
 
@@ -86,11 +87,13 @@ def test_scales_of_one_are_a_modelled_fleet_to_the_last_digit() -> None:
     plain = make_setup().scenario.fleet
     ones = np.ones(len(plain.cpu_hz))
     scale = dict.fromkeys(("conv", "dense", "depthwise", "recurrent", "elementwise"), ones)
-    known = replace(plain, practice=Practice(plain.tx_power_w, 0 * ones, scale))
+    known = replace(plain, practice=Practice(plain.tx_power_w, 0 * ones, 0 * ones, 0 * ones, scale))
     a, b = (problem_of(fleet) for fleet in (plain, known))
     for name in ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-15)
-    slower = replace(known, practice=Practice(plain.tx_power_w, 0.01 * ones, scale | {"dense": 2 * ones}))
+    slower = replace(
+        known, practice=Practice(plain.tx_power_w, 0 * ones, 0 * ones, 0.01 * ones, scale | {"dense": 2 * ones})
+    )
     c = problem_of(slower)
     np.testing.assert_allclose(c.shared_compute_s, 2 * a.shared_compute_s, rtol=1e-12)  # a perceptron is dense
     steps = 5  # two phases below
@@ -104,6 +107,42 @@ def problem_of(fleet: Fleet) -> object:
     load = build_load(fleet, ids, [schedule] * 4, [setup.blueprint.cost] * 4)
     uplink = Uplink(setup.experiment.channel, setup.scenario.at(0).gain_linear[ids], 100)
     return build_problem(load, uplink, np.ones(4), 0.0, 0.9)
+
+
+def test_idle_watts_are_drawn_until_the_round_ends_and_change_nothing_else(tmp_path: Path) -> None:
+    hard = (
+        "devices=measured", "rounds=6", "faults.die=0.3", "participation.freeze_below=0.3", "participation.freeze_window=1",
+        "training.lr=0.02", "seed=1",
+    )  # fmt: skip
+    without, idle = (run_to_end(tmp_path / name, *hard, f"meter.idle={name}") for name in ("false", "true"))
+    watts = make_setup(*hard).scenario.fleet.idle_power_w
+    died = frozen = 0
+    for before, after in zip(without, idle, strict=True):
+        rows, dead = after["devices"], after["faults"]["died"]
+        waits_s = [
+            own if device in dead else after["latency_s"]
+            for device, own in zip(rows["id"], rows["latency_s"], strict=True)
+        ]
+        more = np.array(rows["joules"]) - before["devices"]["joules"]
+        np.testing.assert_allclose(more, watts[rows["id"]] * waits_s, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(after["joules"], sum(rows["joules"]))
+        died, frozen = died + len(dead), frozen + (after["status"] == "frozen")
+        assert {**after, "joules": 0, "devices": {**rows, "joules": 0}} == {
+            **before, "joules": 0, "devices": {**before["devices"], "joules": 0},
+        }  # fmt: skip
+    assert died
+    assert frozen
+    assert watts.any()
+
+
+def test_idle_watts_enter_the_identity_only_where_they_are_metered() -> None:
+    change = "devices.classes.4.idle_power_w=9"
+    for switch, same in (("meter.idle=false", True), ("meter.idle=true", False)):
+        a, b = (
+            build_experiment(compose_config(["devices=measured", switch, *more])).identity for more in ((), (change,))
+        )
+        assert (a == b) is same
+        assert ("idle" in a["meter"]) is ("idle_power_w" in a["devices"]["classes"][4]) is not same
 
 
 def test_a_class_limits_its_radio_and_the_mix_its_classes() -> None:
