@@ -1,7 +1,8 @@
 """The meter: FLOPs and bits -> modelled seconds and joules; predictions -> accuracies. Nothing here is measured wall time.
 
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
-    t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
+    t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks,
+               weighed by kind of layer, and a fixed time per step on top, where a device is known so well (section 5)
     t_up,k   = bits of the encoded payload / r_k(b_k)
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band.
 Ignored: the time to sort and pack, protocol headers, retransmissions, the server's own time.

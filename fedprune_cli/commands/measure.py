@@ -59,9 +59,9 @@ def calibrate(
     ratios: Annotated[str, typer.Option(help="Pruning ratios, joined by commas.")] = "0,0.25,0.5,0.75,0.9",
     turns: Annotated[int, typer.Option(help="How often each ratio is measured.", min=1, max=10_000)] = 20,
     cpu_ghz: Annotated[float | None, typer.Option(help="This machine's clock; default: what the system says.")] = None,
-    by_kind: Annotated[
-        bool, typer.Option(help="Measure by kind of layer as well, with other models: half a minute more.")
-    ] = True,
+    ratios_only: Annotated[
+        bool, typer.Option("--ratios-only", help="Leave out the kinds of layers, which take half a minute.")
+    ] = False,
     class_name: Annotated[
         str, typer.Option("--class", help="What this machine is called as a class of real devices.")
     ] = "this_machine",
@@ -96,7 +96,7 @@ def calibrate(
     with status("measuring steps"):
         result = calibration.calibrate(experiment, chosen, turns, clock)
     this = None
-    if by_kind:
+    if not ratios_only:
         with status("measuring kinds of layers"):
             this = machine.measure(experiment, turns, (name, clock), meter)
     if out:
@@ -116,5 +116,5 @@ def calibrate(
         say(f"{this.by_kind.sentence()} {this.power.said[0].upper()}{this.power.said[1:]}.")
         show(this.table())
     if out:
-        use = f"devices=calibrated{f', or devices={name} as a class of real devices' if by_kind else ''}"
+        use = f"devices=calibrated{f', or devices={name} as a class of real devices' if this else ''}"
         say(f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} {use}")

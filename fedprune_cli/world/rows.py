@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import numpy as np
 
@@ -77,8 +77,8 @@ class FleetTable(EveryFleet):
     @property
     def unused(self) -> tuple[str, ...]:
         """The keys that decide nothing of this fleet as they stand, which its identity therefore leaves out. Raises DataError."""
-        plain = {"default_class": None, "reference_flops": None, "measured_hz": 20e6}
-        names = tuple(name for name, value in plain.items() if getattr(self, name) == value)
+        later = [field for field in fields(self) if field.default is not MISSING and field.name != "classes"]
+        names = tuple(field.name for field in later if getattr(self, field.name) == field.default)
         classed = self.default_class is not None or "class" in read_header(self.file)
         return names if classed else (*names, "classes")
 

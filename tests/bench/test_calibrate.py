@@ -21,7 +21,7 @@ from fedprune_cli.store.state import Array
 from fedprune_cli.world.devices import Devices
 
 QUICK = ("data=digits", "model=mlp", "model.hidden=[256]", "--turns", "2", "--cpu-ghz", "2.5")
-SMALL = (*QUICK, "--no-by-kind")
+SMALL = (*QUICK, "--ratios-only")
 TINY_PROBES = (
     Probe("model=mlp model.hidden=[8]", (1, 8, 8), 8),
     Probe("model=mlp model.hidden=[512]", (1, 28, 28), 32),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from conftest import make_setup, run_to_end
 from torch import nn
 from torchvision import models
 
+import fedprune_cli
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
@@ -23,6 +26,7 @@ from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.meter import Uplink, build_load, build_problem, measure
 from fedprune_cli.world.fleet import Fleet, Practice
 from fedprune_cli.world.measured import MeasuredClass, MeasuredFleet
+from fedprune_cli.world.rows import FleetTable
 
 
 def fleet_of(*overrides: str) -> MeasuredFleet:
@@ -68,6 +72,26 @@ def test_a_cheap_phone_takes_what_was_measured_for_the_leaf_cnn() -> None:
     parts = split_model(build_model(Cnn("cnn", "none", (32, 64), 2048, 2), (1, 28, 28), 62, 0), "none")
     shared, _ = count_cost(parts, (1, 28, 28)).flops["shared"]
     assert abs(step_s(CLASSES["phone_low"], {"conv": 10 * shared}) / 0.588 - 1) < 0.25
+
+
+def test_the_page_says_what_the_references_of_times_cost() -> None:
+    """The FLOPs of docs/devices.md are those that are counted, and FLASH's time for the last one gives the class that came of it."""
+    text = (Path(fedprune_cli.__file__).parent.parent / "docs" / "devices.md").read_text()
+    told = {
+        timed: json.loads(re.sub(r"(\w+):", r'"\1":', flops))
+        for timed, flops in re.findall(r"\| (.+) \| `({conv.*})` \|", text)
+    }
+    leaf = told.pop("training of LEAF's CNN on a batch of 10")
+    for (timed, flops), name in zip(told.items(), ("mobilenet_v2", "resnet18", "resnet50"), strict=True):
+        counted = {kind: count / 3 for kind, count in training_flops(name, 1).items() if count}
+        assert flops == pytest.approx(counted, rel=0.03), timed
+    cost = count_cost(
+        split_model(build_model(Cnn("cnn", "none", (32, 64), 2048, 2), (1, 28, 28), 62, 0), "none"), (1, 28, 28)
+    )
+    assert sum(leaf.values()) == pytest.approx(10 * cost.flops["shared"][0], rel=0.01)
+    Path("flash.csv").write_text("reference_ms,cpu_ghz,tx_power_dbm,gain_db\n588,2,23,-90\n")
+    redmi = FleetTable("table", None, 0, 0, None, None, 0, "flash.csv", reference_flops=leaf).draw(0)
+    assert redmi.cycles_per_flop[0] == pytest.approx(CLASSES["phone_low"].cycles_per_flop, rel=0.01)
 
 
 def test_the_upload_of_a_phone_costs_what_its_battery_gives() -> None:
