@@ -286,6 +286,9 @@ def key_table(
         inside = section and isinstance(values.get(section), dict)
         values = values[section] if inside else values
         comments = comments_of(path, section if inside else "")
+        for shared in included(values):
+            values |= yaml.safe_load(shared.read_text())
+            comments |= comments_of(shared, "")
         allowed, meaning = allowed_of(cls), meanings_of(cls)
         for key, value in values.items():
             if (
@@ -310,6 +313,12 @@ def key_table(
             [f"`{name}`", by_choice(entry.defaults, always=everywhere), unit_of(key), allowed_text, prose(meaning_text)]
         )
     return table(["key", "default", "unit", "allowed", "meaning"], rows) if rows else "It has no keys of its own.\n"
+
+
+def included(values: Mapping[str, Any]) -> list[Path]:
+    """Returns the files outside of the groups whose keys a file takes as its own: `/NAME@_here_` among its defaults."""
+    entries = [entry for entry in values.get("defaults", ()) if isinstance(entry, str) and entry.startswith("/")]
+    return [CONF / f"{entry.strip('/').removesuffix('@_here_')}.yaml" for entry in entries]
 
 
 def written(value: object) -> str:

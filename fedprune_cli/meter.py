@@ -1,7 +1,8 @@
 """The meter: FLOPs and bits -> modelled seconds and joules; predictions -> accuracies. Nothing here is measured wall time.
 
 Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, with
-    t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks
+    t_comp,k = cycles_per_flop_k (x_k F_k + G_k) / f_k   F, G: counted FLOPs of the round in the shared and personalized blocks,
+               weighed by kind of layer, and a fixed time per step on top, where a device is known so well (section 5)
     t_up,k   = bits of the encoded payload / (1 - block_error) / (uplink_share r_k(b_k))
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band, in the
                share of the time that is the downlink's.
@@ -11,7 +12,7 @@ Ignored: the time to sort and pack, protocol headers, what a retransmission wait
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
 from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.band import PLAIN, Radio
@@ -29,11 +31,16 @@ from fedprune_cli.world.fleet import Fleet, Practice
 
 @dataclass(frozen=True)
 class Meter:
-    """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`."""
+    """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`.
+
+    idle: whether joules count what devices draw from the round's beginning to its end besides computing and sending, where a fleet knows
+    it. kappa is of dynamic watts, so idle watts are on top of it, also while a device computes.
+    """
 
     name: str
     mask_overhead: bool
     downlink: bool
+    idle: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
@@ -203,6 +210,10 @@ class Measurement:
         }
         return replace(self, **{name: np.where(stops, value, getattr(self, name)) for name, value in cut.items()})
 
+    def idling(self, idle_power_w: Array, until_s: Array) -> Measurement:
+        """Returns the figures with what the devices draw besides, from the round's beginning until `until_s` [K], in their joules."""
+        return replace(self, joules=self.joules + idle_power_w * until_s)
+
     def joined(self, other: Measurement) -> Measurement:
         """Returns the figures of these devices and of others that heard more of the same broadcast."""
         arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up")
@@ -216,7 +227,7 @@ def measure(
     """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
 
     rate_bps: r_k(b_k) [K], while devices may send. Blocks that fail are sent again, and count as bytes, seconds and joules.
-    Energy: kappa f^2 per cycle and the radio's power while it sends; receiving and idling are ignored.
+    Energy: kappa f^2 per cycle and the radio's power while it sends; receiving is ignored, and idling is counted when the round has ended.
     """
     uplink_s, bytes_up = np.zeros(len(kept)), load.radio.sent_bytes(payload_bytes)
     sends = payload_bytes > 0

@@ -313,7 +313,10 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    yield from _meter_failures(record, again.cut_short(work, load.radio_power_w))
+    again = again.cut_short(work, load.radio_power_w)
+    if experiment.meter.idle:
+        again = again.idling(load.fleet.idle_power_w, np.where(work < 1, again.latency_s, record.latency_s))
+    yield from _meter_failures(record, again)
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -11,13 +11,14 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fedprune_cli.bench.machine import Machine
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.words import parse_numbers
 from fedprune_cli.errors import ConfigError
@@ -29,6 +30,7 @@ from fedprune_cli.learn.schedule import by_steps
 from fedprune_cli.report import figures
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.store import folder
+from fedprune_cli.store.files import Plain
 from fedprune_cli.store.state import Array
 from fedprune_cli.terminal import Table
 
@@ -194,18 +196,24 @@ def point_rows(calibration: Calibration) -> list[dict[str, float]]:
     return [asdict(point) | {"error": point.error} for point in calibration.points]
 
 
-def to_json(calibration: Calibration) -> dict[str, object]:
-    """Returns the calibration as one JSON object."""
-    return asdict(calibration) | {"points": point_rows(calibration)}
+def to_json(calibration: Calibration, machine: Machine | None) -> dict[str, object]:
+    """Returns the calibration as one JSON object, with the machine as a class where that was measured."""
+    of_machine = None if machine is None else machine.as_json()
+    return asdict(calibration) | {"points": point_rows(calibration), "by_kind": of_machine}
 
 
-def write(out: Path, calibration: Calibration) -> None:
-    """Writes calibration.json and .svg, and devices/calibrated.yaml for `--config-dir`; raises OutputError."""
+def write(out: Path, calibration: Calibration, machine: Machine | None, fleet: Mapping[str, Plain]) -> None:
+    """Writes calibration.json and .svg, and devices/calibrated.yaml for `--config-dir`; raises OutputError.
+
+    With a machine also devices/CLASS.yaml: `fleet`, the keys of a fleet of real devices, with the machine among its classes.
+    """
     with folder.writing(out):
         (out / "devices").mkdir(parents=True, exist_ok=True)
-        (out / "calibration.json").write_text(json.dumps(to_json(calibration), indent=1) + "\n")
+        (out / "calibration.json").write_text(json.dumps(to_json(calibration, machine), indent=1) + "\n")
         (out / "calibration.svg").write_text(figures.calibration_figure(point_rows(calibration)).svg())
         (out / "devices" / "calibrated.yaml").write_text(fleet_yaml(calibration))
+        if machine is not None:
+            (out / "devices" / f"{machine.name}.yaml").write_text(machine.fleet_yaml(fleet))
 
 
 def table(calibration: Calibration) -> Table:

@@ -59,30 +59,50 @@ def calibrate(
     ratios: Annotated[str, typer.Option(help="Pruning ratios, joined by commas.")] = "0,0.25,0.5,0.75,0.9",
     turns: Annotated[int, typer.Option(help="How often each ratio is measured.", min=1, max=10_000)] = 20,
     cpu_ghz: Annotated[float | None, typer.Option(help="This machine's clock; default: what the system says.")] = None,
+    ratios_only: Annotated[
+        bool, typer.Option("--ratios-only", help="Leave out the kinds of layers, which take half a minute.")
+    ] = False,
+    class_name: Annotated[
+        str, typer.Option("--class", help="What this machine is called as a class of real devices.")
+    ] = "this_machine",
+    busy_w: Annotated[float | None, typer.Option(help="What a meter shows while this machine trains.")] = None,
+    idle_w: Annotated[float | None, typer.Option(help="What a meter shows while it does nothing.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for calibration.json, calibration.svg and devices/calibrated.yaml.")
+        Path | None,
+        typer.Option(help="Folder for calibration.json and .svg, devices/calibrated.yaml and devices/CLASS.yaml."),
     ] = None,
     config_dir: ConfigDir = None,
     plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine's step time at several ratios against the latency model, and fit the model's constant."""
+    """Measure this machine's step time against the latency model: at several ratios, and by kind of layer as a class of real devices."""
     from fedprune_cli.bench import calibrate as calibration
+    from fedprune_cli.bench import kinds, machine, power
     from fedprune_cli.config.build import build_experiment
     from fedprune_cli.config.compose import compose_config
 
-    chosen = calibration.parse_ratios(ratios)
+    chosen, name, meter = (
+        calibration.parse_ratios(ratios),
+        machine.check_name(class_name),
+        power.of_meter(busy_w, idle_w),
+    )
     if cpu_ghz is not None and not 1e-6 <= cpu_ghz <= 1e6:
         raise ConfigError(f"--cpu-ghz {cpu_ghz}: must be in [1e-06, 1e+06]")
-    experiment = build_experiment(compose_config([*(overrides or []), "pruner.granularity=channel"], config_dir))
+    config = compose_config([*(overrides or []), "pruner.granularity=channel"], config_dir)
+    experiment = build_experiment(config)
+    fleet = machine.fleet_to_join(config, config_dir)
     clock = calibration.clock_hz() if cpu_ghz is None else cpu_ghz * 1e9
     with status("measuring steps"):
         result = calibration.calibrate(experiment, chosen, turns, clock)
+    this = None
+    if not ratios_only:
+        with status("measuring kinds of layers"):
+            this = machine.measure(experiment, turns, (name, clock), meter)
     if out:
-        calibration.write(out, result)
+        calibration.write(out, result, this, fleet)
     if as_json:
-        print_json(calibration.to_json(result))
+        print_json(calibration.to_json(result, this))
         return
     show(calibration.table(result))
     say(result.sentence())
@@ -91,7 +111,10 @@ def calibrate(
         f"devices like this machine: devices.min_cpu_ghz={ghz} devices.max_cpu_ghz={ghz} "
         f"devices.min_cycles_per_flop={cycles} devices.max_cycles_per_flop={cycles}"
     )
+    if this is not None:
+        show(kinds.table(this.by_kind))
+        say(f"{this.by_kind.sentence()} {this.power.said[0].upper()}{this.power.said[1:]}.")
+        show(this.table())
     if out:
-        say(
-            f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} devices=calibrated"
-        )
+        use = f"devices=calibrated{f', or devices={name} as a class of real devices' if this else ''}"
+        say(f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} {use}")

@@ -150,6 +150,13 @@ class Experiment:
         for key in fields:
             for name in as_before(getattr(self, key)):
                 del fields[key][name]
+        for key in getattr(self.devices, "unused", ()):
+            del fields["devices"][key]
+        for entry in fields["devices"].get("classes", ()):  # later figures of a class, where they decide nothing
+            if entry.get("radio_circuit_w") == 0:
+                del entry["radio_circuit_w"]
+            if not self.meter.idle:
+                entry.pop("idle_power_w", None)
         if fields["allocator"].get("block_hz", 0) is None and radio_of(self.channel).block_hz is None:
             fields["allocator"]["block_hz"] = BLOCK_HZ  # which it was called before a channel could say it
         if self.branch is None:

@@ -52,6 +52,22 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     return Bill(training, charge_frozen(setup, work.masks, roster.frozen, listeners_gain, training.bytes_down))
 
 
+def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: float) -> Bill:
+    """Returns the bill with what the devices drew besides until the round ended; as it is where that is not metered.
+
+    waited_s: when the server stopped waiting. A device that died in mid-round draws nothing from then on.
+    """
+    if not setup.experiment.meter.idle:
+        return bill
+    watts, ends_s = setup.scenario.fleet.idle_power_w, max(waited_s, bill.personal_s)
+    until_s = np.where(work.fates.work < 1, bill.training.latency_s, ends_s)
+    training = bill.training.idling(watts[work.moment.ids], until_s)
+    personal = (
+        bill.personal.idling(watts[roster.frozen], np.full(len(roster.frozen), ends_s)) if bill.personal else None
+    )
+    return Bill(training, personal)
+
+
 def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, heard: Array) -> Measurement:
     """Returns the cost of the admitted devices before fate cuts it short; heard: the gains of all that were asked."""
     experiment, devices = setup.experiment, plan.devices

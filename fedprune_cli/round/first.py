@@ -18,11 +18,12 @@ from fedprune_cli.round.memory import first_slots
 from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
 from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
-from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import radio_of
-from fedprune_cli.world.devices import limit_columns
-from fedprune_cli.world.fleet import LIMIT_COLUMNS, Fleet
+from fedprune_cli.world.devices import Devices
+from fedprune_cli.world.fleet import LIMIT_FIELDS
+from fedprune_cli.world.measured import MeasuredFleet
+from fedprune_cli.world.rows import FleetTable, build_fleet, read_rows
 from fedprune_cli.world.tables import read_header, read_table
 
 OWN_COLUMNS = ("shared_compute_s", "payload_bits", "fixed_s", "snr_hz", "weight")
@@ -34,7 +35,6 @@ OWN_LIMITS = (
     "fixed_energy_j",
     "tx_power_w",
 )
-PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ class FirstRound:
 def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
     """Returns the first round's allocation: all training devices, outages apart, or the devices of a CSV table.
 
-    A table has the problem's own columns (a, c, d, s, w of model.md), or physical ones: cpu_ghz, cycles_per_flop, tx_power_dbm,
-    samples, and distance_km or gain_db; then the model, its pruning, the payload and the channel are the experiment's. Raises
-    DataError naming the line of a bad row.
+    A table has the problem's own columns (a, c, d, s, w of model.md), or samples and the physical ones of devices=table; then the model,
+    its pruning, the payload and the channel are the experiment's. Raises DataError naming the line of a bad row.
     """
     question = ask(experiment, table)
     bits, allocation = choose(experiment, question.problems, 0, question.slots)
@@ -97,7 +96,9 @@ def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
 
 
 def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
-    fleet, samples = _read_fleet(table, experiment)
+    devices = _as_table(experiment.devices, table)
+    rows = read_rows(devices, ("samples",))
+    fleet, samples = build_fleet(devices, rows), rows["samples"]
     dataset = experiment.data.load()
     shape = dataset.inputs.shape[1:]
     model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
@@ -131,22 +132,19 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
     return problem, rows.names
 
 
-def _read_fleet(file: Path, experiment: Experiment) -> tuple[Fleet, Array]:
-    """Returns the fleet of a table, and its devices' samples D_k [N]."""
-    rows = read_table(
-        str(file), PHYSICAL_COLUMNS, either=("distance_km", "gain_db"), optional=LIMIT_COLUMNS, named=True
+def _as_table(devices: Devices, file: Path) -> FleetTable:
+    """Returns a fleet that is a table of devices, with what the configured fleet gives those of which the table says nothing."""
+    if isinstance(devices, FleetTable):
+        return replace(devices, file=str(file), per_round=None, fresh=0)
+    least, most, budget = (float(devices.limits(1)[name][0]) for name in LIMIT_FIELDS)
+    return FleetTable(
+        name="table",
+        per_round=None,
+        fresh=0,
+        min_bandwidth_hz=least,
+        max_bandwidth_hz=None if math.isinf(most) else most,
+        energy_budget_j=None if math.isinf(budget) else budget,
+        energy_coefficient=devices.energy_coefficient,
+        file=str(file),
+        classes=devices.classes if isinstance(devices, MeasuredFleet) else (),
     )
-    size = len(rows["samples"])
-    unknown = np.full(size, np.nan)
-    fleet = Fleet(
-        cpu_hz=rows["cpu_ghz"] * 1e9,
-        cycles_per_flop=rows["cycles_per_flop"],
-        tx_power_w=10 ** (rows["tx_power_dbm"] / 10 - 3),
-        distance_m=rows["distance_km"] * 1e3 if "distance_km" in rows else unknown,
-        energy_coefficient=np.full(size, experiment.devices.energy_coefficient),
-        path_gain_linear=10 ** (rows["gain_db"] / 10) if "gain_db" in rows else unknown,
-        names=rows.names,
-        practice=None,
-        **limit_columns(str(file), rows, experiment.devices.limits(size)),
-    )
-    return fleet, rows["samples"]

@@ -26,6 +26,8 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     updates = train_devices(setup, workers, personal_tasks(setup, state, masks, frozen))
     measured = charge_frozen(setup, masks, frozen, roster.gain_linear[frozen], 0.0) if updates else None
     latency_s = float(measured.latency_s.max()) if measured else 0.0
+    if measured and experiment.meter.idle:
+        measured = measured.idling(setup.scenario.fleet.idle_power_w[frozen], np.full(len(frozen), latency_s))
     personal = state.personal.replaced({update.device: update.personal for update in updates})
     slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
     new = replace(state, round=state.round + 1, personal=personal, slots=slots, masks=masks.arrays())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune_cli.execute import Executor
-from fedprune_cli.round.bill import charge
+from fedprune_cli.round.bill import charge, charge_idle
 from fedprune_cli.round.evaluate import evaluate_round
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import plan_round
@@ -31,6 +31,7 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
 
     sent = Sent(results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s)
     delivery, shared, gradient = receive(setup, state, sent)  # what arrives, when the server stops waiting, the new u
+    bill = charge_idle(setup, roster, work, bill, delivery.latency_s)
 
     finished = Finished(plan, work, results, bill, delivery)
     outcome = finished.outcome(state, gradient)  # the facts that memories learn from

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,17 @@ RANGES = {
     "shared_energy_j": (0, 1e12),
     "fixed_energy_j": (0, 1e12),
     "tx_power_w": (1e-13, 1e7),
+    "energy_coefficient": (0, 1e-15),
+    "radio_power_w": (1e-13, 1e7),
+    "radio_circuit_w": (0, 1e7),
+    "idle_power_w": (0, 1e7),
+    "step_ms": (0, 1e6),
+    "dense_scale": (1e-3, 1e3),
+    "depthwise_scale": (1e-3, 1e3),
+    "recurrent_scale": (1e-3, 1e3),
+    "reference_ms": (1e-6, 1e9),
+    "computation": (1e-6, 1e9),
+    "communication": (1e-3, 1e9),
 }
 WHOLE = ("round", "device", "available", "samples")
 # What an empty cell of a limit stands for: no limit there.
@@ -70,12 +81,14 @@ BREAK = re.compile(r"\r\n|\r|\n")
 class Rows(Mapping[str, Array]):
     """The numeric columns of a table by name, float64 [rows] each.
 
-    lines: the line of the file on which each row begins, int [rows]; names: what the `id` column calls the rows, None without one.
+    lines: the line of the file on which each row begins, int [rows]; names: what the `id` column calls the rows, None without one;
+    classes: what the `class` column says that each row is, empty where it says nothing, None without one.
     """
 
     columns: Mapping[str, Array]
     lines: Array
     names: tuple[str, ...] | None
+    classes: tuple[str, ...] | None
 
     def __getitem__(self, name: str) -> Array:
         return self.columns[name]
@@ -98,11 +111,13 @@ def read_table(
     *,
     either: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
+    blank: Collection[str] = (),
     named: bool = False,
 ) -> Rows:
     """Returns the numeric `columns` of a CSV file, at least one of `either`, and those of `optional` that it has; passes over others.
 
-    named: an `id` column, where there is one, calls each row by a name of its own. A limit's empty cell is no limit.
+    blank: columns in which an empty cell is NaN: what it stands for is for the caller to say; a limit's empty cell is no limit.
+    named: an `id` column, where there is one, calls each row by a name of its own, and a `class` column says what it is.
     Raises DataError naming the file, the line, the column, the value and what is allowed.
     """
     records = csv_records(file)
@@ -115,15 +130,15 @@ def read_table(
         raise DataError(f"{file}, line {line}: {missing_column(missing[0], header)}")
     wanted = (*columns, *chosen, *(name for name in optional if name in header))
     places = [(name, header.index(name)) for name in wanted]
-    name_at = header.index("id") if named and "id" in header else None
+    name_at, class_at = (header.index(name) if named and name in header else None for name in ("id", "class"))
     values: dict[str, list[float]] = {name: [] for name in wanted}
-    lines, names = list[int](), dict[str, int]()
+    lines, names, classes = list[int](), dict[str, int](), list[str]()
     for line, cells in records:
         if len(cells) != len(header):
             raise DataError(f"{file}, line {line}: {len(cells)} values for {len(header)} columns")
         for name, at in places:
             try:
-                values[name].append(_number(name, cells[at]))
+                values[name].append(_number(name, cells[at], may_be_empty=name in blank))
             except ValueError as reason:
                 raise DataError(f"{file}, line {line + count_breaks(cells[:at])}: {reason}") from None
         if name_at is not None:
@@ -131,13 +146,16 @@ def read_table(
                 names[_name(cells[name_at], names)] = line
             except ValueError as reason:
                 raise DataError(f"{file}, line {line + count_breaks(cells[:name_at])}: {reason}") from None
+        if class_at is not None:
+            classes.append(cells[class_at].strip())
         lines.append(line)
     if not lines:
         raise DataError(f"{file}: has no rows")
     arrays = {name: np.array(column) for name, column in values.items()}
     if "min_bandwidth_hz" in arrays and "max_bandwidth_hz" in arrays:
         check_order(file, np.array(lines), arrays["min_bandwidth_hz"], arrays["max_bandwidth_hz"])
-    return Rows(arrays, np.array(lines), None if name_at is None else tuple(names))
+    named_as, of_class = None if name_at is None else tuple(names), None if class_at is None else tuple(classes)
+    return Rows(arrays, np.array(lines), named_as, of_class)
 
 
 def check_order(file: str, lines: Array, least_hz: Array, most_hz: Array) -> None:
@@ -207,11 +225,11 @@ def count_breaks(cells: Iterable[str]) -> int:
     return sum(len(BREAK.findall(cell)) for cell in cells)
 
 
-def _number(name: str, cell: str) -> float:
-    """Returns a cell's number; raises ValueError that says what is allowed."""
+def _number(name: str, cell: str, *, may_be_empty: bool) -> float:
+    """Returns a cell's number, NaN for an empty one that may be; raises ValueError that says what is allowed."""
     text = cell.strip(" \t")
-    if not text and name in UNLIMITED:
-        return UNLIMITED[name]
+    if not text and (name in UNLIMITED or may_be_empty):
+        return UNLIMITED.get(name, math.nan)
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     least, most = RANGES[name]
     whole = name in WHOLE
@@ -222,6 +240,8 @@ def _number(name: str, cell: str) -> float:
         allowed += f", and 0 when it is below {TINY:g}"
     if name in UNLIMITED:
         allowed += ", or empty for no limit"
+    elif may_be_empty:
+        allowed += ", or empty where it is not known"
     if name in ("gain_db", "uplink_mbps") and value < least:
         allowed += "; a link so weak carries nothing, and a trace says available=0 for it"
     raise ValueError(f"{name}={shown(text)} is not allowed: must be {allowed}")

@@ -36,6 +36,10 @@ OPTIONS = {
     "weights": ("weights=pruning_error", "devices.per_round=3"),
     "paper's meter": ("meter=paper", "method=personalized"),
     "epochs": ("training.epochs=1", "allocator=equal"),
+    "idle": (
+        "devices=measured", "meter.idle=true", "rounds=6", "faults.die=0.3", "participation.freeze_below=0.3",
+        "participation.freeze_window=1", "training.lr=0.02",
+    ),
 }  # fmt: skip
 
 

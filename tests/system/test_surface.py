@@ -38,7 +38,7 @@ JSON_OF = {  # in this order: later ones look at what earlier ones made
     "ladder": ("ladder", *ALLOCATE, "--allocators", "equal", "--fractions", "0.5"),
     "verify": ("verify", "run"),
     "bench": ("bench", "--tasks", "startup", "--repeats", "1"),
-    "calibrate": ("calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5"),
+    "calibrate": ("calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5", "--ratios-only"),
 }
 
 

@@ -26,7 +26,7 @@ def test_clocks_are_log_uniform() -> None:
 
 def test_classes_come_in_their_shares_and_whole() -> None:
     kinds = (DeviceClass("a", 3, 1e9, 0.5, 0.1), DeviceClass("b", 1, 2e9, 0.7, 0.2))
-    fleet = FleetOfClasses("classes", None, 0, 0, 0, None, None, 40_000, 20, 500, kinds).draw(0)
+    fleet = FleetOfClasses("classes", None, 0, 0, None, None, 40_000, 20, 500, 0, kinds).draw(0)
     first = fleet.cpu_hz == 1e9
     assert abs(first.mean() - 0.75) < 0.01
     np.testing.assert_array_equal(fleet.cycles_per_flop, np.where(first, 0.5, 0.7))

@@ -215,7 +215,7 @@ FAULTS: tuple[Callable[[random.Random, Made], Made], ...] = (
 
 
 def fleet_of(path: str) -> FleetTable:
-    return FleetTable("table", None, 0, 1e-28, 0.0, None, None, path)
+    return FleetTable("table", None, 0, 0.0, None, None, 1e-28, path)
 
 
 def check_fleet(rng: random.Random) -> None:
@@ -322,7 +322,7 @@ def test_a_tables_least_bandwidth_is_held_against_the_configurations_most() -> N
     with pytest.raises(
         DataError, match=r"a\.csv, line 3: min_bandwidth=4 MHz is not allowed: must be at most the maximum, 2 MHz"
     ):
-        FleetTable("table", None, 0, 1e-28, 0.0, 2e6, None, "a.csv").draw(0)
+        FleetTable("table", None, 0, 0.0, 2e6, None, 1e-28, "a.csv").draw(0)
 
 
 @pytest.mark.parametrize("gaps", ["hold", "outage"])
