@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_cli import plugins
-from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.baselines import Allocator, Dense, Fixed
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
 from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, read_input
@@ -147,6 +147,10 @@ class Experiment:
             fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
         if fields["channel"].get("gaps") == "refuse":
             del fields["channel"]["gaps"]
+        if isinstance(self.allocator, Dense | Fixed) and self.allocator.on_infeasible is None:
+            del fields["allocator"]["on_infeasible"]
+        if not self.participation.rotation:
+            del fields["participation"]["rotation"]
         if self.branch is None:
             del fields["branch"]
         if not self.faults.others:
