@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -209,7 +209,7 @@ def _dropped(problem: Problem, admitted: Array, bound: float | None) -> str:
     return f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; {rule}"
 
 
-def listed(devices: Array) -> str:
+def listed(devices: Array | Sequence[str]) -> str:
     """Returns the first ten devices, and how many more there are, for a message."""
     return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
 

@@ -179,6 +179,7 @@ def print_comparison(
     """Writes the comparison of finished runs and prints its table and its answer."""
     from fedprune_cli.report import comparison_page as reports
     from fedprune_cli.report.comparison import compare, headline
+    from fedprune_cli.report.presence import left_out
     from fedprune_cli.report.read import read_run
 
     comparison = compare([read_run(path) for path in run_dirs], labels)
@@ -189,4 +190,7 @@ def print_comparison(
         return
     show(reports.comparison_table(comparison))
     show(headline(comparison))
+    for arm, runs in comparison.runs.items():
+        if found := left_out(runs):
+            say(f"left out for good by {arm}: {found}")
     say(f"report: {page}")

@@ -11,6 +11,7 @@ import numpy as np
 from fedprune_cli.errors import CheckpointError, one_line
 from fedprune_cli.report.estimate import QUANTITIES, Estimate, Estimates, known, mean_over_seeds
 from fedprune_cli.report.page import percent
+from fedprune_cli.report.presence import presence
 from fedprune_cli.report.read import Run, crossing, held_accuracy
 
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
@@ -121,6 +122,7 @@ def run_figures(run: Run, base: Run | None, target: float | None) -> dict[str, f
         "time_to_target_s": time_s,
         "accuracy": final.accuracy,
         "accuracy_p10": final.accuracy_p10,
+        "least_rounds": float(min(presence(run).rounds, default=0)),
         "fresh_accuracy": final.fresh_accuracy,
         "mean_ratio": float(np.mean([r.mean_ratio for r in run.rounds if r.mean_ratio is not None] or [0.0])),
         "megabytes_up": sum(r.bytes_up for r in run.rounds) / 1e6,
