@@ -205,7 +205,11 @@ def _fits_alone(problem: Problem, floor_hz: Array, least: Least) -> Array:
 
 
 def _dropped(problem: Problem, admitted: Array, bound: float | None) -> str:
-    rule = f"no other choice admits more than {bound:.3g} more" if bound is not None else "those who waited longest came first"
+    rule = (
+        f"no other choice admits more than {bound:.3g} more"
+        if bound is not None
+        else "those who waited longest came first"
+    )
     return f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; {rule}"
 
 

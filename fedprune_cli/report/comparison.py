@@ -55,7 +55,7 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference:
     """
     arms = _by_arm(runs, labels)
     seeds = _common_seeds(arms)
-    base_arm = _reference_arm(arms, reference)
+    base_arm = reference_arm({arm: next(iter(of_arm.values())).method for arm, of_arm in arms.items()}, reference)
     base = arms[base_arm] if base_arm else None
     targets = {seed: held_accuracy(base[seed]) - TARGET_MARGIN for seed in seeds} if base else {}
     estimates: dict[str, Estimates] = {}
@@ -99,9 +99,9 @@ def _common_seeds(arms: Arms) -> list[int]:
     return seeds
 
 
-def _reference_arm(arms: Arms, method: str) -> str | None:
-    """Returns the arm that has the name of the method where there is one, else the first that runs it."""
-    candidates = [arm for arm, of_arm in arms.items() if next(iter(of_arm.values())).method == method]
+def reference_arm(methods: Mapping[str, str], method: str = "personalized") -> str | None:
+    """Returns the arm that has the name of the method where it runs it, else the first that does; methods: arm -> what it runs."""
+    candidates = [arm for arm, of in methods.items() if of == method]
     return method if method in candidates else next(iter(candidates), None)
 
 

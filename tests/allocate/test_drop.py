@@ -52,7 +52,11 @@ def test_dropping_admits_as_many_as_any_set_that_can_end_in_time(allocator: Allo
         problem = replace(literature(0.3, seed, count=6), weight=np.full(6, 1 / 6))
         dropped = with_policy(allocator, "drop").solve(problem, 0, 0)
         sets = [[*of] for count in range(1, 7) for of in itertools.combinations(range(6), count)]
-        possible = [of for of in sets if least_deadline(problem.take(np.array(of)), np.full(len(of), kept))[0] <= problem.deadline_s]
+        possible = [
+            of
+            for of in sets
+            if least_deadline(problem.take(np.array(of)), np.full(len(of), kept))[0] <= problem.deadline_s
+        ]
         assert dropped.admitted.sum() == max(map(len, possible), default=0)
         assert set(dropped.prune_ratio[dropped.admitted]) <= {1 - kept}
         ends = latency(problem, np.full(6, kept), dropped.bandwidth_hz)[dropped.admitted]
@@ -92,7 +96,10 @@ def test_whoever_fits_alone_has_its_turn(allocator: Allocator) -> None:
         for _ in range(10):
             turn = allocator.solve(replace(problem, waited=waited), 0, 0)
             assert turn.admitted.any()
-            assert (latency(problem, 1 - turn.prune_ratio, turn.bandwidth_hz)[turn.admitted] <= problem.deadline_s * (1 + 1e-9)).all()
+            assert (
+                latency(problem, 1 - turn.prune_ratio, turn.bandwidth_hz)[turn.admitted]
+                <= problem.deadline_s * (1 + 1e-9)
+            ).all()
             if not turn.admitted.all():
                 assert "those who waited longest came first" in turn.message
             waited = np.where(turn.admitted, 0, waited + 1)
