@@ -128,8 +128,8 @@ class MinLatency:
 class Fixed:
     """One given ratio for all, on the bandwidth that ends such a round soonest.
 
-    on_infeasible: what becomes of a round that takes so longer than its deadline; `drop` admits the largest set that meets it. None:
-    the deadline is not looked at.
+    on_infeasible: what becomes of a round that takes longer than its deadline; `drop` admits the largest set that meets it. None: the
+    deadline is not looked at.
     """
 
     name: str

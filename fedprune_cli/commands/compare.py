@@ -51,7 +51,9 @@ def compare(
     from fedprune_cli.many.tuning import read_tuning, tune
 
     contest, tuned = read_contest(overrides or [], config_dir, methods, parse_seeds(seeds)), None
-    if tuning := read_tuning(contest):
+    with status("checking what each arm may choose from") if contest.tune else contextlib.nullcontext():
+        tuning = read_tuning(contest)
+    if tuning is not None:
         with safe(lambda: SAME_COMMAND):
             contest, tuned = tune(contest, tuning, lambda members: _run_members(members, jobs))
         for arm, setting in tuned.chosen.items():

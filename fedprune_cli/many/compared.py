@@ -79,7 +79,8 @@ def draw(experiment: Experiment) -> None:
 
 def unfinished(members: Sequence[Member]) -> list[Member]:
     """Returns the members that have something left to do, each run once: two arms may be one."""
-    return list({member.run_dir: member for member in members if not member.finished}.values())
+    left = {member.run_dir: member for member in reversed(members) if not member.finished}
+    return [*reversed(left.values())]
 
 
 def _finished(experiment: Experiment) -> bool:
