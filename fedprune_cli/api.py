@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from fedprune_cli.config.experiment import Experiment
     from fedprune_cli.many.one import Display
+    from fedprune_cli.many.side_by_side import Failure, Member
     from fedprune_cli.report.allocation import Answer
     from fedprune_cli.report.comparison import Comparison
     from fedprune_cli.report.read import Run
@@ -253,24 +254,35 @@ def compare(
     """Returns methods, or the arms of an experiment, on the same seeds, as `fedprune compare` runs them: what is finished is read.
 
     jobs: runs at the same time, each in a process of its own; a script then needs `if __name__ == "__main__":`. Raises the first
-    run's failure, with the exit code that it would have; the others go on, and are there the next time.
+    run's failure, with the exit code that it would have; the others go on, and are there the next time. Where the experiment tunes its
+    arms, each is compared at the setting that it took.
     """
-    from fedprune_cli.many.compared import build_members
-    from fedprune_cli.many.side_by_side import run_members, run_one_by_one
+    from fedprune_cli.many.compared import build_members, read_contest
+    from fedprune_cli.many.tuning import read_tuning, tune
     from fedprune_cli.report.comparison import compare as build
     from fedprune_cli.report.read import read_run
 
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     names = None if methods is None else ",".join(methods)
-    members = build_members([*overrides], None if config_dir is None else Path(config_dir), names, seeds)
-    left = [member for member in members if not member.finished]
-    ended = run_members(left, jobs) if jobs > 1 else run_one_by_one(left, _display(show))
-    if failures := [failure for _, failure in ended if failure is not None]:
+    contest = read_contest(overrides, None if config_dir is None else Path(config_dir), names, seeds)
+    if tuning := read_tuning(contest):
+        contest, _ = tune(contest, tuning, lambda members: _run_members(members, jobs, show=show))
+    members = build_members(contest)
+    if failures := _run_members(members, jobs, show=show):
         error = FedpruneError(str(failures[0]))
         error.exit_code = failures[0].exit_code
         raise error
     return ComparedRuns(build([read_run(member.run_dir) for member in members], [member.arm for member in members]))
+
+
+def _run_members(members: Sequence[Member], jobs: int, *, show: bool) -> list[Failure]:
+    from fedprune_cli.many.compared import unfinished
+    from fedprune_cli.many.side_by_side import run_members, run_one_by_one
+
+    left = unfinished(members)
+    ended = run_members(left, jobs) if jobs > 1 else run_one_by_one(left, _display(show))
+    return [failure for _, failure in ended if failure is not None]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fedprune_cli.report.estimate import QUANTITIES, Estimate
 from fedprune_cli.report.read import Run
 from fedprune_cli.report.run import run_table
 from fedprune_cli.report.sweep import Group, sweep_table
-from fedprune_cli.store.record import RoundRecord
+from fedprune_cli.store.record import DeviceRows, RoundRecord
 from fedprune_cli.terminal import Table
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -62,9 +62,9 @@ def train_table(size: Size, seeds: int) -> Table:
         "accuracy": 0.92, "accuracy_mean": 0.9, "accuracy_p10": 0.8, "simulated_s": size(), "latency_s": size(), "mean_ratio": 0.3,
         "max_ratio": 0.9, "bytes_up": size(), "joules": size(),
     }  # fmt: skip
-    record = RoundRecord(**(unknown | figures))  # type: ignore[arg-type]
+    record = RoundRecord(**(unknown | figures | {"devices": DeviceRows()}))  # type: ignore[arg-type]
     config = {"pruner": {"granularity": "weight"}, "branch": {"run": "outputs/main/a562868aefad-s0", "round": 12}}
-    manifest = {"method": "proposed", "seed": 123, "config": config}
+    manifest = {"method": "proposed", "seed": 123, "config": config, "histogram": [], "fresh_devices": 0}
     return run_table(Run(Path("run"), manifest, (record,) * seeds, None))  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from fedprune_cli.allocate.deadline import least_deadline, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
+    POLICIES,
     Policy,
     Settled,
     as_policy,
@@ -38,6 +39,7 @@ from fedprune_cli.allocate.problem import (
 from fedprune_cli.allocate.variants import min_latency, min_max
 from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, require
 from fedprune_cli.rng import stream
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
 
 LOOSE = 1e-4  # of the whole model: how far below its least a conic solver may leave a device
@@ -125,16 +127,37 @@ class MinLatency:
 
 @dataclass(frozen=True)
 class Fixed:
-    """One given ratio for all, on the bandwidth that ends such a round soonest; the deadline is not looked at."""
+    """One given ratio for all, on the bandwidth that ends such a round soonest.
+
+    on_infeasible: what becomes of a round that takes longer than its deadline; `drop` admits the largest set that meets it. None: the
+    deadline is not looked at.
+    """
 
     name: str
     ratio: float
+    on_infeasible: str | None = field(default=None, metadata=LATER)
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 <= self.ratio <= 1, "ratio", self.ratio, "in [0, 1]")
+        require(
+            self.on_infeasible in (None, *POLICIES),
+            "on_infeasible",
+            self.on_infeasible,
+            "'stretch', 'drop', 'fail' or null",
+        )
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        if self.on_infeasible is None:
+            return self._soonest(problem)
+        at = replace(with_deadline(problem), max_ratio=np.full(len(problem.weight), self.ratio))
+        settled = settle(at, as_policy(self.on_infeasible), least_feasible)
+        if not settled.admitted.any():
+            return nobody(problem, settled)
+        kept = settled.feasible.min_kept
+        return build_allocation(problem, settled, kept, least_deadline(settled.feasible, kept)[1], 0.0, None)
+
+    def _soonest(self, problem: Problem) -> Allocation:
         settled = leave_out(problem, ~problem.linked & (self.ratio < 1))
         if not settled.admitted.any():
             return nobody(problem, _ending(settled, 0.0))
@@ -145,13 +168,25 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Dense:
-    """Latency-optimal bandwidth without pruning: P1's honest baseline. The deadline is not looked at."""
+    """Latency-optimal bandwidth without pruning: P1's honest baseline.
+
+    on_infeasible: what becomes of a round that cannot be dense by its deadline, as of `Fixed`; None: the deadline is not looked at.
+    """
 
     name: str
+    on_infeasible: str | None = field(default=None, metadata=LATER)
     prunes: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        require(
+            self.on_infeasible in (None, *POLICIES),
+            "on_infeasible",
+            self.on_infeasible,
+            "'stretch', 'drop', 'fail' or null",
+        )
+
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return Fixed(self.name, 0.0).solve(problem, seed, number)
+        return Fixed(self.name, 0.0, self.on_infeasible).solve(problem, seed, number)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -96,8 +96,9 @@ def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
     """Returns what the policy for infeasible rounds makes of a problem.
 
     `drop` admits devices in the order of least bandwidth per weight as long as they fit; the message bounds what a better set could
-    add (the fractional knapsack's bound). `stretch` moves the deadline to the smallest feasible one, and drops only those whom no
-    deadline helps. `fail` raises InfeasibleError.
+    add (the fractional knapsack's bound). Where the problem says for how long each has waited, those who waited longest come first, and
+    what room they leave goes to the others in that order: whoever fits alone has its turn. `stretch` moves the deadline to the smallest
+    feasible one, and drops only those whom no deadline helps. `fail` raises InfeasibleError.
     """
     everyone = np.ones(len(problem.weight), dtype=bool)
     if least is least_feasible and has_room(problem):
@@ -153,21 +154,25 @@ def _missing(problem: Problem, feasible_s: float) -> str:
     return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.called[hopeless])}"
 
 
-def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
-    """Returns the longest prefix that fits (bool [K]), cheapest least bandwidth per weight first, and the weight that no set can add."""
+def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
+    """Returns who is admitted (bool [K]), and the weight that no other set can add, None where that is not what is looked at.
+
+    It is the longest prefix that fits, cheapest least bandwidth per weight first; where devices have waited, the longest prefix of those
+    that could take part at all, by rounds waited and then by that cost, and of the others as many as still fit.
+    """
     floor_hz = required_bandwidth(problem, problem.min_kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = floor_hz / problem.weight
     # those whom nothing helps stand behind those without a weight
     order = np.lexsort((np.where(np.isnan(cost), 0.0, cost), np.isinf(floor_hz)))
-    fits, too_many = 0, len(order)  # by bisection: one more device never makes room
-    while too_many - fits > 1:
-        count = (fits + too_many) // 2
-        some = problem.take(order[:count])
-        if can_meet(some, least(some), least):
-            fits = count
-        else:
-            too_many = count
+    if problem.waited is not None:
+        turn = order[np.argsort(-problem.waited[order], kind="stable")]
+        turn = turn[_fits_alone(problem, floor_hz, least)[turn]]
+        first = turn[: _longest_prefix(problem, turn, 0, least)]
+        order = np.concatenate([first, order[~np.isin(order, first)]])
+        fits = _longest_prefix(problem, order, len(first), least)
+        return np.isin(np.arange(len(order)), order[:fits]), None
+    fits = _longest_prefix(problem, order[:-1], 0, least)  # all together do not fit
     admitted = np.zeros(len(order), dtype=bool)
     admitted[order[:fits]] = True
     next_one = order[fits]
@@ -179,14 +184,36 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float]:
     return admitted, float(problem.weight[next_one] * (min(share, 1.0) if least is least_feasible else share))
 
 
-def _dropped(problem: Problem, admitted: Array, bound: float) -> str:
-    return (
-        f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; "
+def _longest_prefix(problem: Problem, order: Array, fits: int, least: Least) -> int:
+    """Returns how many devices of an order fit together, of which the first `fits` do: by bisection, for one more never makes room."""
+    too_many = len(order) + 1
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        some = problem.take(order[:count])
+        if can_meet(some, least(some), least):
+            fits = count
+        else:
+            too_many = count
+    return fits
+
+
+def _fits_alone(problem: Problem, floor_hz: Array, least: Least) -> Array:
+    """Returns whether each device could take part if it were the only one, bool [K]."""
+    if isinstance(least, LeastOnBlocks):
+        return least.grid.least(problem) <= least.grid.most(problem)
+    return floor_hz <= problem.most_hz
+
+
+def _dropped(problem: Problem, admitted: Array, bound: float | None) -> str:
+    rule = (
         f"no other choice admits more than {bound:.3g} more"
+        if bound is not None
+        else "those who waited longest came first"
     )
+    return f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; {rule}"
 
 
-def listed(devices: Array) -> str:
+def listed(devices: Array | Sequence[str]) -> str:
     """Returns the first ten devices, and how many more there are, for a message."""
     return ", ".join(map(str, devices[:10])) + (f" and {len(devices) - 10} more" if len(devices) > 10 else "")
 

@@ -85,7 +85,8 @@ class Problem:
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
     bandwidth_hz B; deadline_s T, infinite when open; ids: of the devices, int [K], their positions when None;
     titles: what messages call them, str [K], their ids when None; limits: None when there are none; block_hz: of the resource blocks
-    that the band consists of, None where it has none; only an allocator of whole blocks asks. A signal below NO_LINK of the
+    that the band consists of, None where it has none; only an allocator of whole blocks asks; waited: rounds for which each has
+    been left out [K], so that `drop` takes those first who waited longest, None where it does not ask. A signal below NO_LINK of the
     noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
@@ -102,6 +103,7 @@ class Problem:
     limits: Limits | None = None
     titles: Array | None = None
     block_hz: float | None = None
+    waited: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -132,12 +134,11 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        others = ("bandwidth_hz", "deadline_s", "ids", "limits", "titles", "block_hz")
-        arrays = (f.name for f in fields(self) if f.name not in others)
+        whole = ("bandwidth_hz", "deadline_s", "ids", "limits", "block_hz")
+        arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in whole}
         limits = None if self.limits is None else self.limits.take(index)
-        chosen = {name: getattr(self, name)[index] for name in arrays}
-        titles = None if self.titles is None else self.titles[index]
-        return replace(self, ids=self.names[index], titles=titles, limits=limits, **chosen)
+        chosen = {name: array[index] for name, array in arrays.items() if array is not None}
+        return replace(self, ids=self.names[index], limits=limits, **chosen)
 
     @property
     def linked(self) -> Array:

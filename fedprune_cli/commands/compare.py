@@ -44,17 +44,23 @@ def compare(
     """Run several methods on the same data, devices and channel draws, and report what each gains.
 
     Finished runs are read and not run again; interrupted ones are continued. A run that fails is named, and the rest go on.
+    Where the experiment says how, each arm first takes its best setting on a seed that is not reported.
     """
     from fedprune_cli.config.words import parse_seeds
-    from fedprune_cli.execute import usable_cores
-    from fedprune_cli.many.compared import build_members
+    from fedprune_cli.many.compared import build_members, read_contest
+    from fedprune_cli.many.tuning import read_tuning, tune
 
-    members = build_members(overrides or [], config_dir, methods, parse_seeds(seeds))
+    contest, tuned = read_contest(overrides or [], config_dir, methods, parse_seeds(seeds)), None
+    with status("checking what each arm may choose from") if contest.tune else contextlib.nullcontext():
+        tuning = read_tuning(contest)
+    if tuning is not None:
+        with safe(lambda: SAME_COMMAND):
+            contest, tuned = tune(contest, tuning, lambda members: _run_members(members, jobs))
+        for arm, setting in tuned.chosen.items():
+            note(f"{arm} takes {setting}")
+    members = build_members(contest)
     with safe(lambda: SAME_COMMAND if any(member.run_dir.exists() for member in members) else NOTHING):
-        unfinished = [member for member in members if not member.finished]
-        if len(unfinished) < len(members):
-            note(f"{len(members) - len(unfinished)} of {len(members)} runs were finished before")
-        failures = _run_members(unfinished, min(jobs or usable_cores(), len(unfinished)))
+        failures = _run_members(members, jobs)
         failed = {failure.member.seed for failure in failures}
         complete = [member for member in members if member.seed not in failed]
         if complete:
@@ -65,6 +71,7 @@ def compare(
                 [member.arm for member in complete],
                 command=shlex.join(["fedprune", *sys.argv[1:]]),
                 missing=[str(failure) for failure in failures],
+                tuned=tuned,
                 as_json=as_json,
             )
     if failures:
@@ -74,20 +81,25 @@ def compare(
         raise error
 
 
-def _run_members(members: Sequence[Member], jobs: int) -> list[Failure]:
-    """Takes the members to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
+def _run_members(members: Sequence[Member], jobs: int | None) -> list[Failure]:
+    """Takes those that are not finished to their ends, side by side or one by one; says of each how it ended, and returns the failures."""
+    from fedprune_cli.execute import usable_cores
+    from fedprune_cli.many.compared import unfinished
     from fedprune_cli.many.one import SHOWN
     from fedprune_cli.many.side_by_side import run_members, run_one_by_one
     from fedprune_cli.store.folder import read_summary
 
-    failures = []
-    side_by_side = jobs > 1
-    ended = run_members(members, jobs) if side_by_side else run_one_by_one(members, SHOWN)
-    with status(f"{len(members)} runs, {jobs} at a time") if side_by_side else contextlib.nullcontext():
+    left, failures = unfinished(members), list["Failure"]()
+    if before := sum(member.finished for member in members):
+        note(f"{before} of {len(members)} runs were finished before")
+    at_once = min(jobs or usable_cores(), len(left))
+    side_by_side = at_once > 1
+    ended = run_members(left, at_once) if side_by_side else run_one_by_one(left, SHOWN)
+    with status(f"{len(left)} runs, {at_once} at a time") if side_by_side else contextlib.nullcontext():
         for number, (member, failure) in enumerate(ended, start=1):
             if failure is None:
                 accuracy = 100 * (read_summary(member.run_dir) or {})["final_accuracy"]
-                note(f"{number}/{len(members)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
+                note(f"{number}/{len(left)}  {member}: accuracy {accuracy:.2f} %, {member.run_dir}")
             else:
                 failures.append(failure)
                 tell_error(failure)

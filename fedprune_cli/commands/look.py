@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedprune_cli.commands.completion import BASH
 from fedprune_cli.commands.options import Json, Plugins, Quiet
 from fedprune_cli.terminal import live, print_json, say, show, status
+
+if TYPE_CHECKING:
+    from fedprune_cli.report.tuning import Tuned
 
 
 def report(
@@ -173,20 +176,28 @@ def print_comparison(
     labels: list[str] | None = None,
     command: str | None = None,
     missing: Sequence[str] = (),
+    tuned: Tuned | None = None,
     *,
     as_json: bool,
 ) -> None:
-    """Writes the comparison of finished runs and prints its table and its answer."""
+    """Writes the comparison of finished runs and prints its table and its answer, and before them how its arms were tuned."""
     from fedprune_cli.report import comparison_page as reports
     from fedprune_cli.report.comparison import compare, headline
+    from fedprune_cli.report.presence import left_out
     from fedprune_cli.report.read import read_run
+    from fedprune_cli.report.tuning import tuning_table
 
     comparison = compare([read_run(path) for path in run_dirs], labels)
     with status("drawing the comparison"):
-        page = reports.write_comparison(comparison, out, command, missing)
+        page = reports.write_comparison(comparison, out, command, missing, tuned)
     if as_json:
-        print_json(reports.comparison_json(comparison, page, missing))
+        print_json(reports.comparison_json(comparison, page, missing, tuned))
         return
+    if tuned is not None:
+        show(tuning_table(tuned))
     show(reports.comparison_table(comparison))
     show(headline(comparison))
+    for arm, runs in comparison.runs.items():
+        if found := left_out(runs):
+            say(f"left out for good by {arm}: {found}")
     say(f"report: {page}")

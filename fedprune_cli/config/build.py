@@ -156,7 +156,7 @@ def _values(config: DictConfig) -> dict[str, Plain]:
     """Returns the configuration with every key of an Experiment and no other; raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(Experiment)]
     values = plain(config)
-    for key in ("hydra", "arms", "objectives"):  # how runs are launched and compared, not what one of them is
+    for key in ("hydra", "arms", "tune", "objectives"):  # how runs are launched and compared, not what one of them is
         values.pop(key, None)
     for key in values:
         if key == "experiment":  # where a file's values land that does not say where they belong

@@ -11,6 +11,7 @@ import numpy as np
 from fedprune_cli.errors import CheckpointError, one_line
 from fedprune_cli.report.estimate import QUANTITIES, Estimate, Estimates, known, mean_over_seeds
 from fedprune_cli.report.page import percent
+from fedprune_cli.report.presence import presence
 from fedprune_cli.report.read import Run, crossing, held_accuracy
 
 TARGET_MARGIN = 0.005  # the target: what the reference holds, minus half a point
@@ -54,7 +55,7 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None, reference:
     """
     arms = _by_arm(runs, labels)
     seeds = _common_seeds(arms)
-    base_arm = _reference_arm(arms, reference)
+    base_arm = reference_arm({arm: next(iter(of_arm.values())).method for arm, of_arm in arms.items()}, reference)
     base = arms[base_arm] if base_arm else None
     targets = {seed: held_accuracy(base[seed]) - TARGET_MARGIN for seed in seeds} if base else {}
     estimates: dict[str, Estimates] = {}
@@ -98,9 +99,9 @@ def _common_seeds(arms: Arms) -> list[int]:
     return seeds
 
 
-def _reference_arm(arms: Arms, method: str) -> str | None:
-    """Returns the arm that has the name of the method where there is one, else the first that runs it."""
-    candidates = [arm for arm, of_arm in arms.items() if next(iter(of_arm.values())).method == method]
+def reference_arm(methods: Mapping[str, str], method: str = "personalized") -> str | None:
+    """Returns the arm that has the name of the method where it runs it, else the first that does; methods: arm -> what it runs."""
+    candidates = [arm for arm, of in methods.items() if of == method]
     return method if method in candidates else next(iter(candidates), None)
 
 
@@ -121,6 +122,7 @@ def run_figures(run: Run, base: Run | None, target: float | None) -> dict[str, f
         "time_to_target_s": time_s,
         "accuracy": final.accuracy,
         "accuracy_p10": final.accuracy_p10,
+        "least_rounds": float(min(presence(run).rounds, default=0)),
         "fresh_accuracy": final.fresh_accuracy,
         "mean_ratio": float(np.mean([r.mean_ratio for r in run.rounds if r.mean_ratio is not None] or [0.0])),
         "megabytes_up": sum(r.bytes_up for r in run.rounds) / 1e6,

@@ -20,7 +20,7 @@ from fedprune_cli.report.comparison import (
     missed_seeds,
 )
 from fedprune_cli.report.drawing import Drawing
-from fedprune_cli.report.estimate import BY_KEY, QUANTITIES, Estimate, Estimates, csv_cells
+from fedprune_cli.report.estimate import BY_KEY, QUANTITIES, Estimate, Estimates, csv_cells, known
 from fedprune_cli.report.page import (
     csv_text,
     html_figure,
@@ -31,8 +31,11 @@ from fedprune_cli.report.page import (
     percent,
     write_files,
 )
+from fedprune_cli.report.presence import presence_json, presence_section
 from fedprune_cli.report.read import HELD_ROUNDS, Run
 from fedprune_cli.report.run import CONVERGENCE_NOTE, fault_sections, ingredients
+from fedprune_cli.report.tuning import Tuned, tuning_csv, tuning_json, tuning_section
+from fedprune_cli.report.versus import versus_csv, versus_section
 from fedprune_cli.terminal import Table
 
 NOTE = (
@@ -49,7 +52,7 @@ CAPTIONS = {
 FINALS = {"devices": "accuracy", "10th percentile": "accuracy_p10", "fresh device": "fresh_accuracy"}
 TERMINAL_TITLES = {  # those further left matter more: where a terminal is narrow the last are left out
     "latency_reduction": "less per round %", "time_reduction": "less to target %", "accuracy": "acc. %", "latency_s": "s per round",
-    "accuracy_p10": "p10 %", "fresh_accuracy": "fresh %",
+    "accuracy_p10": "p10 %", "least_rounds": "least rounds", "fresh_accuracy": "fresh %",
 }  # fmt: skip
 MARKDOWN_KEYS = ("time_to_target_s", "time_reduction_equal", "time_reduction", "latency_s", "accuracy", "accuracy_gain", "p10_gain",
                  "fresh_accuracy", "megabytes_up")  # fmt: skip
@@ -73,15 +76,23 @@ DEVICE_HEADERS = (
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Returns the comparison for the terminal: its main figures, a row a method; the page has all of them."""
+    """Returns the comparison for the terminal: its main figures, a row a method; the page has all of them.
+
+    The rounds of the device with the fewest stand there where a device missed one.
+    """
+    count = max((len(run.rounds) for runs in comparison.runs.values() for run in runs), default=0)
+    all_there = all(known(cells, "least_rounds").mean == count for cells in comparison.figures.values())
+    titles = {key: title for key, title in TERMINAL_TITLES.items() if key != "least_rounds" or not all_there}
     rows = [
-        [arm.replace(EQUAL_SUFFIX, ", equal"), *(BY_KEY[key].cell(cells[key]) for key in TERMINAL_TITLES)]
+        [arm.replace(EQUAL_SUFFIX, ", equal"), *(BY_KEY[key].cell(cells[key]) for key in titles)]
         for arm, cells in comparison.figures.items()
     ]
-    return Table.of("comparison", ["", *TERMINAL_TITLES.values()], rows)
+    return Table.of("comparison", ["", *titles.values()], rows)
 
 
-def comparison_json(comparison: Comparison, page: Path, missing: Sequence[str]) -> dict[str, object]:
+def comparison_json(
+    comparison: Comparison, page: Path, missing: Sequence[str], tuned: Tuned | None = None
+) -> dict[str, object]:
     """Returns the comparison for programs: method -> figure -> mean, half_width (95 %), count; null where a seed has none."""
     return {
         "reference": comparison.reference,
@@ -91,26 +102,37 @@ def comparison_json(comparison: Comparison, page: Path, missing: Sequence[str]) 
             for arm, cells in comparison.figures.items()
         },
         "runs": {arm: [str(run.path) for run in runs] for arm, runs in comparison.runs.items()},
+        "presence": {arm: [presence_json(run) for run in runs] for arm, runs in comparison.runs.items()},
+        "tuning": tuning_json(tuned),
         "missing": list(missing),
         "report": str(page),
     }
 
 
 def write_comparison(
-    comparison: Comparison, out: Path, command: str | None = None, missing: Sequence[str] = ()
+    comparison: Comparison,
+    out: Path,
+    command: str | None = None,
+    missing: Sequence[str] = (),
+    tuned: Tuned | None = None,
 ) -> Path:
-    """Writes index.html, table.csv, .tex and .md, and the figures as SVG and PDF; returns the page.
+    """Writes index.html, table.csv, .tex and .md, versus.csv, tuning.csv where arms were tuned, and the figures as SVG and PDF.
 
-    command: what made it, to say how to repeat it; missing: runs that failed, and why, whose seeds are left out.
+    Returns the page. command: what made it, to say how to repeat it; missing: runs that failed, and why, whose seeds are left out;
+    tuned: how the arms came to their settings.
     """
     drawn = drawings(comparison)
     headers, rows = ["", *comparison.figures], _rows(comparison)
     files: dict[str, str | bytes] = {
-        "index.html": _page(comparison, drawn, command, missing),
+        "index.html": _page(comparison, drawn, command, missing, tuned),
         "table.csv": _csv_table(comparison),
         "table.tex": latex_table(headers, rows),
         "table.md": markdown(comparison.figures),
     }
+    if comparison.reference is not None:
+        files["versus.csv"] = versus_csv(comparison)
+    if tuned is not None:
+        files["tuning.csv"] = tuning_csv(tuned)
     for name, drawing in drawn.items():
         files |= {f"{name}.svg": drawing.svg(), f"{name}.pdf": drawing.pdf()}
     return write_files(out, files)
@@ -133,7 +155,13 @@ def drawings(comparison: Comparison) -> dict[str, Drawing]:
     return drawn
 
 
-def _page(comparison: Comparison, drawn: Mapping[str, Drawing], command: str | None, missing: Sequence[str]) -> str:
+def _page(
+    comparison: Comparison,
+    drawn: Mapping[str, Drawing],
+    command: str | None,
+    missing: Sequence[str],
+    tuned: Tuned | None,
+) -> str:
     arm, first = comparison.subject, next(iter(comparison.runs.values()))[0]
     captions = CAPTIONS | {"convergence": f"{arm}, seed {comparison.runs[arm][0].seed}. {CONVERGENCE_NOTE}"}
     pictures = {name: html_figure(name, drawing, captions[name]) for name, drawing in drawn.items()}
@@ -146,10 +174,13 @@ def _page(comparison: Comparison, drawn: Mapping[str, Drawing], command: str | N
         pictures.pop("progress"),
         *([html_section("Failed runs, whose seeds are left out", f"<ul>{left_out}</ul>")] if missing else []),
         html_section("Comparison", f"{table}<p class=note>{NOTE}</p>"),
+        *versus_section(comparison),
+        *tuning_section(tuned),
         *pictures.values(),
         html_section("What limits a round", html_table(LIMIT_HEADERS, _limit_rows(comparison)) + f"<p class=note>{LIMIT_NOTE}</p>"),
         html_section("Certificates", html_table(["", *CERTIFICATE_HEADERS], _certificate_rows(comparison))),
         *fault_sections(comparison.runs),
+        presence_section(comparison.runs),
         html_section("Devices", "".join(_devices_of(name, runs[0]) for name, runs in comparison.runs.items())),
         html_section("Runs", html_table(["method", "seed", "folder"], members)),
         html_section("Reproduce", how + ingredients(first)),

@@ -84,6 +84,7 @@ QUANTITIES = (
     Quantity("time_to_target_s", "seconds to target", ".4g"),
     ACCURACY,
     Quantity("accuracy_p10", "10th percentile %", ".2f", 100),
+    Quantity("least_rounds", "rounds of the device with the fewest", ".1f"),
     Quantity("fresh_accuracy", "fresh device %", ".2f", 100),
     Quantity("accuracy_gain", "accuracy, points above", ".2f", 100),
     Quantity("p10_gain", "10th percentile, points above", ".2f", 100),

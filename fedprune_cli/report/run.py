@@ -21,6 +21,7 @@ from fedprune_cli.report.page import (
     seconds,
     write_files,
 )
+from fedprune_cli.report.presence import presence, presence_json
 from fedprune_cli.report.read import Run, read_run
 from fedprune_cli.report.tables import FAULT_TITLES, device_table, fault_counts, round_table
 from fedprune_cli.terminal import Table
@@ -53,8 +54,14 @@ def run_table(run: Run) -> Table:
 
 
 def run_json(run: Run, page: Path) -> dict[str, object]:
-    """Returns the run for programs: its summary, None while it is unfinished, its folder and the report's page."""
-    return {"run_dir": str(run.path), "report": str(page), "rounds": len(run.rounds), "summary": run.summary}
+    """Returns the run for programs: its summary, None while it is unfinished, its folder, the report's page, and who took part."""
+    return {
+        "run_dir": str(run.path),
+        "report": str(page),
+        "rounds": len(run.rounds),
+        "presence": presence_json(run),
+        "summary": run.summary,
+    }
 
 
 def drawings(run: Run) -> dict[str, Drawing]:
@@ -108,7 +115,7 @@ def ingredients(run: Run) -> str:
 
 
 def facts(run: Run) -> list[list[str]]:
-    final, rounds = run.final, run.rounds
+    final, rounds, there = run.final, run.rounds, presence(run)
     ratios = [r.mean_ratio for r in rounds if r.mean_ratio is not None]
     facts = [
         ["rounds", str(len(rounds))],
@@ -117,6 +124,8 @@ def facts(run: Run) -> list[list[str]]:
         ["final accuracy, weighted by samples", percent(final.accuracy)],
         ["final accuracy, unweighted", percent(final.accuracy_mean)],
         ["final accuracy, 10th percentile of devices", percent(final.accuracy_p10)],
+        ["rounds of the device that took part in the fewest", f"{min(there.rounds, default=0)} of {len(rounds)}"],
+        *([["left out for good", str(there)]] if str(there) else []),
         ["accuracy on a fresh device", percent(final.fresh_accuracy)],
         ["pruning ratio, mean", "-" if not ratios else f"{np.mean(ratios):.3f}"],
         ["pruned are", _granularity(run)],

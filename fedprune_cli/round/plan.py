@@ -111,7 +111,8 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     names = beliefs.fleet.names
     titles = None if names is None else np.array(names, dtype=object)[ids]
-    problem = replace(problem, deadline_s=deadline_s, ids=ids, titles=titles)
+    waited = slots["waited"][ids] if "waited" in slots else None
+    problem = replace(problem, deadline_s=deadline_s, ids=ids, titles=titles, waited=waited)
     widths = experiment.payload.bits
     return RoundProblems(
         problem, {bits: with_margins(compress(problem, bits_per_value(bits)), slots) for bits in widths}

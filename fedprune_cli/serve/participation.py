@@ -1,25 +1,29 @@
-"""Participation: when a device stops training the shared part, because its loss no longer falls."""
+"""Participation: when a device stops training the shared part, because its loss no longer falls, and whose turn it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune_cli.errors import require
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.memory import Outcome, Sizes, Slots
+from fedprune_cli.store.state import Array
 
 
 @dataclass(frozen=True)
 class Participation:
-    """When a device stops training the shared part.
+    """When a device stops training the shared part, and who comes first where not all can take part.
 
     freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
     never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
+    rotation: of a round in which the allocator must drop devices, those stay that took no part for longest; else the cheapest stay.
     """
 
     freeze_below: float | None
     freeze_window: int
+    rotation: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         below = self.freeze_below
@@ -27,14 +31,28 @@ class Participation:
         require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
 
     def slots(self, sizes: Sizes) -> Slots:
-        """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known."""
-        if self.freeze_below is None:
-            return {}
-        losses = np.full((sizes.num_devices, self.freeze_window + 1), np.nan)
-        return {"frozen": np.zeros(sizes.num_devices, dtype=np.uint8), "recent_loss": losses}
+        """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known;
+
+        and the rounds for which each device has `waited`, int64 [N], where they take turns.
+        """
+        slots: dict[str, Array] = {}
+        if self.freeze_below is not None:
+            losses = np.full((sizes.num_devices, self.freeze_window + 1), np.nan)
+            slots |= {"frozen": np.zeros(sizes.num_devices, dtype=np.uint8), "recent_loss": losses}
+        return slots | ({"waited": np.zeros(sizes.num_devices, dtype=np.int64)} if self.rotation else {})
 
     def next_slots(self, slots: Slots, outcome: Outcome) -> Slots:
-        """Returns what is remembered after a round, of the losses of those that trained the shared part in it."""
+        """Returns what is remembered after a round, of those that trained the shared part in it and their losses."""
+        return {**self._next_frozen(slots, outcome), **self._next_waited(slots, outcome)}
+
+    def _next_waited(self, slots: Slots, outcome: Outcome) -> Slots:
+        if not self.rotation:
+            return {}
+        waited = slots["waited"] + 1
+        waited[outcome.devices] = 0
+        return {"waited": waited}
+
+    def _next_frozen(self, slots: Slots, outcome: Outcome) -> Slots:
         if self.freeze_below is None:
             return {}
         ids, losses = outcome.devices, np.array(outcome.train_loss, dtype=float)

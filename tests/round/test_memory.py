@@ -19,6 +19,7 @@ EVERYTHING = (
     "rounds=8", "faults=flaky", "faults.die=0.2", "faults.nan_share=0.25", "faults.stale=0.3", "faults.clock_error=0.3",
     "failsafe.late=defer", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "failsafe.quarantine_rounds=2",
     "failsafe.clip_norm=1", "participation.freeze_below=0.2", "participation.freeze_window=1", "training.lr=0.02",
+    "participation.rotation=true",
     "weights=pruning_error", "pruner=taylor", "payload.bits=[4,8]", "channel.outage_enter=0.2", "devices.count=6",
 )  # fmt: skip
 

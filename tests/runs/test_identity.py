@@ -299,3 +299,17 @@ def test_a_data_folder_that_another_process_fills_is_read_at_each_look() -> None
     Path("data/MNIST/raw/.incoming").symlink_to("nowhere")
     assert _stamp(Path("data")) != _stamp(Path("data"))
     assert build_experiment(compose_config([*MNIST])).identity["data"]["sha256"]
+
+
+def test_keys_that_are_younger_than_a_configuration_leave_its_hash_alone() -> None:
+    """Where they are not used: runs of before are found again."""
+    for method in ("personalized", "proposed"):
+        plain = build_experiment(compose_config([*TINY, f"method={method}"]))
+        assert "rotation" not in plain.identity["participation"]
+        turns = build_experiment(compose_config([*TINY, f"method={method}", "participation.rotation=true"]))
+        assert turns.config_hash != plain.config_hash
+    for allocator in ("dense", "fixed"):
+        plain = build_experiment(compose_config([*TINY, f"allocator={allocator}"]))
+        assert "on_infeasible" not in plain.identity["allocator"]
+        drops = build_experiment(compose_config([*TINY, f"allocator={allocator}", "allocator.on_infeasible=drop"]))
+        assert drops.identity["allocator"]["on_infeasible"] == "drop"

@@ -1,0 +1,248 @@
+"""Goes through the settings of docs/results/where_it_pays.md one by one, keeps their tables, and writes the page from what is kept.
+
+usage: pays.py run [SETTING ...] [--jobs N]   compares all settings, or those named; finished runs are read, interrupted ones continued
+       pays.py keep                           copies the tables of all that is finished beside the page, and writes the page
+       pays.py page                           writes the page from the tables that are kept
+"""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune_cli.report.comparison_page import read_table
+from fedprune_cli.report.estimate import BY_KEY, Estimate, Estimates
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results" / "where_it_pays.md"
+KEPT = PAGE.with_suffix("")  # SETTING-table.csv, SETTING-versus.csv, SETTING-tuning.csv
+MADE = Path("outputs") / "where_it_pays"  # of where it is run
+TABLES = ("table", "versus", "tuning")
+SEEDS = "0,1,2,3,4"
+JOINT, RIVALS = ("kkt", "blocks"), ("equal", "fixed 0.7", "fixed 0.9", "dense, drop")
+NEEDED = RIVALS[:3]  # whom the joint choice must beat for it to pay
+ENOUGH = 0.15  # less time to the target
+COLUMNS = ("time_to_target_s", "time_reduction", "latency_s", "accuracy", "accuracy_p10", "least_rounds", "mean_ratio")
+DIGITS = ("data=optdigits", "model=cnn", "model.padding=2")
+FINE_BLOCKS = 'arms.blocks=["method=proposed","allocator=blocks","allocator.block_khz=15"]'
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A fleet and a band: its name in files, what it is in words, and its overrides."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        """The command that compares its arms."""
+        return [
+            "compare",
+            "experiment=where_it_pays",
+            *self.overrides,
+            "--seeds",
+            SEEDS,
+            "--out",
+            str(MADE / self.name),
+        ]
+
+
+SETTINGS = (
+    Setting("measured_20", "Raspberry Pi 5, Pi 4 and weak phones, 20 MHz", DIGITS),
+    Setting("measured_5", "the same on 5 MHz", (*DIGITS, "channel.bandwidth_mhz=5")),
+    Setting("measured_1", "the same on 1 MHz", (*DIGITS, "channel.bandwidth_mhz=1", FINE_BLOCKS)),
+    Setting("measured_100", "the same on 100 MHz", (*DIGITS, "channel.bandwidth_mhz=100")),
+    Setting("imagined", "the imagined fleet, 20 MHz", (*DIGITS, "devices=sampled")),
+    Setting("one_slow", "19 Raspberry Pi 5 and a microcontroller, 20 MHz",
+            (*DIGITS, "devices.mix=[pi5,mcu_m7]", "devices.shares=[19,1]")),
+    Setting("lte_m", "microcontrollers on LTE-M's 1.08 MHz",
+            (*DIGITS, "devices.mix=[mcu_m7]", "devices.shares=[1]", "channel.bandwidth_mhz=1.08", FINE_BLOCKS)),
+    Setting("fmnist", "Raspberry Pi 5, Pi 4 and weak phones, 20 MHz, Fashion-MNIST", ("data=fmnist",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a setting: arm -> its estimates, (arm, other) -> how much sooner it is, arm -> the setting that it took."""
+
+    estimates: Mapping[str, Estimates]
+    sooner: Mapping[tuple[str, str], Estimate | None]
+    taken: Mapping[str, str]
+
+
+def read_result(kept: Path, setting: Setting) -> Result | None:
+    """Returns what is kept of a setting, None where it was not run."""
+    table, versus, tuning = (kept / f"{setting.name}-{name}.csv" for name in TABLES)
+    if not table.exists():
+        return None
+    with versus.open(newline="") as file:
+        pairs = [*csv.DictReader(file)]
+    with tuning.open(newline="") as file:
+        taken = {row["arm"]: row["setting"] for row in csv.DictReader(file) if row["taken"] == "True"}
+    sooner = {(row["arm"], row["than"]): estimate(row) for row in pairs}
+    return Result(read_table(table), sooner, taken)
+
+
+def estimate(row: Mapping[str, str]) -> Estimate | None:
+    """Returns the estimate of a row of versus.csv."""
+    half = row["half_width_95"]
+    return Estimate(float(row["mean"]), float(half) if half else None, int(row["seeds"])) if row["mean"] else None
+
+
+def beats(result: Result, arm: str, other: str) -> bool:
+    """Whether an arm is sooner than another by enough, with an interval away from 0; who misses the target loses to who never does."""
+    if result.estimates[arm]["time_to_target_s"] is None:
+        return False
+    if (found := result.sooner[arm, other]) is None:
+        return result.estimates[other]["time_to_target_s"] is None
+    return found.mean >= ENOUGH and found.half_width is not None and found.mean > found.half_width
+
+
+def best(result: Result) -> str:
+    """Returns which of the joint arms beats more of those that it must, then which is sooner than `equal`, the first of equals."""
+
+    def worth(arm: str) -> tuple[int, float]:
+        sooner = result.sooner[arm, "equal"]
+        return sum(beats(result, arm, other) for other in NEEDED), -1.0 if sooner is None else sooner.mean
+
+    return max(JOINT, key=worth)
+
+
+def verdict(result: Result) -> str:
+    """Returns in words whether the joint choice pays, and against whom it does not."""
+    arm = best(result)
+    lost = [other for other in NEEDED if not beats(result, arm, other)]
+    return f"pays ({arm})" if not lost else f"not against {' and '.join(lost)} ({arm})"
+
+
+def cell(result: Result, arm: str, other: str) -> str:
+    """Returns how much sooner an arm is than another, or who misses the target."""
+    found = result.sooner[arm, other]
+    if found is not None:
+        return BY_KEY["time_reduction"].cell(found)
+    missing = [name for name in (arm, other) if result.estimates[name]["time_to_target_s"] is None]
+    return " and ".join(f"{name} misses" for name in missing)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def section(setting: Setting, result: Result | None) -> str:
+    """Returns a setting's part of the page: its command, and the arms at the settings that they took where it was run."""
+    command = shlex.join(["fedprune", *setting.words])
+    text = f"\n## {setting.title[0].upper()}{setting.title[1:]}\n\n```\n{command}\n```\n\n"
+    if result is None:
+        return text + "Not run yet.\n"
+    columns = [BY_KEY[key] for key in COLUMNS]
+    rows = [
+        [
+            arm,
+            f"`{result.taken[arm]}`" if arm in result.taken else "",
+            *(column.cell(of.get(column.key)) for column in columns),
+        ]
+        for arm, of in result.estimates.items()
+    ]
+    names = ", ".join(f"[{name}]({KEPT.name}/{setting.name}-{name}.csv)" for name in TABLES)
+    return (
+        text
+        + table(["", "setting that it took", *(column.title for column in columns)], rows)
+        + f"\nAs files: {names}.\n"
+    )
+
+
+def answer(results: Mapping[str, Result]) -> str:
+    """Returns where it pays and where it does not, in a sentence or two."""
+    if not results:
+        return "None of the settings below has been run yet.\n"
+    titles = {setting.name: setting.title for setting in SETTINGS}
+    pays = [titles[name] for name, result in results.items() if verdict(result).startswith("pays")]
+    not_there = [titles[name] for name in results if titles[name] not in pays]
+    said = f"**It pays on {len(pays)} of {len(results)} settings" + (f": {'; '.join(pays)}.**" if pays else ".**")
+    return said + (f" It does not on: {'; '.join(not_there)}.\n" if not_there else "\n")
+
+
+INTRODUCTION = f"""# Where it pays
+
+Where does the joint choice of ratio and bandwidth pay, and under which kind of deadline, when every arm has the one that suits it best?
+This page is written by `python .ci/pays.py keep` from the tables beside it, and a test holds it to them.
+
+Each arm chose its setting on seed 99, which is not reported, among fractions of the round's own dense time, stretched where it must be,
+and seconds after which whoever is not there is left out, given in median rounds of `personalized`. `dense, drop` is `personalized` with
+such seconds to choose from, and the fixed ratios have them too. Who took part, and how the worst off fared, stands in the columns of the
+device with the fewest rounds and of the 10th percentile. ± is half the 95 % interval over 5 seeds, of paired differences where two are
+compared; simulated seconds are modelled.
+
+It *pays* where `kkt` or `blocks` reaches the target at least {100 * ENOUGH:.0f} % sooner than equal bandwidth and than both fixed ratios on
+their best bandwidth, with the interval away from 0; an arm that misses the target on a seed loses to one that never does.
+
+"""
+
+
+def page(kept: Path = KEPT) -> str:
+    """Returns the page from the tables that are kept in a folder."""
+    found = {setting.name: read_result(kept, setting) for setting in SETTINGS}
+    results = {name: result for name, result in found.items() if result is not None}
+    rows = [
+        [setting.title, *(cell(result, best(result), other) for other in RIVALS), verdict(result)]
+        for setting in SETTINGS if (result := results.get(setting.name)) is not None
+    ]  # fmt: skip
+    header = ["less time to the target %", *(f"than {other}" for other in RIVALS), "verdict"]
+    summary = f"\n{table(header, rows)}" if rows else ""
+    return INTRODUCTION + answer(results) + summary + "".join(section(one, found[one.name]) for one in SETTINGS)
+
+
+def run(names: Sequence[str], jobs: Sequence[str]) -> int:
+    """Compares the settings one after the other, each in a process of its own; returns the exit code of the first that failed, else 0."""
+    known = {setting.name: setting for setting in SETTINGS}
+    if wrong := [name for name in names if name not in known]:
+        print(f"error: no setting {wrong[0]!r}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    codes = []
+    for setting in [known[name] for name in names] or SETTINGS:
+        print(f"== {setting.name}: {setting.title}", file=sys.stderr, flush=True)
+        codes.append(
+            subprocess.run([sys.executable, "-m", "fedprune_cli", *setting.words, *jobs], check=False).returncode
+        )
+    return next((code for code in codes if code), 0)
+
+
+def keep() -> None:
+    """Copies the tables of the settings that are finished beside the page."""
+    KEPT.mkdir(exist_ok=True)
+    for setting in SETTINGS:
+        paths = [MADE / setting.name / f"{name}.csv" for name in TABLES]
+        if all(path.exists() for path in paths):
+            for name, path in zip(TABLES, paths, strict=True):
+                shutil.copyfile(path, KEPT / f"{setting.name}-{name}.csv")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit code."""
+    words, jobs = [*arguments], list[str]()
+    if "--jobs" in words:
+        at = words.index("--jobs")
+        words, jobs = words[:at] + words[at + 2 :], words[at : at + 2]
+    if words[:1] == ["run"]:
+        return run(words[1:], jobs)
+    if words not in (["keep"], ["page"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if words == ["keep"]:
+        keep()
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

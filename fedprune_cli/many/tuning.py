@@ -1,0 +1,177 @@
+"""Every arm at its own best setting: what each may choose from, the runs that choose, on a seed of their own, and what it takes.
+
+    tune:
+      seed: 99
+      settings:                                                # of all arms; or arm -> such a list, and others stay as they are
+        - deadline.fraction=0.2
+        - deadline.seconds=1 allocator.on_infeasible=drop
+        - deadline.seconds=0.1*round allocator.on_infeasible=drop
+
+`round` stands for the reference's median seconds per round on that seed, so that an experiment can ask for seconds on any data and
+radio. The reference runs first, at the first of its own settings: it sets the target and the unit.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.overrides import parse_override
+from fedprune_cli.config.words import MAX_SEED
+from fedprune_cli.errors import ConfigError, FedpruneError, unknown
+from fedprune_cli.many.compared import OWN_KEYS, Contest, build_member, draw
+from fedprune_cli.many.side_by_side import Failure, Member
+from fedprune_cli.report.comparison import SAME_WORLD, reference_arm
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.tuning import UNCHANGED, Trial, Tuned, best_of, target_of
+from fedprune_cli.store.files import Plain
+
+KEYS = ("seed", "settings")
+OF_A_ROUND = re.compile(r"=([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\*round$")
+Setting = tuple[str, ...]  # overrides
+Runner = Callable[[Sequence[Member]], Sequence[Failure]]  # takes members to their ends, and returns those that failed
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How arms are tuned: the seed of the runs that choose, arm -> its settings in their order, and the arm that sets the target."""
+
+    seed: int
+    settings: Mapping[str, Sequence[Setting]]
+    reference: str
+
+
+def called(setting: Setting) -> str:
+    """Returns a setting as it is shown."""
+    return shlex.join(setting) or UNCHANGED
+
+
+def read_tuning(contest: Contest) -> Tuning | None:
+    """Returns how a contest's arms are tuned, None where they are compared as they are.
+
+    Every setting of every arm is composed and checked before the first run; raises ConfigError naming the arm and the setting.
+    """
+    tune = contest.tune
+    if tune is None:
+        return None
+    if not isinstance(tune, dict):
+        raise ConfigError(f"tune={tune}: must be null, or a seed and settings")
+    for key in tune:
+        if key not in KEYS:
+            raise unknown("key 'tune' has", str(key), KEYS)
+    if missing := [key for key in KEYS if key not in tune]:
+        raise ConfigError(f"tune.{missing[0]}: missing value")
+    seed = tune["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"tune.seed={seed}: must be in 0..2^63-1")
+    if seed in contest.seeds:
+        raise ConfigError(f"--seeds: {seed} is tune.seed, which chooses the settings and is not reported; give others")
+    settings = {arm: _settings(arm, contest, tune["settings"]) for arm in contest.arms}
+    built = {arm: [_build(contest, arm, setting, seed) for setting in of] for arm, of in settings.items()}
+    reference = reference_arm({arm: of[0].method.name for arm, of in built.items()})
+    if reference is None:
+        raise ConfigError("tune: needs an arm with method=personalized, which sets the target")
+    if any(OF_A_ROUND.search(override) for override in settings[reference][0]):
+        raise ConfigError(
+            f"tune.settings: {called(settings[reference][0])}: {reference} measures a round with it, so that it needs seconds"
+        )
+    draw(built[reference][0])
+    world = {key: built[reference][0].identity[key] for key in SAME_WORLD}
+    for arm, of in built.items():
+        for setting, experiment in zip(settings[arm], of, strict=True):
+            if other := [key for key in SAME_WORLD if experiment.identity[key] != world[key]]:
+                raise ConfigError(
+                    f"tune.settings: {arm}, {called(setting)}: another {other[0]}; arms are compared in the same world"
+                )
+    return Tuning(seed, settings, reference)
+
+
+def _settings(arm: str, contest: Contest, given: Plain) -> tuple[Setting, ...]:
+    """Returns the settings of an arm; one without overrides where it has none to choose from."""
+    if isinstance(given, dict):
+        for name in given:
+            if name not in contest.arms:
+                raise unknown("arm of tune.settings", str(name), contest.arms)
+        given = given.get(arm, [""])
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        raise ConfigError(
+            f"tune.settings={given}: must be a list of settings, each as on a command line, or arm -> such a list"
+        )
+    settings = tuple(dict.fromkeys(_words(str(text)) for text in given))
+    for override in (word for setting in settings for word in setting):
+        key = parse_override(OF_A_ROUND.sub("=1", override)).key_or_group
+        if key in (*OWN_KEYS, "arms", "tune", "experiment"):
+            raise ConfigError(f"tune.settings: {override}: no setting chooses {key}")
+    return settings
+
+
+def _words(text: str) -> Setting:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"tune.settings: {text}: {str(error).lower()}") from None
+
+
+def _build(contest: Contest, arm: str, setting: Setting, seed: int) -> Experiment:
+    try:
+        return build_member(contest, arm, _in_seconds(setting, 1.0), seed)[1]
+    except ConfigError as error:
+        raise ConfigError(f"tune.settings: {arm}, {called(setting)}: {error}") from None
+
+
+def _in_seconds(setting: Setting, round_s: float) -> Setting:
+    """Returns a setting with what is given in rounds in seconds, to two digits."""
+
+    def seconds(found: re.Match[str]) -> str:
+        return f"={float(f'{float(found[1]) * round_s:.2g}'):g}"
+
+    return tuple(OF_A_ROUND.sub(seconds, override) for override in setting)
+
+
+def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]:
+    """Returns the contest with each arm at the setting that it took, and what was tried; `run` makes the runs that choose.
+
+    Raises FedpruneError, with the exit code of the first failure, where the reference or every setting of an arm failed.
+    """
+    reference = tuning.reference
+    first, _ = build_member(contest, reference, tuning.settings[reference][0], tuning.seed)
+    if failures := run([first]):
+        error = FedpruneError(f"tune: {reference} sets the target and failed, see above")
+        error.exit_code = failures[0].exit_code
+        raise error
+    base = read_run(first.run_dir)
+    round_s = float(np.median([record.latency_s for record in base.rounds]))
+    settings = {arm: tuple(_in_seconds(setting, round_s) for setting in of) for arm, of in tuning.settings.items()}
+    choices = [(arm, setting) for arm, of in settings.items() for setting in of if len(of) > 1]
+    members = [_named(build_member(contest, arm, setting, tuning.seed)[0], setting) for arm, setting in choices]
+    failures = run(members)
+    failed = {failure.member.run_dir: failure.message for failure in failures}
+    trials = {
+        choice: _trial(choice, member, failed.get(member.run_dir))
+        for choice, member in zip(choices, members, strict=True)
+    }
+    taken = {arm: of[0] for arm, of in settings.items()}
+    for arm in dict.fromkeys(arm for arm, _ in choices):
+        best = best_of([trial for trial in trials.values() if trial.arm == arm], target_of(base))
+        if best is None:
+            error = FedpruneError(f"tune: every setting of {arm} failed, see above")
+            error.exit_code = failures[0].exit_code
+            raise error
+        taken[arm] = next(setting for (of, setting), trial in trials.items() if of == arm and trial is best)
+    chosen = {arm: called(taken[arm]) for arm, _ in choices}
+    tuned = Tuned(tuning.seed, reference, target_of(base), tuple(trials.values()), chosen)
+    return replace(contest, arms={arm: (*of, *taken[arm]) for arm, of in contest.arms.items()}), tuned
+
+
+def _named(member: Member, setting: Setting) -> Member:
+    return replace(member, arm=f"{member.arm}, {called(setting)}")
+
+
+def _trial(choice: tuple[str, Setting], member: Member, failure: str | None) -> Trial:
+    arm, setting = choice
+    return Trial(arm, called(setting), None if failure else read_run(member.run_dir), failure)
