@@ -11,7 +11,7 @@ Ignored: the time to sort and pack, protocol headers, retransmissions, the serve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
 from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import Channel
@@ -37,15 +38,10 @@ class Meter:
     name: str
     mask_overhead: bool
     downlink: bool
-    idle: bool = False
+    idle: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The keys that decide nothing as they stand, which a run's identity leaves out."""
-        return () if self.idle else ("idle",)
 
 
 @dataclass(frozen=True)
