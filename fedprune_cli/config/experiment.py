@@ -30,13 +30,16 @@ from fedprune_cli.meter import Meter
 from fedprune_cli.sections import as_before
 from fedprune_cli.serve.failsafe import Failsafe
 from fedprune_cli.serve.participation import Participation
+from fedprune_cli.store.files import Plain
 from fedprune_cli.track import Tracking
 from fedprune_cli.wire.payload import Payload
 from fedprune_cli.world.channel import Channel, radio_of
 from fedprune_cli.world.datasets import DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.faults import Faults
+from fedprune_cli.world.measured import MeasuredClass, MeasuredFleet
 from fedprune_cli.world.partition import PartitionConfig
+from fedprune_cli.world.rows import FleetTable
 
 # Raised by a change that gives a configuration other numbers. 1: a batch could be larger than a device's data; 2: a device's numbers
 # depended on its place among those that train side by side, for widths that are no multiple of 4.
@@ -150,13 +153,10 @@ class Experiment:
         for key in fields:
             for name in as_before(getattr(self, key)):
                 del fields[key][name]
-        for key in getattr(self.devices, "unused", ()):
-            del fields["devices"][key]
-        for entry in fields["devices"].get("classes", ()):  # later figures of a class, where they decide nothing
-            if entry.get("radio_circuit_w") == 0:
-                del entry["radio_circuit_w"]
-            if not self.meter.idle:
-                entry.pop("idle_power_w", None)
+        if isinstance(self.devices, MeasuredFleet | FleetTable):
+            fields["devices"] |= {"classes": [self._identity_of(entry) for entry in self.devices.classes]}
+        if isinstance(self.devices, FleetTable) and not self.devices.classed:
+            del fields["devices"]["classes"]
         if fields["allocator"].get("block_hz", 0) is None and radio_of(self.channel).block_hz is None:
             fields["allocator"]["block_hz"] = BLOCK_HZ  # which it was called before a channel could say it
         if self.branch is None:
@@ -174,6 +174,11 @@ class Experiment:
             "arithmetic": ARITHMETIC,
         }
         return fields | {"numerics": numerics}
+
+    def _identity_of(self, entry: MeasuredClass) -> dict[str, Plain]:
+        """Returns what of a class decides the run's numbers: its idle watts where they are metered."""
+        left_out = {*as_before(entry), *(() if self.meter.idle else ("idle_power_w",))}
+        return {name: value for name, value in dataclasses.asdict(entry).items() if name not in left_out}
 
     @functools.cached_property
     def config_hash(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, require, unknown
 from fedprune_cli.rng import stream
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.fleet import Fleet, PlacedFleet, Practice, check_placed
 
@@ -36,8 +37,8 @@ class MeasuredClass:
     tx_power_w: float
     radio_power_w: float
     max_bandwidth_hz: float | None
-    radio_circuit_w: float = 0.0
-    idle_power_w: float | None = None
+    radio_circuit_w: float = field(default=0.0, metadata=LATER)
+    idle_power_w: float | None = field(default=None, metadata=LATER)
 
 
 RANGES = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune_cli.errors import ConfigError, DataError, require, unknown
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.fleet import EveryFleet, Fleet, check_coefficient, check_every
 from fedprune_cli.world.measured import RANGES, SCALED, MeasuredClass, check_classes, figures, most_hz, practice_of
@@ -51,9 +52,9 @@ class FleetTable(EveryFleet):
     energy_coefficient: float
     file: str
     classes: tuple[MeasuredClass, ...] = ()
-    default_class: str | None = None
-    reference_flops: dict[str, float] | None = None
-    measured_hz: float = 20e6
+    default_class: str | None = field(default=None, metadata=LATER)
+    reference_flops: dict[str, float] | None = field(default=None, metadata=LATER)
+    measured_hz: float = field(default=20e6, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_every(self)
@@ -75,12 +76,9 @@ class FleetTable(EveryFleet):
         return {entry.name: entry for entry in self.classes}
 
     @property
-    def unused(self) -> tuple[str, ...]:
-        """The keys that decide nothing of this fleet as they stand, which its identity therefore leaves out. Raises DataError."""
-        later = [field for field in fields(self) if field.default is not MISSING and field.name != "classes"]
-        names = tuple(field.name for field in later if getattr(self, field.name) == field.default)
-        classed = self.default_class is not None or "class" in read_header(self.file)
-        return names if classed else (*names, "classes")
+    def classed(self) -> bool:
+        """Whether rows may be of a class, so that the classes decide something. Raises DataError."""
+        return self.default_class is not None or "class" in read_header(self.file)
 
     @property
     def num_devices(self) -> int:
@@ -109,14 +107,14 @@ class FleetTable(EveryFleet):
 def read_rows(table: FleetTable, columns: tuple[str, ...] = ()) -> Rows:
     """Returns the rows of a table, with further numeric `columns` that it must have; raises DataError, or ConfigError for a time."""
     header = read_header(table.file)
-    timed, classed = [name for name in TIMES if name in header], "class" in header or table.default_class is not None
+    timed = [name for name in TIMES if name in header]
     if timed and table.reference_flops is None:
         raise ConfigError(
             f"{table.file} has the column {timed[0]}: devices.reference_flops of devices=table must say how many FLOPs take that long"
         )
     placed = [name for name in ("distance_km", "gain_db") if name in header]
     rated = "communication" in header and not placed
-    needed = () if classed else tuple(name for name in BASIC if not (timed and name == "cycles_per_flop"))
+    needed = () if table.classed else tuple(name for name in BASIC if not (timed and name == "cycles_per_flop"))
     blank = [name for name in (*FIGURES, *TIMES) if name not in needed]
     return read_table(
         table.file,
@@ -188,7 +186,9 @@ def _figures(table: FleetTable, rows: Rows, of: Array | None) -> dict[str, Array
     known["radio_power_w"] = _first_known(known["radio_power_w"], known["tx_power_w"])
     if timed := [rows[name] for name in TIMES if name in rows]:
         cycles = known["cpu_hz"] * _first_known(*timed) / 1e3 / _reference(table, known)
-        own = rows.get("cycles_per_flop", np.full(size, np.nan))  # a time counts less than this, and more than a class
+        own = rows.get(
+            "cycles_per_flop", np.full(size, np.nan)
+        )  # counts more than a time, which counts more than a class
         known["cycles_per_flop"] = _first_known(own, cycles, known["cycles_per_flop"])
     for column, key in BASIC.items():
         _refuse(
