@@ -84,8 +84,9 @@ class Problem:
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
     bandwidth_hz B; deadline_s T, infinite when open; ids: of the devices, int [K], their positions when None;
-    titles: what messages call them, str [K], their ids when None; limits: None when there are none. A signal below NO_LINK of the
-    noise in the band is no link, and becomes s = 0.
+    titles: what messages call them, str [K], their ids when None; limits: None when there are none; energies: the same figures of
+    devices that nothing limits, None where they are not known. A signal below NO_LINK of the noise in the band is no link, and
+    becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -100,13 +101,15 @@ class Problem:
     ids: Array | None = None
     limits: Limits | None = None
     titles: Array | None = None
+    energies: Limits | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
         if size == 0:
             raise ConfigError("an allocation problem needs at least one device")
-        if self.limits is not None and len(self.limits.tx_power_w) != size:
-            raise ConfigError(f"limits: {len(self.limits.tx_power_w)} entries for {size} devices")
+        for name in ("limits", "energies"):
+            if (of := getattr(self, name)) is not None and len(of.tx_power_w) != size:
+                raise ConfigError(f"{name}: {len(of.tx_power_w)} entries for {size} devices")
         if not SMALLEST <= self.bandwidth_hz <= LARGEST:
             raise ConfigError(
                 f"bandwidth_hz={self.bandwidth_hz:g}: must be > 0 and finite ({SMALLEST:g} to {LARGEST:g})"
@@ -131,17 +134,25 @@ class Problem:
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
         arrays = (
-            f.name for f in fields(self) if f.name not in ("bandwidth_hz", "deadline_s", "ids", "limits", "titles")
+            f.name
+            for f in fields(self)
+            if f.name not in ("bandwidth_hz", "deadline_s", "ids", "limits", "titles", "energies")
         )
         limits = None if self.limits is None else self.limits.take(index)
+        energies = None if self.energies is None else self.energies.take(index)
         chosen = {name: getattr(self, name)[index] for name in arrays}
         titles = None if self.titles is None else self.titles[index]
-        return replace(self, ids=self.names[index], titles=titles, limits=limits, **chosen)
+        return replace(self, ids=self.names[index], titles=titles, limits=limits, energies=energies, **chosen)
 
     @property
     def linked(self) -> Array:
         """Whether each device can send what it has to, bool [K]: it has a link, or nothing to send."""
         return (self.snr_hz > 0) | (self.payload_bits == 0)
+
+    @property
+    def spends(self) -> Limits | None:
+        """What computing and sending cost each device, limited or not; None where that is not known."""
+        return self.energies if self.limits is None else self.limits
 
     @property
     def names(self) -> Array:
@@ -200,11 +211,12 @@ class Allocation:
 
     prune_ratio rho, bandwidth_hz b, rate_bps r, latency_s t: [K], of no meaning where not `admitted`;
     deadline_s: the deadline that holds, later than asked when status is `stretched`;
-    binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `compute` or `dropped`;
+    binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `ratio` (pruned as it was
+    told, with time to spare), `compute` or `dropped`;
     price_per_hz: what one more hertz adds to sum w x, 0 for allocators without a price;
     objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
     message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
-    None where any bandwidth may be given.
+    None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them.
     """
 
     prune_ratio: Array
@@ -220,6 +232,7 @@ class Allocation:
     status: Status
     message: str
     block_hz: float | None = None
+    joules: Array | None = None
 
 
 def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:

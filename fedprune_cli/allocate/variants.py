@@ -17,25 +17,30 @@ from fedprune_cli.store.state import Array
 MAX_FRACTION = 1e6  # of the dense optimum
 
 
-def min_max(problem: Problem) -> tuple[Array, float]:
-    """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
+def common_kept(problem: Problem, asked: float) -> Array:
+    """Returns what all devices can keep alike [K], each within its own bounds: `asked`, or as much of it as the band has room for."""
     most = most_kept(problem) * (1 - TIGHT)  # of a limit its own root is the last digit too much
 
-    def needs(common: float) -> Array:
-        return required_bandwidth(
-            problem, np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
-        )
+    def kept(common: float) -> Array:
+        return np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
 
-    low, high = 0.0, 1.0
-    if needs(1.0).sum() > problem.bandwidth_hz:
-        while high - low > 1e-15:
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if needs(middle).sum() <= problem.bandwidth_hz else (low, middle)
-            if middle in (low, high) and high - low <= np.spacing(high):
-                break
-    else:
-        low = 1.0
-    bandwidth_hz = needs(low)
+    def fits(common: float) -> bool:
+        return bool(required_bandwidth(problem, kept(common)).sum() <= problem.bandwidth_hz)
+
+    low, high = 0.0, asked
+    if fits(asked):
+        return kept(asked)
+    while high - low > 1e-15:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+        if middle in (low, high) and high - low <= np.spacing(high):
+            break
+    return kept(low)
+
+
+def min_max(problem: Problem) -> tuple[Array, float]:
+    """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
+    bandwidth_hz = required_bandwidth(problem, common_kept(problem, 1.0))
     total_hz = bandwidth_hz.sum()
     if total_hz <= problem.bandwidth_hz:  # what is left is shared in proportion
         bandwidth_hz = bandwidth_hz * min(problem.bandwidth_hz / max(total_hz, 1e-300), 1 / TIGHT)

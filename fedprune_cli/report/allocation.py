@@ -39,12 +39,19 @@ class _Whole(TypedDict, total=False):
     blocks: int
 
 
+class _Spending(TypedDict, total=False):
+    joules: float
+
+
 class _Compressed(TypedDict, total=False):
     bits: int
 
 
 class DeviceAnswer(TypedDict):
-    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it."""
+    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it;
+
+    joules: of computing and sending, where the objective looks at them.
+    """
 
     id: int
     name: NotRequired[str]
@@ -53,6 +60,7 @@ class DeviceAnswer(TypedDict):
     blocks: NotRequired[int]
     rate_bps: float
     latency_s: float
+    joules: NotRequired[float]
     binds: str
     admitted: bool
 
@@ -97,6 +105,7 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
     whole: _Whole = {}
     if allocation.block_hz is not None:
         whole = {"blocks": round(float(allocation.bandwidth_hz[at]) / allocation.block_hz)}
+    spending: _Spending = {} if allocation.joules is None else {"joules": float(allocation.joules[at])}
     return {
         "id": at,
         **named,
@@ -105,6 +114,7 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
         **whole,
         "rate_bps": float(allocation.rate_bps[at]),
         "latency_s": float(allocation.latency_s[at]),
+        **spending,
         "binds": allocation.binds[at],
         "admitted": bool(allocation.admitted[at]),
     }
@@ -156,10 +166,16 @@ def _ratios(problem: Problem, allocator: Allocator) -> tuple[float, float] | Non
     return (float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())) if met else None
 
 
-def price_sentence(problem: Problem, price_per_hz: float | None) -> str:
-    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
+def price_sentence(allocator: str, problem: Problem, price_per_hz: float | None) -> str:
+    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change) in what the allocator counts."""
     if not price_per_hz:
         return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
+    if allocator in ("energy", "weighted"):
+        saved = "joules" if allocator == "energy" else "joules, those that seconds are worth included,"
+        return f"One more MHz saves {1e6 * price_per_hz:.3g} {saved} per round, for a small change."
+    if allocator == "proportional":
+        share = 1e8 * price_per_hz / float(problem.weight.sum())
+        return f"One more MHz raises the weighted geometric mean of what is kept by {share:.3g} %, for a small change."
     lowered = 1e6 * price_per_hz / float(problem.weight.sum())
     return f"One more MHz lowers the weighted mean ratio by {lowered:.3g}, for a small change."
 
@@ -183,13 +199,15 @@ def allocation_table(result: Answer) -> Table:
             f"{device['bandwidth_hz'] / 1e6:.4f}",
             *([str(device["blocks"])] if "blocks" in device else []),
             f"{device['latency_s']:.4g}",
+            *([f"{device['joules']:.4g}"] if "joules" in device else []),
             device["binds"],
             f"{device['rate_bps'] / 1e6:.4g}",
         ]
         for device in result["devices"]
     ]
-    whole = ["blocks"] if result["devices"] and "blocks" in result["devices"][0] else []
-    headers = ["device", "ratio", "MHz", *whole, "seconds", "binds", "Mbit/s"]
+    has = {*result["devices"][0]} if result["devices"] else set[str]()
+    whole, spent = (["blocks"] if "blocks" in has else []), (["joules"] if "joules" in has else [])
+    headers = ["device", "ratio", "MHz", *whole, "seconds", *spent, "binds", "Mbit/s"]
     return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
 
 
