@@ -82,6 +82,14 @@ def solve_energy(problem: Problem, kept: Array) -> tuple[Array, float]:
     return share_out(problem, energy_curves(problem, kept))
 
 
+def least_joules(problem: Problem, ratio: float) -> float:
+    """Returns the fewest joules of all devices, each dropping `ratio` or what it may; NaN where that misses the deadline."""
+    kept = np.maximum(1 - ratio, problem.min_kept)
+    if not required_bandwidth(problem, kept).sum() <= problem.bandwidth_hz * (1 + TOLERANCE):
+        return np.nan
+    return float(joules(problem, kept, solve_energy(problem, kept)[0]).sum())
+
+
 def certify_energy(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
     """Returns the certificate of b [K] and a price for the least energy at x = `kept` [K], from the definitions alone.
 

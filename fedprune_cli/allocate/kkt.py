@@ -12,7 +12,7 @@ Where an energy budget binds too, x_k = min(1, phi_k, psi_k) with psi of phi's f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Curves:
     base_hz: Array
     log_bottom: Array
     log_top: Array
-    alpha: float = 0.0
+    alpha: float = field(default=0.0, kw_only=True)
 
     def bandwidth(self, L: Array) -> Array:
         """Returns the bandwidth [n] that each stretch adds to its device."""
@@ -137,7 +137,7 @@ class Curves:
         return replace(self, log_bottom=self.log_value(self.wide), log_top=self.log_value(self.narrow))
 
 
-ARRAYS = tuple(field.name for field in fields(Curves) if field.name != "alpha")
+ARRAYS = tuple(one.name for one in fields(Curves) if one.name != "alpha")
 
 
 def curves_of(problem: Problem) -> Curves:

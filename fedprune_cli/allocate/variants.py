@@ -10,7 +10,16 @@ import numpy as np
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import can_meet, listed, settle, solve_under_policy
-from fedprune_cli.allocate.problem import TIGHT, Problem, fit_band, kept_on, most_kept, required_bandwidth, resources
+from fedprune_cli.allocate.problem import (
+    TIGHT,
+    Allocation,
+    Problem,
+    fit_band,
+    kept_on,
+    most_kept,
+    required_bandwidth,
+    resources,
+)
 from fedprune_cli.errors import ConfigError, InfeasibleError
 from fedprune_cli.store.state import Array
 
@@ -93,20 +102,33 @@ def deadlines_at(problem: Problem, fractions: Sequence[float]) -> Array:
     return np.array([fraction * dense_s for fraction in fractions])
 
 
+def frontier_answers(problem: Problem, fractions: Sequence[float]) -> list[tuple[Problem, Allocation | None]]:
+    """Returns P1 at deadlines that are fractions of the dense optimum, each with its optimum, None where it is infeasible.
+
+    Devices that no deadline helps, for want of a link, are left out. Raises ConfigError naming a fraction that is none.
+    """
+    deadlines = deadlines_at(problem, fractions)
+    settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
+    answers = list[tuple[Problem, Allocation | None]]()
+    for deadline_s in deadlines.tolist():
+        at = replace(settled.feasible, deadline_s=deadline_s)
+        possible = settled.admitted.any() and can_meet(at, least_feasible(at), least_feasible)
+        best = solve_under_policy(at, "fail", solve_p1, least_feasible, certify) if possible else None
+        answers.append((at, best))
+    return answers
+
+
 def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
     """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible.
 
     Devices that no deadline helps, for want of a link, are left out. Raises ConfigError naming a fraction that is none.
     """
-    deadlines = deadlines_at(problem, fractions)
-    ratios = np.full(len(deadlines), np.nan)
-    settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
-    if not settled.admitted.any():
-        return deadlines, ratios
-    for i, deadline_s in enumerate(deadlines):
-        at = replace(settled.feasible, deadline_s=float(deadline_s))
-        if can_meet(at, least_feasible(at), least_feasible):
-            best = solve_under_policy(at, "fail", solve_p1, least_feasible, certify)
-            total = at.weight.sum()
-            ratios[i] = 1 - best.objective / total if total else 0.0
-    return deadlines, ratios
+    answers = frontier_answers(problem, fractions)
+    ratios = [np.nan if best is None else least_mean(at, best) for at, best in answers]
+    return np.array([at.deadline_s for at, _ in answers]), np.array(ratios)
+
+
+def least_mean(problem: Problem, best: Allocation) -> float:
+    """Returns the weighted mean ratio of P1's optimum; 0 when no device has a weight."""
+    total = problem.weight.sum()
+    return float(1 - best.objective / total) if total else 0.0

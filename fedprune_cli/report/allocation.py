@@ -13,15 +13,16 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.joules import joules, least_joules
 from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import Problem
-from fedprune_cli.allocate.variants import deadlines_at, frontier
+from fedprune_cli.allocate.variants import deadlines_at, frontier_answers, least_mean
 from fedprune_cli.report import figures
 from fedprune_cli.report.page import csv_text, seconds, write_files
 from fedprune_cli.round.first import FirstRound
 from fedprune_cli.terminal import Table
 
-FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
+FRONTIER_FRACTIONS = (*np.round(np.arange(0.2, 1.05, 0.05), 2), 1.2, 1.5, 2.0)  # later, only joules fall
 
 
 class Proof(TypedDict):
@@ -121,13 +122,20 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
 
 
 def frontier_rows(problem: Problem) -> list[dict[str, float]]:
-    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
-    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
-    return [
-        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
-        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
-        if np.isfinite(r)
-    ]
+    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one.
+
+    Where joules are known, also those of that answer, and the fewest at some ratios for all: NaN where one misses the deadline.
+    """
+    rows = list[dict[str, float]]()
+    for fraction, (at, best) in zip(FRONTIER_FRACTIONS, frontier_answers(problem, FRONTIER_FRACTIONS), strict=True):
+        if best is None:
+            continue
+        row = {"fraction": float(fraction), "deadline_s": at.deadline_s, "mean_ratio": least_mean(at, best)}
+        if at.spends is not None:
+            row["joules"] = float(joules(at, 1 - best.prune_ratio, best.bandwidth_hz).sum())
+            row |= {f"joules_at_{ratio:g}": least_joules(at, ratio) for ratio in figures.FRONTIER_RATIOS}
+        rows.append(row)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -228,10 +236,13 @@ def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, 
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices: Sequence[Mapping[str, object]] = result["devices"]
     keys = [*devices[0]]
+    columns = [*frontier[0]] if frontier else ["fraction", "deadline_s", "mean_ratio"]
     files = {
         "allocation.csv": csv_text(keys, [[device[key] for key in keys] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",
-        "frontier.csv": csv_text(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
+        "frontier.csv": csv_text(
+            columns, [["" if value != value else value for value in row.values()] for row in frontier]
+        ),
         "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),
     }
     return write_files(out, files)
