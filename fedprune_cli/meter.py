@@ -167,6 +167,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
         deadline_s=np.inf,
         max_ratio=ones * max_ratio,
         limits=limits if fleet.limited else None,
+        energies=limits,
     )
 
 

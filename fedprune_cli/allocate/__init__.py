@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_cli.allocate import baselines, whole
+from fedprune_cli.allocate import baselines, objectives, whole
 from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -10,6 +10,9 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "blocks": whole.Blocks,
     "minmax": baselines.MinMax,
     "minlatency": baselines.MinLatency,
+    "proportional": objectives.Proportional,
+    "energy": objectives.LeastEnergy,
+    "weighted": objectives.Weighted,
     "dense": baselines.Dense,
     "dense_equal": baselines.DenseEqual,
     "fixed": baselines.Fixed,

@@ -65,6 +65,14 @@ class Certifying(Protocol):
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
 
 
+@runtime_checkable
+class Referenced(Protocol):
+    """An allocator of another aim than P1's, which cvxpy can answer too."""
+
+    def apart(self, problem: Problem, kept: Array, bandwidth_hz: Array) -> float:
+        """Returns how far cvxpy's optimum is from x [K] and b [K] of the admitted devices, relative; raises CertificateError."""
+
+
 @dataclass(frozen=True)
 class _AimsAtDeadline:
     """An allocator that aims at a deadline, and what it does when the deadline cannot be met."""

@@ -6,12 +6,13 @@ At the optimum x_k = min(1, phi_k(b_k)), and w_k phi_k'(b_k) = price wherever no
     w phi' = m h(L) / (1 + A g(L))^2,   m = w (T - d) / (c ln 2),   A = a R / c,   h(L) = L - (1 - e^-L),
 
 which increases with L, so each device's L follows from the price by a one-dimensional root, and the price from the budget by another.
+With another worth of x, of slope w x^-alpha, it is m h(L) / ((1 + A g(L))^(2 - alpha) g(L)^alpha), which increases with L too.
 Where an energy budget binds too, x_k = min(1, phi_k, psi_k) with psi of phi's form: two stretches of bandwidth, each with its m and A.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from fedprune_cli.allocate.inverse import (
     rate_slope,
 )
 from fedprune_cli.allocate.problem import (
+    SMALLEST,
     TIGHT,
     Certificate,
     Problem,
@@ -40,13 +42,14 @@ SAMPLE = 4_096  # devices that guess the price for a much larger number
 
 
 @dataclass(frozen=True)
-class _Curves:
+class Curves:
     """The stretches of bandwidth over which devices compete, and their marginal value as a function of L.
 
     A device has one, or two where its energy budget takes over from its deadline or the other way round: the first runs from
     its least bandwidth to the crossing, the second on from there. Both share the device's L.
     index: the device, log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth of the stretch;
-    base_hz: what the stretches before it hold; log_bottom, log_top: ln(w x') at wide and narrow.
+    base_hz: what the stretches before it hold; log_bottom, log_top: ln(w x') at wide and narrow; alpha: 0 for w x, 1 for w ln x,
+    2 for -w / x, of which m has the constants.
     """
 
     index: Array
@@ -58,10 +61,15 @@ class _Curves:
     base_hz: Array
     log_bottom: Array
     log_top: Array
+    alpha: float = field(default=0.0, kw_only=True)
 
     def bandwidth(self, L: Array) -> Array:
         """Returns the bandwidth [n] that each stretch adds to its device."""
         return bandwidth_of(L, self.snr_hz) - self.base_hz
+
+    def worth(self, kept: Array) -> Array:
+        """Returns what x [K] is worth, per weight: x, or ln x, which begins at that of SMALLEST."""
+        return np.log(np.maximum(kept, SMALLEST)) if self.alpha else kept
 
     def per_device(self, values: Array, count: int) -> Array:
         """Returns the sum of `values` [n] over each device's stretches [count]."""
@@ -77,8 +85,11 @@ class _Curves:
             if (small := L < 0.02).any():  # where the differences above lose their digits
                 h = np.where(small, rate_slope(L), h)
                 bend = np.where(small, log_ratio_slope(L), bend)
-            Ag = A * L * tail / q
-            return log_m + np.log(h) - 2 * np.log1p(Ag), q / h + 2 * Ag / (1 + Ag) * bend
+            Ag, steep = A * L * tail / q, 2 - self.alpha
+            value, slope = log_m + np.log(h) - steep * np.log1p(Ag), q / h + steep * Ag / (1 + Ag) * bend
+            if self.alpha:  # bend is -d ln g / dL
+                value, slope = value - self.alpha * np.log(L * tail / q), slope + self.alpha * bend
+            return value, slope
 
     def log_value(self, L: Array) -> Array:
         """Returns ln(w phi') [n]."""
@@ -117,19 +128,26 @@ class _Curves:
                 L = np.where(open_, step, L)
         return np.where(tops, narrowest, np.where(bottoms, widest, L))
 
-    def take(self, index: Array | slice) -> _Curves:
+    def take(self, index: Array | slice) -> Curves:
         """Returns the curves of some of the devices."""
-        return _Curves(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return replace(self, **{name: getattr(self, name)[index] for name in ARRAYS})
+
+    def ended(self) -> Curves:
+        """Returns the curves with the marginal values at their ends."""
+        return replace(self, log_bottom=self.log_value(self.wide), log_top=self.log_value(self.narrow))
 
 
-def _curves(problem: Problem) -> _Curves:
+ARRAYS = tuple(one.name for one in fields(Curves) if one.name != "alpha")
+
+
+def curves_of(problem: Problem) -> Curves:
     competes = (problem.payload_bits > 0) & (problem.snr_hz > 0)
     for resource in resources(problem):
         competes &= resource.left > 0
     index = np.flatnonzero(competes)
     p = problem.take(index) if len(index) else None
     if p is None:
-        return _Curves(index, *[np.zeros(0)] * 8)
+        return Curves(index, *[np.zeros(0)] * 8)
     R = p.snr_hz / LN2
     dense_bps, least_bps = required_rate(p, np.ones(len(index))), required_rate(p, p.min_kept)
     # no device can have more than the whole band; twice that never binds, so the price stays that of the budget
@@ -164,15 +182,14 @@ def _curves(problem: Problem) -> _Curves:
         second = _pick(energy_first | ~finite, (log_m, A), (log_m_energy, A_energy))
         two = np.flatnonzero((crossing > wide) & (L > 0))
         stretches = (
-            _Curves(index, p.snr_hz, *first, np.where(L > 0, crossing, wide), narrow, np.zeros(len(index)), log_m, log_m),
-            _Curves(index[two], p.snr_hz[two], second[0][two], second[1][two], wide[two], crossing[two],
+            Curves(index, p.snr_hz, *first, np.where(L > 0, crossing, wide), narrow, np.zeros(len(index)), log_m, log_m),
+            Curves(index[two], p.snr_hz[two], second[0][two], second[1][two], wide[two], crossing[two],
                     bandwidth_of(crossing[two], p.snr_hz[two]), log_m[two], log_m[two]),
         )  # fmt: skip
-        names = [field.name for field in fields(_Curves)]
-        curves = _Curves(*(np.concatenate([getattr(stretch, name) for stretch in stretches]) for name in names))
+        curves = Curves(*(np.concatenate([getattr(stretch, name) for stretch in stretches]) for name in ARRAYS))
     else:
-        curves = _Curves(index, p.snr_hz, log_m, A, wide, narrow, np.zeros(len(index)), log_m, log_m)
-    return replace(curves, log_bottom=curves.log_value(curves.wide), log_top=curves.log_value(curves.narrow))
+        curves = Curves(index, p.snr_hz, log_m, A, wide, narrow, np.zeros(len(index)), log_m, log_m)
+    return curves.ended()
 
 
 def _pick(which: Array, yes: tuple[Array, Array], no: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -184,7 +201,11 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
 
     Where everybody can stay dense the price is 0 and the bandwidth that is left is shared in proportion.
     """
-    curves = _curves(problem)
+    return share_out(problem, curves_of(problem))
+
+
+def share_out(problem: Problem, curves: Curves) -> tuple[Array, float]:
+    """Returns the bandwidth [K] at which the marginal values of the curves are one price, and that price per Hz."""
     bandwidth_hz = problem.least_hz.copy()  # of those that do not compete
     if not len(curves.index):
         return bandwidth_hz, 0.0
@@ -192,7 +213,7 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
     bandwidth_hz[curves.index] = 0.0
     budget_hz = problem.bandwidth_hz - bandwidth_hz.sum()
     widest, narrowest = curves.bandwidth(curves.wide), curves.bandwidth(curves.narrow)
-    worth = problem.weight[curves.index] > 0
+    worth = np.isfinite(curves.log_m)
     demand = np.where(worth, widest, narrowest)
     if demand.sum() <= budget_hz:
         shares = curves.per_device(demand, count) * (budget_hz / demand.sum() if demand.any() else 0.0)
@@ -200,12 +221,12 @@ def solve_p1(problem: Problem) -> tuple[Array, float]:
 
     if narrowest.sum() >= budget_hz:  # exactly tight: everybody gets its least, to the budget's last digit
         bandwidth_hz += curves.per_device(narrowest, count) * (budget_hz / narrowest.sum())
-        return bandwidth_hz, float(np.exp(curves.log_top[worth].max(initial=-np.inf)))
-    b, price = _fill(curves, budget_hz)
+        return bandwidth_hz, float(np.exp(min(curves.log_top[worth].max(initial=-np.inf), MAX_LOG_SNR)))
+    b, price = fill(curves, budget_hz)
     return bandwidth_hz + curves.per_device(b, count), price
 
 
-def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
+def fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
     """Returns the bandwidth [n] and the price at which the stretches use the budget up: Newton on ln(sum b) in ln(price), guarded.
 
     The budget closes to 1e-13. Scaling the rest away would be worse: where floors take nearly the whole band, it is large for the others.
@@ -220,7 +241,7 @@ def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
         share_hz = budget_hz * len(sample.index) / count
         least_hz, most_hz = (float(sample.bandwidth(end).sum()) for end in (sample.narrow, sample.wide))
         if least_hz < share_hz < most_hz and np.isfinite(sample.log_m).any():
-            log_price = np.log(_fill(sample, share_hz)[1])
+            log_price = np.log(fill(sample, share_hz)[1])
     log_price = float(np.clip(log_price, low, high))
     for _ in range(200):
         L = curves.log_snr_at(log_price, L)
@@ -242,12 +263,15 @@ def _fill(curves: _Curves, budget_hz: float) -> tuple[Array, float]:
 
 def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
     """Returns the certificate of x = `kept` [K], b [K] and a price for P1, from the definitions alone."""
-    total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
-    floor = problem.min_kept
+    return certify_on(curves_of(problem), problem, kept, bandwidth_hz, price_per_hz)
+
+
+def primal_residual(problem: Problem, kept: Array, bandwidth_hz: Array) -> float:
+    """Returns by how much x = `kept` [K] on b [K] breaks the band, the deadline, a limit or a bound, relative; 0 where it does not."""
     # t <= T as x <= phi(b): relative to the whole model, so that a device that keeps nearly nothing is judged like the rest
     possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
     late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
-    primal = max(
+    return max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
         float((bandwidth_hz / problem.most_hz).max()) - 1,
         float(
@@ -255,22 +279,34 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
         ),
         float(late.max()),
         float((kept - 1).max()),
-        float((floor - kept).max()),
+        float((problem.min_kept - kept).max()),
         float(-bandwidth_hz.min()),
         0.0,
     )
-    curves = _curves(problem)
-    stationarity = dual = 0.0
-    x, b = kept[curves.index], bandwidth_hz[curves.index]
+
+
+def at_the_price(
+    curves: Curves, bandwidth_hz: Array, price_per_hz: float, ends: tuple[Array, Array]
+) -> tuple[float, float]:
+    """Returns the residuals of stationarity and of the dual bounds on b [K]; ends: which stretches [n] are used up, which not begun."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        L = np.clip(np.log1p(curves.snr_hz / b), curves.wide, np.minimum(curves.narrow, MAX_LOG_SNR))
+        L = np.log1p(curves.snr_hz / bandwidth_hz[curves.index])
+        L = np.clip(L, curves.wide, np.minimum(curves.narrow, MAX_LOG_SNR))
         log_ratio = curves.log_value(L) - np.log(price_per_hz)
-    error = np.where(problem.weight[curves.index] > 0, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
-    full, empty = _ends(problem, curves, x)
+    error = np.where(np.isfinite(curves.log_m), np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
+    full, empty = ends
+    stationarity = float(np.abs(error[~full & ~empty]).max(initial=0.0))
+    dual = max(float(error[empty & ~full].max(initial=0.0)), float(-error[full & ~empty].min(initial=0.0)), 0.0)
+    return stationarity, dual
+
+
+def certify_on(curves: Curves, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+    """Returns the certificate of x = `kept` [K], b [K] and a price, for the worth of x that the curves of the problem have."""
+    total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
+    x = kept[curves.index]
+    dual = 0.0
     if price_per_hz > 0:
-        inner = ~full & ~empty
-        stationarity = float(np.abs(error[inner]).max(initial=0.0))
-        dual = max(float(error[empty & ~full].max(initial=0.0)), float(-error[full & ~empty].min(initial=0.0)), 0.0)
+        stationarity, dual = at_the_price(curves, bandwidth_hz, price_per_hz, _ends(problem, curves, x))
     else:
         # at no price everybody takes what there is to gain
         stationarity = float(
@@ -280,12 +316,13 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     scale = total_weight + price_per_hz * problem.bandwidth_hz
     slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / scale
     best, used = _best_response(problem, curves, price_per_hz)
-    bound = float(problem.weight @ best) + price_per_hz * (problem.bandwidth_hz - used)
-    gap = (bound - float(problem.weight @ kept)) / scale
+    bound = float(problem.weight @ curves.worth(best)) + price_per_hz * (problem.bandwidth_hz - used)
+    gap = (bound - float(problem.weight @ curves.worth(kept))) / scale
+    primal = primal_residual(problem, kept, bandwidth_hz)
     return Certificate(primal, stationarity, dual, slackness, gap)
 
 
-def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]:
+def _ends(problem: Problem, curves: Curves, kept: Array) -> tuple[Array, Array]:
     """Returns which stretches [n] are used up and which are not begun, for the devices' x = `kept` [n]."""
     most, least = np.ones(len(kept)), problem.min_kept[curves.index]
     if problem.limits is not None and len(kept):
@@ -297,7 +334,7 @@ def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def _best_response(problem: Problem, curves: _Curves, price_per_hz: float) -> tuple[Array, float]:
+def _best_response(problem: Problem, curves: Curves, price_per_hz: float) -> tuple[Array, float]:
     """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
     best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):

@@ -231,14 +231,19 @@ def solve_under_policy(
     feasible = settled.feasible
     bandwidth_hz, price = solve(feasible)
     kept = kept_on(feasible, bandwidth_hz)
-    certificate = certify(feasible, kept, bandwidth_hz, price) if certify else None
-    if certificate and not certificate.holds:
-        raise CertificateError(
-            f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
-        )
+    certificate = proven(certify(feasible, kept, bandwidth_hz, price)) if certify else None
     if certify and settled.status == "feasible":
         settled = replace(settled, status="optimal")
     return build_allocation(problem, settled, kept, bandwidth_hz, price, certificate)
+
+
+def proven(certificate: Certificate) -> Certificate:
+    """Returns the certificate; raises CertificateError when the solution is not what it claims to be."""
+    if not certificate.holds:
+        raise CertificateError(
+            f"the allocation's KKT residual is {certificate.residual:.3g} and its gap {certificate.gap:.3g}, above {TOLERANCE:g}"
+        )
+    return certificate
 
 
 def with_deadline(problem: Problem) -> Problem:

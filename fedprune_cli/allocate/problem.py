@@ -84,10 +84,10 @@ class Problem:
     shared_compute_s a: compute time of the whole shared part; payload_bits c: bits of the whole shared part;
     fixed_s d: time that pruning does not touch; snr_hz s = p h / N0; weight w; max_ratio rho_max, the cap of each device;
     bandwidth_hz B; deadline_s T, infinite when open; ids: of the devices, int [K], their positions when None;
-    titles: what messages call them, str [K], their ids when None; limits: None when there are none; block_hz: of the resource blocks
-    that the band consists of, None where it has none; only an allocator of whole blocks asks; waited: rounds for which each has
-    been left out [K], so that `drop` takes those first who waited longest, None where it does not ask. A signal below NO_LINK of the
-    noise in the band is no link, and becomes s = 0.
+    titles: what messages call them, str [K], their ids when None; limits: None when there are none; energies: the same figures of
+    devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
+    it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
+    first who waited longest, None where it does not ask. A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -102,6 +102,7 @@ class Problem:
     ids: Array | None = None
     limits: Limits | None = None
     titles: Array | None = None
+    energies: Limits | None = None
     block_hz: float | None = None
     waited: Array | None = None
 
@@ -109,8 +110,9 @@ class Problem:
         size = len(self.weight)
         if size == 0:
             raise ConfigError("an allocation problem needs at least one device")
-        if self.limits is not None and len(self.limits.tx_power_w) != size:
-            raise ConfigError(f"limits: {len(self.limits.tx_power_w)} entries for {size} devices")
+        for name in ("limits", "energies"):
+            if (of := getattr(self, name)) is not None and len(of.tx_power_w) != size:
+                raise ConfigError(f"{name}: {len(of.tx_power_w)} entries for {size} devices")
         if not SMALLEST <= self.bandwidth_hz <= LARGEST:
             raise ConfigError(
                 f"bandwidth_hz={self.bandwidth_hz:g}: must be > 0 and finite ({SMALLEST:g} to {LARGEST:g})"
@@ -134,16 +136,21 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        whole = ("bandwidth_hz", "deadline_s", "ids", "limits", "block_hz")
+        whole = ("bandwidth_hz", "deadline_s", "ids", "limits", "energies", "block_hz")
         arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in whole}
-        limits = None if self.limits is None else self.limits.take(index)
+        limits, energies = (None if of is None else of.take(index) for of in (self.limits, self.energies))
         chosen = {name: array[index] for name, array in arrays.items() if array is not None}
-        return replace(self, ids=self.names[index], limits=limits, **chosen)
+        return replace(self, ids=self.names[index], limits=limits, energies=energies, **chosen)
 
     @property
     def linked(self) -> Array:
         """Whether each device can send what it has to, bool [K]: it has a link, or nothing to send."""
         return (self.snr_hz > 0) | (self.payload_bits == 0)
+
+    @property
+    def spends(self) -> Limits | None:
+        """What computing and sending cost each device, limited or not; None where that is not known."""
+        return self.energies if self.limits is None else self.limits
 
     @property
     def names(self) -> Array:
@@ -202,11 +209,12 @@ class Allocation:
 
     prune_ratio rho, bandwidth_hz b, rate_bps r, latency_s t: [K], of no meaning where not `admitted`;
     deadline_s: the deadline that holds, later than asked when status is `stretched`;
-    binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `compute` or `dropped`;
+    binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `ratio` (pruned as it was
+    told, with time to spare), `compute` or `dropped`;
     price_per_hz: what one more hertz adds to sum w x, 0 for allocators without a price;
     objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
     message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
-    None where any bandwidth may be given.
+    None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them.
     """
 
     prune_ratio: Array
@@ -222,6 +230,7 @@ class Allocation:
     status: Status
     message: str
     block_hz: float | None = None
+    joules: Array | None = None
 
 
 def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:

@@ -10,32 +10,46 @@ import numpy as np
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import can_meet, listed, settle, solve_under_policy
-from fedprune_cli.allocate.problem import TIGHT, Problem, fit_band, kept_on, most_kept, required_bandwidth, resources
+from fedprune_cli.allocate.problem import (
+    TIGHT,
+    Allocation,
+    Problem,
+    fit_band,
+    kept_on,
+    most_kept,
+    required_bandwidth,
+    resources,
+)
 from fedprune_cli.errors import ConfigError, InfeasibleError
 from fedprune_cli.store.state import Array
 
 MAX_FRACTION = 1e6  # of the dense optimum
 
 
-def min_max(problem: Problem) -> tuple[Array, float]:
-    """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
+def common_kept(problem: Problem, asked: float) -> Array:
+    """Returns what all devices can keep alike [K], each within its own bounds: `asked`, or as much of it as the band has room for."""
     most = most_kept(problem) * (1 - TIGHT)  # of a limit its own root is the last digit too much
 
-    def needs(common: float) -> Array:
-        return required_bandwidth(
-            problem, np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
-        )
+    def kept(common: float) -> Array:
+        return np.minimum(np.maximum(problem.min_kept, common), np.maximum(most, problem.min_kept))
 
-    low, high = 0.0, 1.0
-    if needs(1.0).sum() > problem.bandwidth_hz:
-        while high - low > 1e-15:
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if needs(middle).sum() <= problem.bandwidth_hz else (low, middle)
-            if middle in (low, high) and high - low <= np.spacing(high):
-                break
-    else:
-        low = 1.0
-    bandwidth_hz = needs(low)
+    def fits(common: float) -> bool:
+        return bool(required_bandwidth(problem, kept(common)).sum() <= problem.bandwidth_hz)
+
+    low, high = 0.0, asked
+    if fits(asked):
+        return kept(asked)
+    while high - low > 1e-15:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+        if middle in (low, high) and high - low <= np.spacing(high):
+            break
+    return kept(low)
+
+
+def min_max(problem: Problem) -> tuple[Array, float]:
+    """Returns the bandwidth [K] that makes the largest ratio as small as possible, and no price (0)."""
+    bandwidth_hz = required_bandwidth(problem, common_kept(problem, 1.0))
     total_hz = bandwidth_hz.sum()
     if total_hz <= problem.bandwidth_hz:  # what is left is shared in proportion
         bandwidth_hz = bandwidth_hz * min(problem.bandwidth_hz / max(total_hz, 1e-300), 1 / TIGHT)
@@ -88,20 +102,33 @@ def deadlines_at(problem: Problem, fractions: Sequence[float]) -> Array:
     return np.array([fraction * dense_s for fraction in fractions])
 
 
+def frontier_answers(problem: Problem, fractions: Sequence[float]) -> list[tuple[Problem, Allocation | None]]:
+    """Returns P1 at deadlines that are fractions of the dense optimum, each with its optimum, None where it is infeasible.
+
+    Devices that no deadline helps, for want of a link, are left out. Raises ConfigError naming a fraction that is none.
+    """
+    deadlines = deadlines_at(problem, fractions)
+    settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
+    answers = list[tuple[Problem, Allocation | None]]()
+    for deadline_s in deadlines.tolist():
+        at = replace(settled.feasible, deadline_s=deadline_s)
+        possible = settled.admitted.any() and can_meet(at, least_feasible(at), least_feasible)
+        best = solve_under_policy(at, "fail", solve_p1, least_feasible, certify) if possible else None
+        answers.append((at, best))
+    return answers
+
+
 def frontier(problem: Problem, fractions: Sequence[float]) -> tuple[Array, Array]:
     """Returns P3: deadlines in seconds, given as fractions of the dense optimum, and the least mean ratio; NaN where infeasible.
 
     Devices that no deadline helps, for want of a link, are left out. Raises ConfigError naming a fraction that is none.
     """
-    deadlines = deadlines_at(problem, fractions)
-    ratios = np.full(len(deadlines), np.nan)
-    settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
-    if not settled.admitted.any():
-        return deadlines, ratios
-    for i, deadline_s in enumerate(deadlines):
-        at = replace(settled.feasible, deadline_s=float(deadline_s))
-        if can_meet(at, least_feasible(at), least_feasible):
-            best = solve_under_policy(at, "fail", solve_p1, least_feasible, certify)
-            total = at.weight.sum()
-            ratios[i] = 1 - best.objective / total if total else 0.0
-    return deadlines, ratios
+    answers = frontier_answers(problem, fractions)
+    ratios = [np.nan if best is None else least_mean(at, best) for at, best in answers]
+    return np.array([at.deadline_s for at, _ in answers]), np.array(ratios)
+
+
+def least_mean(problem: Problem, best: Allocation) -> float:
+    """Returns the weighted mean ratio of P1's optimum; 0 when no device has a weight."""
+    total = problem.weight.sum()
+    return float(1 - best.objective / total) if total else 0.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedprune_cli.allocate.baselines import Certifying
+from fedprune_cli.allocate.baselines import Certifying, Referenced
 from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
@@ -230,10 +230,12 @@ def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Ans
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
     try:
-        objective, _ = solve_p1_cvxpy(at)
+        if isinstance(allocator, Referenced):
+            apart = allocator.apart(at, answer.kept, answer.bandwidth_hz)
+        else:
+            apart = abs(solve_p1_cvxpy(at)[0] - float(at.weight @ answer.kept)) / float(at.weight.sum())
     except CertificateError:
         return replace(audit, unsolved=True)
-    apart = abs(objective - float(at.weight @ answer.kept)) / float(at.weight.sum())
     if apart > CVXPY_TOLERANCE:
         audit = replace(audit, failures=(*audit.failures, f"cvxpy's optimum differs by {apart:.2e}"))
     return replace(audit, difference=apart)

@@ -18,7 +18,11 @@ def allocate(
         Path | None, typer.Option(help="A CSV table of devices, physical columns or the problem's own.")
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="p1 (least mean ratio), p2 (least deadline) or minmax (least largest ratio).")
+        str,
+        typer.Option(
+            help="p1 (least mean ratio), p2 (least deadline), minmax (least largest ratio), proportional (largest mean of ln x), "
+            "energy (fewest joules) or weighted (least sum of time and joules)."
+        ),
     ] = "p1",
     bandwidth_mhz: Annotated[float | None, typer.Option(help="Total uplink bandwidth.")] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Deadline of the round in seconds.")] = None,
@@ -42,7 +46,7 @@ def allocate(
     from fedprune_cli.report.allocation import allocation_table, answer, frontier_rows, price_sentence, write_allocation
     from fedprune_cli.round.first import allocate_first_round
 
-    allocators = {"p1": "kkt", "p2": "minlatency", "minmax": "minmax"}
+    allocators = {"p1": "kkt", "p2": "minlatency"} | {of: of for of in ("minmax", "proportional", "energy", "weighted")}
     parse_choice(objective, "objective", allocators)
     chosen = [*(overrides or [])]
     if not any(override.split("=")[0] == "allocator" for override in chosen):
@@ -59,7 +63,7 @@ def allocate(
         print_json(result)
         return
     show(allocation_table(result))
-    show(price_sentence(problem, result["price_per_hz"]))
+    show(price_sentence(experiment.allocator.name, problem, result["price_per_hz"]))
     if out:
         say(f"written: {out}/allocation.csv, allocation.json, frontier.csv, frontier.svg")
 

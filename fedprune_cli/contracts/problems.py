@@ -31,11 +31,20 @@ def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem
     if rng.random() < 0.2:
         ratio = rng.uniform(0, 1, count)
     problem = Problem(compute_s, bits, fixed_s, snr_hz, weight, ratio, 20e6, np.inf)
+    problem = with_energies(problem)
     if limited:
         problem = with_limits(rng, problem)
     low = least_feasible(problem)
     high = max(dense_deadline(problem)[0], 1.5 * low if limited else 0.0)
     return replace(problem, deadline_s=low + (high - low) * rng.choice([1e-6, 1e-3, 0.1, 0.3, 0.5, 0.9, 1.1]))
+
+
+def with_energies(problem: Problem) -> Problem:
+    """Returns the problem with what computing and sending cost: a watt and a fifth of one, and no limit."""
+    nothing = np.zeros(len(problem.weight))
+    endless = nothing + np.inf
+    costs = Limits(nothing, endless, endless, problem.shared_compute_s, problem.fixed_s, nothing + 0.2)
+    return replace(problem, energies=costs)
 
 
 def with_limits(rng: np.random.Generator, problem: Problem) -> Problem:
@@ -68,4 +77,4 @@ def literature(fraction: float, seed: int, count: int = 10) -> Problem:
         rng.uniform(0.5, 2, count), np.full(count, 1e7), rng.uniform(0.01, 0.1, count), snr_hz, np.full(count, 1 / count),
         np.full(count, 0.95), 20e6, np.inf,
     )  # fmt: skip
-    return replace(problem, deadline_s=fraction * dense_deadline(problem)[0])
+    return replace(with_energies(problem), deadline_s=fraction * dense_deadline(problem)[0])

@@ -27,7 +27,11 @@ from fedprune_cli.errors import InfeasibleError
 each_allocator = each("allocators")
 NO_AIM = tuple(name for name in ALLOCATORS if not has_field("allocators", name, "on_infeasible"))
 each_that_aims = each("allocators", without=NO_AIM)  # at the deadline: it has a policy for a round that cannot meet it
-LOOSE = {"cvxpy": 1e-6, "minlatency": 1e-6}  # as exact as a conic solver, and as a bisection for the deadline
+LOOSE = {
+    "cvxpy": 1e-6,
+    "minlatency": 1e-6,
+    "weighted": 1e-6,
+}  # as exact as a conic solver, and as a search for the deadline
 
 
 def tolerance(name: str, exact: float = 1e-9) -> float:
@@ -123,8 +127,8 @@ def test_the_order_of_devices_is_irrelevant(name: str) -> None:
 @each_allocator
 def test_units_scale_out(name: str) -> None:
     """Milliseconds for seconds, and kilobits for bits: the same ratios and shares."""
-    if name == "blocks":
-        pytest.skip("its blocks have a size of their own")
+    if name in ("blocks", "weighted"):
+        pytest.skip("its blocks, or what a second is worth, have a size of their own")
     for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=4, name=name):
         t, q = 1e3, 1e-3
         limits = problem.limits
@@ -133,8 +137,11 @@ def test_units_scale_out(name: str) -> None:
                 limits, min_bandwidth_hz=limits.min_bandwidth_hz * q / t, max_bandwidth_hz=limits.max_bandwidth_hz * q / t,
                 tx_power_w=limits.tx_power_w / t,
             )  # fmt: skip
+        energies = problem.energies
+        if energies is not None:
+            energies = replace(energies, tx_power_w=energies.tx_power_w / t)
         scaled = replace(
-            problem, limits=limits, deadline_s=problem.deadline_s * t,
+            problem, limits=limits, energies=energies, deadline_s=problem.deadline_s * t,
             shared_compute_s=problem.shared_compute_s * t, fixed_s=problem.fixed_s * t,
             payload_bits=problem.payload_bits * q, snr_hz=problem.snr_hz * q / t, bandwidth_hz=problem.bandwidth_hz * q / t,
         )  # fmt: skip

@@ -13,15 +13,16 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.joules import joules, least_joules
 from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import Problem
-from fedprune_cli.allocate.variants import deadlines_at, frontier
+from fedprune_cli.allocate.variants import deadlines_at, frontier_answers, least_mean
 from fedprune_cli.report import figures
 from fedprune_cli.report.page import csv_text, seconds, write_files
 from fedprune_cli.round.first import FirstRound
 from fedprune_cli.terminal import Table
 
-FRONTIER_FRACTIONS = tuple(np.round(np.arange(0.2, 1.05, 0.05), 2))
+FRONTIER_FRACTIONS = (*np.round(np.arange(0.2, 1.05, 0.05), 2), 1.2, 1.5, 2.0)  # later, only joules fall
 
 
 class Proof(TypedDict):
@@ -39,12 +40,19 @@ class _Whole(TypedDict, total=False):
     blocks: int
 
 
+class _Spending(TypedDict, total=False):
+    joules: float
+
+
 class _Compressed(TypedDict, total=False):
     bits: int
 
 
 class DeviceAnswer(TypedDict):
-    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it."""
+    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it;
+
+    joules: of computing and sending, where the objective looks at them.
+    """
 
     id: int
     name: NotRequired[str]
@@ -53,6 +61,7 @@ class DeviceAnswer(TypedDict):
     blocks: NotRequired[int]
     rate_bps: float
     latency_s: float
+    joules: NotRequired[float]
     binds: str
     admitted: bool
 
@@ -97,6 +106,7 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
     whole: _Whole = {}
     if allocation.block_hz is not None:
         whole = {"blocks": round(float(allocation.bandwidth_hz[at]) / allocation.block_hz)}
+    spending: _Spending = {} if allocation.joules is None else {"joules": float(allocation.joules[at])}
     return {
         "id": at,
         **named,
@@ -105,19 +115,27 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
         **whole,
         "rate_bps": float(allocation.rate_bps[at]),
         "latency_s": float(allocation.latency_s[at]),
+        **spending,
         "binds": allocation.binds[at],
         "admitted": bool(allocation.admitted[at]),
     }
 
 
 def frontier_rows(problem: Problem) -> list[dict[str, float]]:
-    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one."""
-    deadlines, ratios = frontier(problem, FRONTIER_FRACTIONS)
-    return [
-        {"fraction": float(f), "deadline_s": float(t), "mean_ratio": float(r)}
-        for f, t, r in zip(FRONTIER_FRACTIONS, deadlines, ratios, strict=True)
-        if np.isfinite(r)
-    ]
+    """Returns the frontier: deadlines from 20 % of the dense optimum up, and the least mean ratio at each feasible one.
+
+    Where joules are known, also those of that answer, and the fewest at some ratios for all: NaN where one misses the deadline.
+    """
+    rows = list[dict[str, float]]()
+    for fraction, (at, best) in zip(FRONTIER_FRACTIONS, frontier_answers(problem, FRONTIER_FRACTIONS), strict=True):
+        if best is None:
+            continue
+        row = {"fraction": float(fraction), "deadline_s": at.deadline_s, "mean_ratio": least_mean(at, best)}
+        if at.spends is not None:
+            row["joules"] = float(joules(at, 1 - best.prune_ratio, best.bandwidth_hz).sum())
+            row |= {f"joules_at_{ratio:g}": least_joules(at, ratio) for ratio in figures.FRONTIER_RATIOS}
+        rows.append(row)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -156,10 +174,16 @@ def _ratios(problem: Problem, allocator: Allocator) -> tuple[float, float] | Non
     return (float(weight @ allocation.prune_ratio), float(allocation.prune_ratio.max())) if met else None
 
 
-def price_sentence(problem: Problem, price_per_hz: float | None) -> str:
-    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change)."""
+def price_sentence(allocator: str, problem: Problem, price_per_hz: float | None) -> str:
+    """Says what one more MHz is worth, from the price (a derivative: it holds for a small change) in what the allocator counts."""
     if not price_per_hz:
         return "Bandwidth has no price here: nobody would prune less for more of it, or this allocator gives none."
+    if allocator in ("energy", "weighted"):
+        saved = "joules" if allocator == "energy" else "joules, those that seconds are worth included,"
+        return f"One more MHz saves {1e6 * price_per_hz:.3g} {saved} per round, for a small change."
+    if allocator == "proportional":
+        share = 1e8 * price_per_hz / float(problem.weight.sum())
+        return f"One more MHz raises the weighted geometric mean of what is kept by {share:.3g} %, for a small change."
     lowered = 1e6 * price_per_hz / float(problem.weight.sum())
     return f"One more MHz lowers the weighted mean ratio by {lowered:.3g}, for a small change."
 
@@ -183,13 +207,15 @@ def allocation_table(result: Answer) -> Table:
             f"{device['bandwidth_hz'] / 1e6:.4f}",
             *([str(device["blocks"])] if "blocks" in device else []),
             f"{device['latency_s']:.4g}",
+            *([f"{device['joules']:.4g}"] if "joules" in device else []),
             device["binds"],
             f"{device['rate_bps'] / 1e6:.4g}",
         ]
         for device in result["devices"]
     ]
-    whole = ["blocks"] if result["devices"] and "blocks" in result["devices"][0] else []
-    headers = ["device", "ratio", "MHz", *whole, "seconds", "binds", "Mbit/s"]
+    has = {*result["devices"][0]} if result["devices"] else set[str]()
+    whole, spent = (["blocks"] if "blocks" in has else []), (["joules"] if "joules" in has else [])
+    headers = ["device", "ratio", "MHz", *whole, "seconds", *spent, "binds", "Mbit/s"]
     return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
 
 
@@ -210,10 +236,13 @@ def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, 
     """Writes allocation.csv and .json, frontier.csv and frontier.svg; returns the first one's path."""
     devices: Sequence[Mapping[str, object]] = result["devices"]
     keys = [*devices[0]]
+    columns = [*frontier[0]] if frontier else ["fraction", "deadline_s", "mean_ratio"]
     files = {
         "allocation.csv": csv_text(keys, [[device[key] for key in keys] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",
-        "frontier.csv": csv_text(["fraction", "deadline_s", "mean_ratio"], [list(row.values()) for row in frontier]),
+        "frontier.csv": csv_text(
+            columns, [["" if value != value else value for value in row.values()] for row in frontier]
+        ),
         "frontier.svg": figures.frontier_figure(frontier, result["deadline_s"]).svg(),
     }
     return write_files(out, files)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GRID = 200  # points of a mean curve
+FRONTIER_RATIOS = (0.0, 0.5, 0.8)  # for all devices alike, of which the fewest joules are drawn
 
 
 def accuracy_figure(rounds: Sequence[RoundRecord]) -> Drawing:
@@ -214,21 +215,33 @@ def convergence_figure(rounds: Sequence[RoundRecord]) -> Drawing:
 
 
 def frontier_figure(rows: Sequence[Mapping[str, float]], deadline_s: float) -> Drawing:
-    """The least mean ratio that each deadline needs, and the deadline that was asked for."""
+    """The least mean ratio that each deadline needs, and the deadline that was asked for; beside it the joules, where they are known.
 
-    def plot(axes: Axes) -> None:
-        axes.plot(
-            [row["deadline_s"] for row in rows],
-            [row["mean_ratio"] for row in rows],
-            color=BLUE,
-            marker="o",
-            markersize=3,
-        )
+    Of joules there are those of the least mean ratio, and the fewest at one ratio for all, from the first deadline that it meets.
+    """
+    deadlines_s = [row["deadline_s"] for row in rows]
+
+    def ratio(axes: Axes) -> None:
+        axes.plot(deadlines_s, [row["mean_ratio"] for row in rows], color=BLUE, marker="o", markersize=3)
         axes.axvline(deadline_s, color=RED, linewidth=1, label="this deadline")
         axes.set(xlabel="deadline of the round (s)", ylabel="least weighted mean ratio")
         axes.legend()
 
-    return Drawing(plot)
+    def both(pair: Array) -> None:
+        left, right = pair
+        ratio(left)
+        curves = [("joules", "least mean ratio", BLUE, "o")] + [
+            (f"joules_at_{of:g}", f"fewest at ratio {of:g}", colour, marker)
+            for of, colour, marker in zip(FRONTIER_RATIOS, (ORANGE, GREEN, PURPLE), "sD^", strict=True)
+        ]
+        for key, label, colour, marker in curves:
+            right.plot(deadlines_s, [row[key] for row in rows], color=colour, marker=marker, markersize=3, label=label)
+        right.axvline(deadline_s, color=RED, linewidth=1)
+        right.set(xlabel="deadline of the round (s)", ylabel="energy of the round (J)")
+        right.set_ylim(bottom=0)
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
+
+    return Drawing(both, width=9.6, columns=2) if rows and "joules" in rows[0] else Drawing(ratio)
 
 
 def calibration_figure(points: Sequence[Mapping[str, float]]) -> Drawing:

@@ -23,8 +23,8 @@ from fedprune_cli.commands.app import app
 from fedprune_cli.errors import CertificateError, ConfigError, FedpruneError, InfeasibleError
 
 POLICIES = ("stretch", "drop", "fail")
-CERTIFIED = ("kkt", "blocks", "minlatency")
-IGNORE_THE_DEADLINE = ("dense", "dense_equal", "fixed", "minlatency")
+CERTIFIED = ("kkt", "blocks", "minlatency", "proportional", "energy", "weighted")
+IGNORE_THE_DEADLINE = ("dense", "dense_equal", "fixed", "minlatency", "weighted")
 WRONG = (np.nan, np.inf, -np.inf, -1.0, 5e-324, 1e-310, 1e-41, 1e41, 1e308)
 
 
@@ -69,12 +69,19 @@ def extreme_problem(rng: np.random.Generator) -> Problem:
         drawn[str(rng.choice(list(drawn)))][rng.integers(size)] = rng.choice(WRONG)
     ids = rng.permutation(1000)[:size]
     problem = Problem(**drawn, bandwidth_hz=bandwidth_hz, deadline_s=np.inf, ids=ids, limits=None)
+    problem = replace(problem, energies=costs(size))
     if rng.random() < 0.4:
         problem = replace(problem, limits=extreme_limits(rng, problem))
     deadline_s = rng.choice([0.01, 0.3, 0.5, 0.9, 1.0, 2.0, 1e6]) * dense_deadline(problem)[0]
     if rng.random() < 0.15:
         deadline_s = rng.choice([0.0, 1e-40, 1.0, 1e12, 1e12 + 1.0, 1e40, *WRONG])
     return replace(problem, deadline_s=float(deadline_s))
+
+
+def costs(size: int) -> Limits:
+    """Returns what computing and sending cost devices that nothing limits."""
+    nothing, endless = np.zeros(size), np.full(size, np.inf)
+    return Limits(nothing, endless, endless, nothing + 0.1, nothing, nothing + 0.2)
 
 
 def extreme_limits(rng: np.random.Generator, problem: Problem) -> Limits:
@@ -136,9 +143,9 @@ def check_sound(name: str, problem: Problem, allocation: Allocation) -> None:
 
 def check_who_is_dropped(name: str, problem: Problem, allocation: Allocation) -> None:
     """Fails unless `stretch`, and who has no policy, drop nobody but those without a link: each device of a problem without limits."""
-    must_send = (
-        problem.min_kept > 0 if name not in IGNORE_THE_DEADLINE[:3] else np.ones(len(problem.weight), dtype=bool)
-    )
+    must_send = problem.min_kept > 0
+    if name in IGNORE_THE_DEADLINE and name != "minlatency":  # those of a given ratio
+        must_send = np.ones(len(problem.weight), dtype=bool)
     np.testing.assert_array_equal(allocation.admitted, problem.linked | ~must_send)
 
 
@@ -229,7 +236,12 @@ def three(**changes: np.ndarray) -> Problem:
         "weight": ones,
     }
     problem = Problem(
-        **(given | changes), max_ratio=0.9 * ones, bandwidth_hz=20e6, deadline_s=np.inf, ids=np.array([7, 8, 9])
+        **(given | changes),
+        max_ratio=0.9 * ones,
+        bandwidth_hz=20e6,
+        deadline_s=np.inf,
+        ids=np.array([7, 8, 9]),
+        energies=costs(3),
     )
     return replace(problem, deadline_s=0.5 * dense_deadline(problem)[0])
 
