@@ -30,7 +30,9 @@ def test_arms_of_ones_own_are_compared_and_train_says_that_it_ignores_them() -> 
 
 
 def test_what_calibrate_writes_is_used_by_allocate_and_ladder() -> None:
-    made = fedprune("calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5", "--cpu-ghz", "1", "--out", "cal")
+    made = fedprune(
+        "calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5", "--ratios-only", "--cpu-ghz", "1", "--out", "cal"
+    )
     assert made.returncode == 0, made.stderr
     for command in ("ladder", "allocate"):
         plain = fedprune(command, "--json", "devices.count=3")
