@@ -87,9 +87,9 @@ class Trace(_Recorded):
 class UplinkTrace(_Recorded):
     """Uplinks as they were measured, uplink_mbps: the rate of one device that has the whole carrier of the measurement.
 
-    A rate R over the bandwidth W becomes the gain at which the model's device has it, with its own power p and what the channel's
-    duplex and retransmissions leave: share (1 - block_error) W log2(1 + p h / (N0 W)) = R. Shannon's gap, several antennas and
-    interference are then part of h; they scale with bandwidth as noise does, which is not so of a sender's own limits.
+    A rate R over the bandwidth W becomes the gain h at which the model's device has it, with its own power p, in the uplink's share of
+    the time and with retransmissions: share (1 - block_error) W log2(1 + p h / (N0 W)) = R. What keeps a modem from Shannon's rate, and
+    interference, become part of h. Ignored: that a power-controlled device may radiate less than p.
     measured_hz: W; None: the channel's own usable band.
     """
 
