@@ -10,7 +10,7 @@ import pytest
 
 from fedprune_cli.allocate.baselines import Allocator, Dense, Equal, Fixed, Kkt
 from fedprune_cli.allocate.deadline import least_deadline
-from fedprune_cli.allocate.problem import Problem, latency
+from fedprune_cli.allocate.problem import Problem, latency, required_bandwidth
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.contracts.problems import draw, literature
 from fedprune_cli.errors import ConfigError, InfeasibleError
@@ -71,7 +71,7 @@ def test_a_policy_that_is_none_is_refused(allocator: Allocator) -> None:
 
 TAKING_TURNS: tuple[Allocator, ...] = (
     Kkt("kkt", "drop"), Dense("dense", "drop"), Equal("equal", "drop"),
-    Blocks("blocks", "drop", block_hz=180e3, count=None, group=1, smooth=False),
+    Blocks("blocks", "drop", block_hz=1e6, count=None, group=1, smooth=False),
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_whoever_fits_alone_has_its_turn(allocator: Allocator) -> None:
         plain = allocator.solve(problem, 0, 0)
         starved += int((~plain.admitted).sum())
         np.testing.assert_array_equal(allocator.solve(replace(problem, waited=waited), 0, 0).admitted, plain.admitted)
-        for _ in range(10):
+        for _ in range(9):
             turn = allocator.solve(replace(problem, waited=waited), 0, 0)
             assert turn.admitted.any()
             assert (
@@ -102,15 +102,20 @@ def test_whoever_fits_alone_has_its_turn(allocator: Allocator) -> None:
             ).all()
             if not turn.admitted.all():
                 assert "those who waited longest came first" in turn.message
+                cost = required_bandwidth(problem, problem.min_kept) / problem.weight
+                cheapest = int(np.argmin(np.where(turn.admitted, np.inf, cost)))
+                more = np.append(np.flatnonzero(turn.admitted), cheapest)
+                assert not allocator.solve(problem.take(more), 0, 0).admitted.all(), "there was room for another"
             waited = np.where(turn.admitted, 0, waited + 1)
             assert waited.max() < 8
     assert starved
 
 
 def test_a_device_that_nothing_helps_takes_no_turn_from_others() -> None:
-    problem = scarce(0)
-    weak = replace(problem, snr_hz=np.where(np.arange(8) == 3, problem.snr_hz * 1e-4, problem.snr_hz))
-    waited = np.where(np.arange(8) == 3, 100, 0)
-    turn = Kkt("kkt", "drop").solve(replace(weak, waited=waited), 0, 0)
-    assert not turn.admitted[3]
-    np.testing.assert_array_equal(turn.admitted, Kkt("kkt", "drop").solve(weak, 0, 0).admitted)
+    problem, kkt = scarce(0), Kkt("kkt", "drop")
+    weakest = int(np.argmin(problem.snr_hz))
+    weak = replace(problem, snr_hz=np.where(np.arange(8) == weakest, problem.snr_hz * 1e-4, problem.snr_hz))
+    starved = int(np.flatnonzero(~kkt.solve(weak, 0, 0).admitted & (np.arange(8) != weakest))[0])
+    waited = np.where(np.arange(8) == weakest, 100, np.where(np.arange(8) == starved, 5, 0))
+    turn = kkt.solve(replace(weak, waited=waited), 0, 0)
+    assert (turn.admitted[weakest], turn.admitted[starved]) == (False, True)

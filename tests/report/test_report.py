@@ -142,7 +142,7 @@ def test_the_comparison_adds_up(runs: dict[tuple[str, int], Path], tmp_path: Pat
     assert "less simulated time per round than personalized" in headline(comparison)
     page = write_comparison(comparison, tmp_path / "out")
     assert {file.name for file in page.parent.iterdir()} == {
-        "index.html", "table.csv", "table.tex", "table.md",
+        "index.html", "table.csv", "table.tex", "table.md", "versus.csv",
         *(f"{name}.{kind}" for name in ("progress", "finals", "target", "split", "convergence") for kind in ("svg", "pdf")),
     }  # fmt: skip
     stored = read_table(page.parent / "table.csv")
