@@ -40,7 +40,7 @@ from fedprune_cli.terminal import Table
 
 NOTE = (
     "±: half the 95 % interval over seeds, of paired differences where two are compared; -: missing on a seed. The target is what the "
-    f"reference holds over its last {HELD_ROUNDS} tests, minus {100 * TARGET_MARGIN} points. Final figures are of the last round, "
+    f"reference holds over its last {HELD_ROUNDS} rounds, minus {100 * TARGET_MARGIN} points. Final figures are of the last round, "
     "never of the best. Equal-bandwidth seconds replay the same training on the same channel draws."
 )
 CAPTIONS = {

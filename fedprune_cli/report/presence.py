@@ -19,7 +19,10 @@ HEADERS = ("devices per round, mean", "rounds of the device with the fewest", "l
 
 @dataclass(frozen=True)
 class Presence:
-    """In how many of a run's rounds each training device took part; who `never` did, and who did but not in the last ten: `gone`."""
+    """In how many of a run's rounds each training device took part; who `never` did, and who did but not in the last ten: `gone`.
+
+    Where devices.per_round draws a few for each round, nobody is `gone`: not to be drawn for ten rounds is chance.
+    """
 
     rounds: tuple[int, ...]
     never: tuple[str, ...]
@@ -38,7 +41,8 @@ def presence(run: Run) -> Presence:
     rounds = Counter(device for record in run.rounds for device in record.devices.id)
     lately = {device for record in run.rounds[-HELD_ROUNDS:] for device in record.devices.id}
     never = tuple(run.called(device) for device in devices if not rounds[device])
-    gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately)
+    drawn = run.manifest["config"]["devices"].get("per_round") is not None
+    gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately and not drawn)
     return Presence(tuple(rounds[device] for device in devices), never, gone)
 
 

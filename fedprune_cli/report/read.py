@@ -13,7 +13,7 @@ from fedprune_cli.store import folder
 from fedprune_cli.store.files import Plain, fits, read_json
 from fedprune_cli.store.record import RoundRecord
 
-HELD_ROUNDS = 10  # a level counts as held when no test of the last ten is below it
+HELD_ROUNDS = 10  # a level counts as held when no test of the last ten rounds is below it
 
 MANIFEST_FORM = {
     "method": str, "seed": int, "fresh_devices": int, "train_samples": [int], "histogram": [[int]],
@@ -161,8 +161,9 @@ def accuracies(rounds: Sequence[RoundRecord]) -> list[Accuracies]:
 
 
 def held_accuracy(run: Run) -> float:
-    """Returns the lowest accuracy of the last ten tests: the level that the run holds (model.md, section 7)."""
-    return min(test.accuracy for test in accuracies(run.rounds)[-HELD_ROUNDS:])
+    """Returns the lowest accuracy tested in the last ten rounds, or in the last test: the level that the run holds (model.md, section 7)."""
+    lately = accuracies(run.rounds[-HELD_ROUNDS:]) or accuracies(run.rounds)[-1:]
+    return min(test.accuracy for test in lately)
 
 
 def crossing(run: Run, target: float) -> int | None:

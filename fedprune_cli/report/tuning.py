@@ -118,7 +118,7 @@ def tuning_section(tuned: Tuned | None) -> list[str]:
         return []
     note = (
         f"Each arm was compared at the setting with which it reached the target soonest on seed {tuned.seed}, which is not reported. "
-        f"The target there, {100 * tuned.target:.2f} %, is what {tuned.reference} held over its last {HELD_ROUNDS} tests at the first of "
+        f"The target there, {100 * tuned.target:.2f} %, is what {tuned.reference} held over its last {HELD_ROUNDS} rounds at the first of "
         f"its own settings, minus {100 * TARGET_MARGIN} points. Who misses it loses; among equals, and where all miss it, the more "
         "accurate is taken."
     )

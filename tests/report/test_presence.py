@@ -40,6 +40,9 @@ def test_presence_is_counted_by_hand(tmp_path: Path) -> None:
     late = attended(run, [[0, 1, 3], *[[0, 3]] * 10])
     assert (presence(late).never, presence(late).gone) == (("2",), ("1",))
     assert str(presence(late)) == "devices 2 never took part; devices 1 took part in none of the last 10 rounds"
+    config = run.manifest["config"] | {"devices": run.manifest["config"]["devices"] | {"per_round": 2}}
+    by_chance = replace(late, manifest=run.manifest | {"config": config})
+    assert (presence(by_chance).never, presence(by_chance).gone) == (("2",), ())
     assert left_out([late]) == f"seed 0: {presence(late)}"
     assert ["left out for good", str(presence(late))] in facts(late)
     assert run_json(late, Path("p"))["presence"] == {"least_rounds": 0, "never": ["2"], "gone": ["1"]}
