@@ -26,6 +26,7 @@ from fedprune_cli.learn.models import Shape, build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import no_channels
+from fedprune_cli.rng import stream
 from fedprune_cli.store.state import Array, ragged
 from fedprune_cli.terminal import Table
 from fedprune_cli.world.measured import RANGES, SCALED
@@ -166,7 +167,7 @@ def time_probe(experiment: Experiment, probe: Probe, turns: int) -> Timed:
     parts = split_model(build_model(config, probe.shape, CLASSES, seed=0), "none")
     cost = count_cost(parts, probe.shape)
     flops = np.array([probe.batch * sum(cost.weighted(_only(kind))["shared"]) for kind in KINDS])
-    rng, one = np.random.default_rng(0), ragged([np.arange(probe.batch)])
+    rng, one = stream(0, "batch"), ragged([np.arange(probe.batch)])
     inputs, labels = (
         rng.standard_normal((probe.batch, *probe.shape), np.float32),
         rng.integers(CLASSES, size=probe.batch),

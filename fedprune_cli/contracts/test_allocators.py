@@ -31,7 +31,7 @@ LOOSE = {
     "cvxpy": 1e-6,
     "minlatency": 1e-6,
     "weighted": 1e-6,
-}  # as exact as a conic solver, and as a search for the deadline
+}  # as exact as a conic solver, and as a search for a deadline
 
 
 def tolerance(name: str, exact: float = 1e-9) -> float:
@@ -58,7 +58,9 @@ def solve(name: str, problem: Problem, policy: str = "stretch") -> Allocation:
     return allocator_of(name, policy).solve(problem, 0, 0)
 
 
-def instances(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10), name: str = "dense") -> list[Problem]:
+def instances(
+    count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10), name: str = "dense_equal"
+) -> list[Problem]:
     """Returns wild problems; every third one with limits where the allocator looks at them."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return [draw(rng, int(rng.choice(sizes)), limited=aims(name) and at % 3 == 2) for at in range(count)]

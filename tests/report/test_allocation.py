@@ -162,7 +162,7 @@ def test_the_ladder_ranks_allocators_as_the_theory_does() -> None:
         ("cpu_ghz,cycles_per_flop,tx_power_dbm,samples,gain_db\n1,1,23,2.5,-90\n", "line 2: samples='2.5'"),
         ("shared_compute_s,payload_bits,fixed_s,snr_hz,weight\n1,1e6,0,-5,1\n", "line 2: snr_hz='-5'"),
         ("shared_compute_s,payload_bits\n1,1e6\n", "line 1: column fixed_s is missing"),
-        ("", "column cpu_ghz is missing"),
+        ("", "column samples is missing"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(text: str, message: str) -> None:
