@@ -124,6 +124,7 @@ def test_every_tracker_has_its_extra() -> None:
     assert all(extra(name) for name in TRACKERS if name != "none")
 
 
+@pytest.mark.slow
 def test_training_imports_no_tracker_unless_asked(tmp_path: Path) -> None:
     for name in REAL:
         (tmp_path / f"{name}.py").touch()  # can be imported, so that an import would show

@@ -161,7 +161,7 @@ def accuracies(rounds: Sequence[RoundRecord]) -> list[Accuracies]:
 
 
 def held_accuracy(run: Run) -> float:
-    """Returns the lowest accuracy tested in the last ten rounds, or in the last test: the level that the run holds (model.md, section 7)."""
+    """Returns the lowest accuracy of the last ten rounds, or of the last test: the level that the run holds (model.md, section 7)."""
     lately = accuracies(run.rounds[-HELD_ROUNDS:]) or accuracies(run.rounds)[-1:]
     return min(test.accuracy for test in lately)
 

@@ -135,6 +135,7 @@ def test_a_figure_that_no_class_may_have_is_refused() -> None:
         fit(timed(np.array([1e-12, 1e-12, 1e-8, 1e-12]), 1e-4), [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_probes")
 def test_a_class_that_is_written_is_composed_and_used() -> None:
     text = call(*QUICK, "--out", "cal", "--class", "bench_pc", "--busy-w", "12", "--idle-w", "3")
@@ -161,6 +162,7 @@ def test_a_class_that_is_written_is_composed_and_used() -> None:
     assert sorted(built_in[0]) == sorted(of)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_probes")
 def test_a_second_machine_joins_the_first_also_in_a_table() -> None:
     Path("fleet.csv").write_text("class,gain_db\npi5,-90\n")

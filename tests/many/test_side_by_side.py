@@ -22,6 +22,7 @@ def make_member(tmp_path: Path, arm: str, seed: int, *overrides: str) -> Member:
     return Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), tmp_path / f"{arm}{seed}")
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_the_bytes_of_one_by_one() -> None:
     for jobs in ("1", "2"):
         Path(jobs).mkdir()
@@ -35,7 +36,7 @@ def test_side_by_side_gives_the_bytes_of_one_by_one() -> None:
     assert alone == together
 
 
-@pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_failing_member_is_named_and_the_complete_seeds_are_reported(jobs: str) -> None:
     fedprune("train", *TINY, "seed=1")
     (damaged,) = Path("outputs/main").glob("*-s1")

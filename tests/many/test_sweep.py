@@ -30,6 +30,7 @@ def bytes_of(folder: str | Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_same_command_skips_what_is_finished_and_continues_what_is_broken() -> None:
     command = ("train", "-m", *TINY, "method=proposed,personalized", "seed=0,1", "partition.alpha=1")
     Path("whole").mkdir()

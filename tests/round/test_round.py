@@ -218,10 +218,10 @@ def test_without_freezing_no_state_and_no_record_knows_of_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "extra",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("pruner=taylor", "weights=pruning_error", "channel.outage_enter=0.2", "channel.outage_leave=0.5"),
-        ("pruner.granularity=channel",),
-        PAYLOAD,
+        pytest.param(("pruner.granularity=channel",), marks=pytest.mark.slow),
+        pytest.param(PAYLOAD, marks=pytest.mark.slow),
     ],
 )
 def test_freezing_runs_are_the_same_bytes_and_sound(tmp_path: Path, extra: tuple[str, ...]) -> None:

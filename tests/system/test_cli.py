@@ -116,9 +116,8 @@ def test_a_mistake_is_one_line_and_its_own_exit_code(arguments: tuple[str, ...],
         assert files() == []
 
 
-@pytest.mark.parametrize(
-    "signals", [[signal.SIGINT], pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
 def test_ctrl_c_leaves_a_resumable_run(signals: list[signal.Signals]) -> None:
     command = [
         sys.executable,

@@ -178,14 +178,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "names", "code"),
     [
         ("compare", ["TMPDIR too long"], 7),
-        ("workers", ["TMPDIR full"], 8),
+        pytest.param(*("workers", ["TMPDIR full"], 8), marks=pytest.mark.slow),
         pytest.param(*("workers", ["/dev/shm read-only"], 7), marks=pytest.mark.slow),
         ("allocate", ["ulimit -v 900000"], 7),
         pytest.param(*("compare", ["ulimit -n 11"], 7), marks=pytest.mark.slow),
         ("runs", ["stdout full", "no HOME"], 8),
         ("train", ["stdout closed"], 8),
         ("watch", ["stdout broken"], 8),
-        ("report", ["stderr closed", "HOME nowhere"], 0),
+        pytest.param(*("report", ["stderr closed", "HOME nowhere"], 0), marks=pytest.mark.slow),
         pytest.param(*("report", ["ASCII"], 0), marks=pytest.mark.slow),
         ("train", ["torch unloadable"], 7),
         pytest.param(*("train", ["matplotlib torn"], 7), marks=pytest.mark.slow),
@@ -272,7 +272,7 @@ def check_race(arguments: Sequence[str], race: str, after_s: float, finished: Pa
     assert said == [] if result.returncode == 0 else len(said) == 1, what
 
 
-COMMON = ("removed", "without state.safetensors")  # the others take as long, and are slow tests
+COMMON = ("removed",)  # the others take as long, and are slow tests
 
 
 @pytest.mark.parametrize(
