@@ -315,8 +315,8 @@ def certify_on(curves: Curves, problem: Problem, kept: Array, bandwidth_hz: Arra
     # the dual function is a difference of sums as large as these: its gap is relative to them
     scale = total_weight + price_per_hz * problem.bandwidth_hz
     slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / scale
-    best, used = _best_response(problem, curves, price_per_hz)
-    bound = float(problem.weight @ curves.worth(best)) + price_per_hz * (problem.bandwidth_hz - used)
+    best, used_hz = best_response(problem, curves, price_per_hz)
+    bound = float(problem.weight @ curves.worth(best)) + price_per_hz * (problem.bandwidth_hz - float(used_hz.sum()))
     gap = (bound - float(problem.weight @ curves.worth(kept))) / scale
     primal = primal_residual(problem, kept, bandwidth_hz)
     return Certificate(primal, stationarity, dual, slackness, gap)
@@ -334,13 +334,16 @@ def _ends(problem: Problem, curves: Curves, kept: Array) -> tuple[Array, Array]:
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def _best_response(problem: Problem, curves: Curves, price_per_hz: float) -> tuple[Array, float]:
-    """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
+def best_response(problem: Problem, curves: Curves, price_per_hz: float) -> tuple[Array, Array]:
+    """Returns x [K] and b [K] that maximise sum w x - price sum b, each device on its own: the dual function's argument.
+
+    At a price of 0 it is no matter how much bandwidth that takes, and b is 0.
+    """
     best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):
-        return best, 0.0
+        return best, np.zeros(len(best))
     L = curves.log_snr_at(float(np.log(price_per_hz)), np.sqrt(curves.wide * curves.narrow))
     least_hz[curves.index] = 0.0
     b = least_hz + curves.per_device(curves.bandwidth(L), len(best))
     best[curves.index] = np.minimum(1.0, kept_fraction(problem, rate(b, problem.snr_hz)))[curves.index]
-    return best, float(b.sum())
+    return best, b
