@@ -320,7 +320,7 @@ class Cvxpy(_AimsAtDeadline):
             _, bandwidth_hz = solve_p1_cvxpy(problem)
         except CertificateError as error:
             raise ConfigError(f"allocator.name={self.name}: {error}; choose allocator=kkt", key="name") from None
-        short = problem.min_kept - kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz))
+        short = problem.min_kept - kept_fraction(problem, bandwidth_hz)
         if not (short <= LOOSE).all():
             raise ConfigError(
                 f"allocator.name={self.name}: cvxpy leaves device {problem.called[int(np.argmax(short))]} {short.max():.3g} of the model "

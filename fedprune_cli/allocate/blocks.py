@@ -112,7 +112,7 @@ def grid_of(problem: Problem, block_hz: float, count: int | None, group: int, *,
 def kept_at(problem: Problem, block_hz: float, count: Array) -> Array:
     """Returns x [K] with so many blocks, within its bounds."""
     return np.clip(
-        kept_fraction(problem, rate(count * block_hz, problem.snr_hz)), np.minimum(problem.min_kept, 1.0), 1.0
+        kept_fraction(problem, count * block_hz), np.minimum(problem.min_kept, 1.0), 1.0
     )
 
 
@@ -234,8 +234,8 @@ def certify_blocks(problem: Problem, grid: Grid, kept: Array, bandwidth_hz: Arra
     count = np.rint(bandwidth_hz / block_hz).astype(np.int64)
     least, most = grid.least(problem), grid.most(problem)
     scale = max(float(problem.weight.sum()), np.finfo(float).tiny) + price * grid.count
-    possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
-    late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
+    possible = possible(problem)
+    late = kept - np.where(possible, kept_fraction(problem, bandwidth_hz), -1.0)
     primal = max(
         float((np.abs(bandwidth_hz - count * block_hz) / block_hz).max()),
         float((count - most).max()) / grid.count,

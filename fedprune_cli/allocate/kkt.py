@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.chosen import ChosenCurves, Conditions, chosen_curves
 from fedprune_cli.allocate.inverse import (
     BLOCK,
     LN2,
@@ -25,18 +26,18 @@ from fedprune_cli.allocate.inverse import (
     rate_slope,
 )
 from fedprune_cli.allocate.problem import (
+    SAMPLE,
     TIGHT,
     Certificate,
     Problem,
     kept_fraction,
     most_kept,
+    possible,
     rate,
     required_rate,
     resources,
 )
 from fedprune_cli.store.state import Array
-
-SAMPLE = 4_096  # devices that guess the price for a much larger number
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,32 @@ class _Curves:
                 L = np.where(open_, step, L)
         return np.where(tops, narrowest, np.where(bottoms, widest, L))
 
+    def ends(self) -> tuple[Array, Array]:
+        """Returns the most and the least bandwidth of each stretch [n]."""
+        return self.bandwidth(self.wide), self.bandwidth(self.narrow)
+
+    def dearest(self) -> float:
+        """Returns the least price at which nobody takes more than its least."""
+        return float(np.exp(self.log_top[np.isfinite(self.log_m)].max(initial=-np.inf)))
+
+    def fill(self, budget_hz: float) -> tuple[Array, float]:
+        """Returns the bandwidth [n] and the price at which the stretches use the budget up."""
+        return _fill(self, budget_hz)
+
+    def response(self, price_per_hz: float) -> Array:
+        """Returns the bandwidth [n] that is best at a price, each device on its own."""
+        return self.bandwidth(self.log_snr_at(float(np.log(price_per_hz)), np.sqrt(self.wide * self.narrow)))
+
+    def conditions(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Conditions:
+        """Returns how far x = `kept` [K] on b [K] are from the conditions of optimality."""
+        x, b = kept[self.index], bandwidth_hz[self.index]
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            L = np.clip(np.log1p(self.snr_hz / b), self.wide, np.minimum(self.narrow, MAX_LOG_SNR))
+            log_ratio = self.log_value(L) - np.log(price_per_hz)
+        error = np.where(problem.weight[self.index] > 0, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
+        full, empty = _ends(problem, self, x)
+        return Conditions(error, -error, full, empty)
+
     def take(self, index: Array | slice) -> _Curves:
         """Returns the curves of some of the devices."""
         return _Curves(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
@@ -179,29 +206,32 @@ def _pick(which: Array, yes: tuple[Array, Array], no: tuple[Array, Array]) -> tu
     return np.where(which, yes[0], no[0]), np.where(which, yes[1], no[1])
 
 
+def _curves_of(problem: Problem) -> _Curves | ChosenCurves:
+    return chosen_curves(problem) if problem.chooses else _curves(problem)
+
+
 def solve_p1(problem: Problem) -> tuple[Array, float]:
     """Returns the optimal bandwidth [K] and the price per Hz of a feasible P1.
 
     Where everybody can stay dense the price is 0 and the bandwidth that is left is shared in proportion.
     """
-    curves = _curves(problem)
+    curves = _curves_of(problem)
     bandwidth_hz = problem.least_hz.copy()  # of those that do not compete
     if not len(curves.index):
         return bandwidth_hz, 0.0
     count = len(bandwidth_hz)
     bandwidth_hz[curves.index] = 0.0
     budget_hz = problem.bandwidth_hz - bandwidth_hz.sum()
-    widest, narrowest = curves.bandwidth(curves.wide), curves.bandwidth(curves.narrow)
-    worth = problem.weight[curves.index] > 0
-    demand = np.where(worth, widest, narrowest)
+    widest, narrowest = curves.ends()
+    demand = np.where(problem.weight[curves.index] > 0, widest, narrowest)
     if demand.sum() <= budget_hz:
         shares = curves.per_device(demand, count) * (budget_hz / demand.sum() if demand.any() else 0.0)
         return np.minimum(bandwidth_hz + shares, problem.most_hz), 0.0
 
     if narrowest.sum() >= budget_hz:  # exactly tight: everybody gets its least, to the budget's last digit
         bandwidth_hz += curves.per_device(narrowest, count) * (budget_hz / narrowest.sum())
-        return bandwidth_hz, float(np.exp(curves.log_top[worth].max(initial=-np.inf)))
-    b, price = _fill(curves, budget_hz)
+        return bandwidth_hz, curves.dearest()
+    b, price = curves.fill(budget_hz)
     return bandwidth_hz + curves.per_device(b, count), price
 
 
@@ -245,8 +275,7 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
     total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
     floor = problem.min_kept
     # t <= T as x <= phi(b): relative to the whole model, so that a device that keeps nearly nothing is judged like the rest
-    possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
-    late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
+    late = kept - np.where(possible(problem), kept_fraction(problem, bandwidth_hz), -1.0)
     primal = max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
         float((bandwidth_hz / problem.most_hz).max()) - 1,
@@ -259,23 +288,16 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
         float(-bandwidth_hz.min()),
         0.0,
     )
-    curves = _curves(problem)
-    stationarity = dual = 0.0
-    x, b = kept[curves.index], bandwidth_hz[curves.index]
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        L = np.clip(np.log1p(curves.snr_hz / b), curves.wide, np.minimum(curves.narrow, MAX_LOG_SNR))
-        log_ratio = curves.log_value(L) - np.log(price_per_hz)
-    error = np.where(problem.weight[curves.index] > 0, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
-    full, empty = _ends(problem, curves, x)
+    curves, stationarity, dual = _curves_of(problem), 0.0, 0.0
     if price_per_hz > 0:
-        inner = ~full & ~empty
-        stationarity = float(np.abs(error[inner]).max(initial=0.0))
-        dual = max(float(error[empty & ~full].max(initial=0.0)), float(-error[full & ~empty].min(initial=0.0)), 0.0)
+        of = curves.conditions(problem, kept, bandwidth_hz, price_per_hz)
+        inner = ~of.full & ~of.empty
+        stationarity = float(np.maximum(of.more, of.less)[inner].max(initial=0.0))
+        dual = max(float(of.more[of.empty & ~of.full].max(initial=0.0)), float(of.less[of.full & ~of.empty].max(initial=0.0)))
     else:
         # at no price everybody takes what there is to gain
-        stationarity = float(
-            np.max((most_kept(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
-        )
+        gain = (most_kept(problem) - kept) * (problem.weight > 0)
+        stationarity = float(np.max(gain[curves.index], initial=0.0))
     # the dual function is a difference of sums as large as these: its gap is relative to them
     scale = total_weight + price_per_hz * problem.bandwidth_hz
     slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / scale
@@ -291,19 +313,21 @@ def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]
     if problem.limits is not None and len(kept):
         p = problem.take(curves.index)
         most, least = (
-            np.clip(kept_fraction(p, rate(bandwidth_of(end, p.snr_hz), p.snr_hz)), p.min_kept, 1.0)
+            np.clip(kept_fraction(p, bandwidth_of(end, p.snr_hz)), p.min_kept, 1.0)
             for end in (curves.wide, curves.narrow)
         )
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def _best_response(problem: Problem, curves: _Curves, price_per_hz: float) -> tuple[Array, float]:
+def _best_response(
+    problem: Problem, curves: _Curves | ChosenCurves, price_per_hz: float
+) -> tuple[Array, float]:
     """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
     best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):
         return best, 0.0
-    L = curves.log_snr_at(float(np.log(price_per_hz)), np.sqrt(curves.wide * curves.narrow))
+    response_hz = curves.response(price_per_hz)
     least_hz[curves.index] = 0.0
-    b = least_hz + curves.per_device(curves.bandwidth(L), len(best))
-    best[curves.index] = np.minimum(1.0, kept_fraction(problem, rate(b, problem.snr_hz)))[curves.index]
+    b = least_hz + curves.per_device(response_hz, len(best))
+    best[curves.index] = np.minimum(1.0, kept_fraction(problem, b))[curves.index]
     return best, float(b.sum())

@@ -23,7 +23,7 @@ def solve_p1_cvxpy(problem: Problem) -> tuple[float, Array]:
     sends = np.flatnonzero(np.logical_and.reduce([competes, *(resource.left > 0 for resource in resources(problem))]))
     bandwidth_hz = problem.least_hz.copy()
     silent = np.setdiff1d(np.arange(len(problem.weight)), sends)
-    kept = np.minimum(1.0, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)))  # of those that send nothing
+    kept = np.minimum(1.0, kept_fraction(problem, bandwidth_hz))  # of those that send nothing
     if not len(sends):
         return float(problem.weight @ kept), bandwidth_hz
     p = problem.take(sends)

@@ -43,7 +43,7 @@ def _against_clarabel(effort: Effort) -> tuple[Measure, ...]:
 
     problem = literature_problem(1000)
     bandwidth_hz, _ = solve_p1(problem)
-    kept = np.minimum(1.0, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)))
+    kept = np.minimum(1.0, kept_fraction(problem, bandwidth_hz))
     objective = float(problem.weight @ kept)
     solution, x, _ = dcp_p1(problem, problem.bandwidth_hz / len(problem.weight))
     clarabel(solution)

@@ -107,7 +107,7 @@ def test_brute_force_on_a_grid(count: int) -> None:
         at = replace(problem, deadline_s=allocation.deadline_s)
         values = []
         for point in grid * problem.bandwidth_hz:
-            kept = np.minimum(1.0, kept_fraction(at, rate(point, at.snr_hz)))
+            kept = np.minimum(1.0, kept_fraction(at, point))
             if (kept >= at.min_kept - 1e-12).all():
                 values.append(at.weight @ kept)
         if values:
