@@ -21,6 +21,7 @@ from fedprune_cli.allocate.roots import increasing_roots
 from fedprune_cli.store.state import Array
 
 LEAST = 1e-280  # of the model: what a device keeps that keeps nothing, so that its logarithm is a number
+END = 230.0  # z of a device that keeps all that it can on any bandwidth
 
 
 @dataclass(frozen=True)
@@ -86,196 +87,167 @@ class Means:
         return self.circuit_w + self.amplifier_w
 
     @property
-    def kink(self) -> Array:
-        """The share [n] at which full clock and full power spend time and energy exactly, where b(x) has a kink; infinite where none is."""
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            left_j = self.budget_j - self.fixed_j - self.drawn_w * (self.time_s - self.fixed_compute_s)
-            at = left_j / (self.compute_j - self.drawn_w * self.compute_s)
-        return np.where(at > 0, at, np.inf)
-
-    @property
     def most(self) -> Array:
-        """The share [n] with which neither time nor energy is left to send, at most 1; -1 where not even nothing can be kept."""
+        """The share [n] with which neither time nor energy is left to send; -1 where not even nothing can be kept."""
         a, c0, e, e0, E = self.compute_s, self.fixed_compute_s, self.compute_j, self.fixed_j, self.budget_j
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             least_j = np.where(self.slows & (c0 < self.time_s), e0 * (c0 / self.time_s) ** 2, e0)
             by_time = np.where(a > 0, (self.time_s - c0) / a, np.inf)
-            # each term of (e x + e0) ((a x + c0) / T')^2 <= E by itself bounds x, and the least bound is not far from the root
-            work, fixed = a / self.time_s, c0 / self.time_s
-            bounds = (np.cbrt(E / e) / np.cbrt(work) ** 2, np.sqrt(E / e0) / work, E / e / fixed**2)
-            x = np.fmin.reduce([np.where(np.isnan(bound), np.inf, bound) for bound in bounds])
-            for _ in range(60):
-                A, J = work * x + fixed, e * x + e0
-                step = (J * A - E / A) / (e * A + 2 * work * J)
-                x, before = np.where(step > 0, np.maximum(x - step, 0.0), x), x
-                if (before - x <= 1e-16 * before).all() or not np.isfinite(x).any():
-                    break
-            by_energy = np.where(self.slows, x, np.where(e > 0, (E - e0) / e, np.inf))
+            by_energy = np.where(e > 0, (E - e0) / e, np.inf)
+            if self.slows.any():
+                by_energy = np.where(self.slows, self._most_slowed(), by_energy)
         begins = (self.time_s >= c0) & (least_j <= E)
-        return np.where(begins, np.minimum(1.0, np.minimum(by_time, by_energy)), -1.0)
+        return np.where(begins, np.minimum(by_time, by_energy), -1.0)
+
+    def _most_slowed(self) -> Array:
+        """The share [n] whose computing takes all time and energy: (e x + e0) ((a x + c0) / T')^2 = E, by Newton from above."""
+        a, c0, e, e0, E = self.compute_s / self.time_s, self.fixed_compute_s / self.time_s, self.compute_j, self.fixed_j, self.budget_j
+        # each term of the product by itself bounds x, and the least bound is not far from the root
+        bounds = (np.cbrt(E / e) / np.cbrt(a) ** 2, np.sqrt(E / e0) / a, E / e / c0**2)
+        x = np.fmin.reduce([np.where(np.isnan(bound), np.inf, bound) for bound in bounds])
+        for _ in range(60):
+            A, J = a * x + c0, e * x + e0
+            step = (J * A - E / A) / (e * A + 2 * a * J)
+            x, before = np.where(step > 0, np.maximum(x - step, 0.0), x), x
+            if not (before - x > 1e-16 * before).any():
+                break
+        return x
+
+    def curve(self) -> Curve:
+        """Returns the devices' least bandwidths as functions of what they keep."""
+        most = self.most
+        end = np.clip(most, LEAST, 2.0)
+        A, J = self.compute_s * end + self.fixed_compute_s, self.compute_j * end + self.fixed_j
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+            spare_j = self.budget_j - np.where(self.slows, J * (A / self.time_s) ** 2, J)
+            by_time = self.compute_s * end >= (self.time_s - self.fixed_compute_s) * (1 - 1e-15)
+        at_end = most == end
+        spare_s = np.where(at_end & by_time, 0.0, np.maximum(self.time_s - A, 0.0))
+        return Curve(self, most, end, spare_s, np.where(at_end & ~by_time, 0.0, np.maximum(spare_j, 0.0)))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The least bandwidth b of devices as a function of what they keep [n], in z = ln(x / (end - x)).
+
+    most: the share with which neither time nor energy is left to send; end: that, or 2 where it is more; spare_s, spare_j: what is left
+    of both there. Near the end b has all the digits of end - x, which x has not.
+    """
+
+    means: Means
+    most: Array
+    end: Array
+    spare_s: Array
+    spare_j: Array
+
+    def take(self, index: Array | slice) -> Curve:
+        """Returns the curves of some of the devices."""
+        return Curve(self.means.take(index), self.most[index], self.end[index], self.spare_s[index], self.spare_j[index])
+
+    def place(self, kept: Array) -> Array:
+        """Returns z [n] of x = `kept`, at most END."""
+        kept = np.maximum(kept, LEAST)
+        with np.errstate(divide="ignore"):
+            return np.log(kept) - np.log(np.maximum(self.end - kept, self.end * np.exp(-END)))
+
+    def share(self, z: Array) -> Array:
+        """Returns x [n] at z."""
+        return self.end / (1 + np.exp(-z))
+
+    @property
+    def kink(self) -> Array:
+        """z [n] where full clock and full power spend time and energy exactly and b has a kink; NaN where it has none."""
+        m = self.means
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            left_j = m.budget_j - m.fixed_j - m.drawn_w * (m.time_s - m.fixed_compute_s)
+            at = left_j / (m.compute_j - m.drawn_w * m.compute_s)
+            return np.where((at > LEAST) & (at < self.end), self.place(at), np.nan)
 
     @property
     def late(self) -> Array:
-        """Whether it is energy rather than time that is short above the kink, bool [n]: each kept share costs more than its time saves."""
-        return self.compute_j > self.drawn_w * self.compute_s
+        """Whether it is energy rather than time that is short above the kink, bool [n]: a share costs more than its time saves."""
+        return self.means.compute_j > self.means.drawn_w * self.means.compute_s
 
-    def short(self, kept: Array) -> Array:
-        """Whether energy is short at x = `kept`, bool [n]: full clock and full power until the deadline would be too much."""
-        full_j = self.compute_j * kept + self.fixed_j
+    def short(self, z: Array) -> Array:
+        """Whether energy is short at z, bool [n]: full clock and full power until the deadline would be too much."""
+        m, x = self.means, self.share(z)
         with np.errstate(over="ignore"):
-            return ~(full_j + self.drawn_w * (self.time_s - self.compute_s * kept - self.fixed_compute_s) <= self.budget_j)
+            spare_s = m.time_s - m.compute_s * x - m.fixed_compute_s
+            return ~(m.compute_j * x + m.fixed_j + m.drawn_w * spare_s <= m.budget_j)
 
-    def at(self, kept: Array, short: Array | None = None) -> Choice:
-        """Returns how each device keeps `kept` [n] > 0 on the least bandwidth; short: on which side of a kink, where it is known."""
-        short = self.short(kept) if short is None else short
-        parts = [slice(at, at + BLOCK) for at in range(0, len(kept), BLOCK)] or [slice(0)]
-        choices = [self.take(part)._at(kept[part], short[part]) for part in parts]
+    def at(self, z: Array, short: Array | None = None) -> Choice:
+        """Returns how each device keeps its share at z [n] on the least bandwidth; short: on which side of a kink, where it is known."""
+        short = self.short(z) if short is None else short
+        parts = [slice(at, at + BLOCK) for at in range(0, len(z), BLOCK)] or [slice(0)]
+        choices = [self.take(part)._at(z[part], short[part]) for part in parts]
         return Choice(*(np.concatenate([getattr(one, field.name) for one in choices]) for field in fields(Choice)))
 
-    def _at(self, x: Array, short: Array) -> Choice:
+    def _at(self, z: Array, short: Array) -> Choice:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
-            work = _Work.of(self, x)
-            spare_s = self.time_s - work.full_s
+            work = _Work.of(self, z)
             # at full clock and power all the time is spent, unless that is too much energy
-            slope = -work.full_s * work.s_slope / spare_s
-            way = _Way(work.full_s, spare_s, spare_s, slope, slope)
+            slope = -self.means.compute_s * work.kept / work.spare_s
+            way = _Way(work.full_s, work.spare_s, work.spare_s, slope, slope)
             few = np.flatnonzero(short)
             if len(few):
-                means = self.take(few)
-                way = way.put(few, means._at_full_power(work.take(few)))
+                means = self.means.take(few)
+                way = way.put(few, _at_full_power(means, work.take(few)))
                 dims = few[means.dims & (way.send_s[few] > 0)]
                 if len(dims):
-                    way = way.put(dims, self.take(dims)._at_chosen_power(work.take(dims), way.take(dims)))
-            return self._choice(work, way)
-
-    def _at_full_power(self, work: _Work) -> _Way:
-        """Returns how the energy is spent at full power: the longest sending that it allows, at the clock that leaves the most of it."""
-        A, J, T, P = work.full_s, work.full_j, self.time_s, self.drawn_w
-        g = self.budget_j / P - T
-        # tau^3 + g tau^2 = A^2 J / P has one positive root, which J / P (A / tau)^2 - tau - g approaches from the left without leaving it
-        cube_s = np.cbrt(J / P) * np.cbrt(A) ** 2
-        first_s = np.where(g < 0, np.maximum(-g, cube_s), np.sqrt(0.5) * np.minimum(cube_s, A * np.sqrt(J / P / g)))
-        tau = np.where(self.slows, np.maximum(first_s, A), A)
-        for _ in range(60):
-            pull = J / P * (A / tau) ** 2
-            step = np.where(self.slows, (pull - tau - g) / (2 * pull / tau + 1), 0.0)
-            tau = tau + np.where(step > 0, step, 0.0)
-            if not (step > 1e-15 * tau).any():
-                break
-        spent_j = np.where(self.slows, J * (A / tau) ** 2, J)
-        v = np.where(self.slows & (spent_j > 0.5 * self.budget_j), T - tau, (self.budget_j - spent_j) / P)
-        slope = -spent_j * work.j_slope / (v * (self._braking(spent_j, tau) + P))
-        return _Way(tau, v, v, slope, slope)
-
-    def _braking(self, spent_j: Array, compute_s: Array) -> Array:
-        """Returns the joules [n] that a second less of computing costs."""
-        return np.where(self.slows, 2 * spent_j / compute_s, 0.0)
-
-    def _at_chosen_power(self, work: _Work, full: _Way) -> _Way:
-        """Returns the best way from full power on to less power for longer: rho v (2 C / tau + circuit) = amplifier eps."""
-        A, J, T = work.full_s, work.full_j, self.time_s
-        low = np.clip(np.log(full.send_s) - np.log(T - full.send_s), -700.0, 700.0)
-        high = np.clip(np.log(T - A) - np.log(A), low, 700.0)
-        at_low, at_high = self._balance(work, low)[0] >= 0, self._balance(work, high)[0] <= 0
-        inner = np.flatnonzero(~(at_low | at_high))
-        means, some = self.take(inner), work.take(inner)
-
-        def values(index: Array, z: Array) -> tuple[Array, Array]:
-            every = len(index) == len(inner)
-            return means._balance(some, z) if every else means.take(index)._balance(some.take(index), z)
-
-        z = high
-        z[inner] = increasing_roots(values, low[inner], high[inner], np.minimum(0.5 * (low + high), low + 1.0)[inner])
-        _, v, tau, spent_j, eps = self._spent(work, z)
-        inner = _Way(tau, v, eps, np.zeros(len(v)), -spent_j * work.j_slope / (self.amplifier_w * eps))
-        last_s = T - A
-        rest = (self.budget_j - J - self.circuit_w * last_s) / self.amplifier_w
-        a_x = A * work.s_slope
-        slow = _Way(A, last_s, rest, -a_x / last_s, (self.circuit_w * a_x - J * work.own_slope) / (self.amplifier_w * rest))
-        return inner.put(np.flatnonzero(at_high), slow.take(np.flatnonzero(at_high))).put(
-            np.flatnonzero(at_low), full.take(np.flatnonzero(at_low))
-        )
-
-    def _spent(self, work: _Work, z: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Returns v / T', v, tau, the joules of computing and what is left to radiate, in seconds of full power, where ln(v / (T' - v)) = z."""
-        part = 1 / (1 + np.exp(-z))
-        v, tau = self.time_s * part, np.where(self.slows, self.time_s / (1 + np.exp(z)), work.full_s)
-        spent_j = np.where(self.slows, work.full_j * (work.full_s / tau) ** 2, work.full_j)
-        return part, v, tau, spent_j, (self.budget_j - spent_j - self.circuit_w * v) / self.amplifier_w
-
-    def _balance(self, work: _Work, z: Array) -> tuple[Array, Array]:
-        """Returns the logarithm of (rho v (2 C / tau + circuit)) / (amplifier eps), which increases with z, and its derivative."""
-        part, v, tau, spent_j, eps = self._spent(work, z)
-        L = log_snr_fast(np.log(self.snr_hz * eps / work.nats))
-        tail, q, h = np.exp(-L), -np.expm1(-L), rate_slope(L)
-        brake = self._braking(spent_j, tau)
-        cost = brake + self.circuit_w
-        value = np.log(q / h * v * cost) - np.log(self.amplifier_w * eps)
-        value = np.where((eps > 0) & (L > 0), value, np.inf)
-        d_eps = -v * cost * (1 - part) / (self.amplifier_w * eps)
-        d_L = d_eps / log_ratio_slope(L)
-        return value, (tail / q - q / h) * d_L + (1 - part) + 3 * brake * part / cost - d_eps
-
-    def _choice(self, work: _Work, way: _Way) -> Choice:
-        L = log_snr_fast(np.log(self.snr_hz * way.radiated_s / work.nats))
-        tail, q, h = np.exp(-L), -np.expm1(-L), rate_slope(L)
-        rho, v, eps = q / h, way.send_slope, way.radiated_slope
-        possible = (way.send_s > 0) & (way.radiated_s > 0) & (L > 0)
-        b = np.where(possible, work.nats / L / way.send_s, np.inf)
-        elasticity = np.where(possible, 1 + rho * (1 - eps) - v, np.inf)
-        bend = rho * ((q / h - tail / q) * (1 - eps) ** 2 / log_ratio_slope(L) - eps * (1 - eps)) - v * (1 - v)
-        clock = np.where(self.slows & (way.compute_s > work.full_s), work.full_s / way.compute_s, 1.0)
-        power = np.where(way.radiated_s < way.send_s, way.radiated_s / way.send_s, 1.0)
-        return Choice(b, elasticity, np.where(possible, bend, np.nan), way.compute_s, way.send_s, clock, power)
+                    way = way.put(dims, _at_chosen_power(self.means.take(dims), work.take(dims), way.take(dims)))
+            return _choice(self.means, work, way)
 
     def kept(self, bandwidth_hz: Array, rate_bps: Array) -> Array:
-        """Returns the most that each device can keep [n] on bandwidths b, whose rates at full power are `rate_bps`; 0 where nothing.
-
-        Newton on ln b(x) in ln x, guarded by what full clock and power keep and by what time alone allows.
-        """
+        """Returns z [n] of the most that each device can keep on bandwidths b, whose rates at full power are `rate_bps`; at least that of LEAST."""
         parts = [slice(at, at + BLOCK) for at in range(0, len(bandwidth_hz), BLOCK)] or [slice(0)]
         return np.concatenate([self.take(part)._kept(bandwidth_hz[part], rate_bps[part]) for part in parts])
 
     def _kept(self, bandwidth_hz: Array, rate_bps: Array) -> Array:
+        m = self.means
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
-            time_s, joules = self.time_s - self.fixed_compute_s, self.budget_j - self.fixed_j
-            by_time = time_s * rate_bps / (self.compute_s * rate_bps + self.bits)
-            by_energy = joules * rate_bps / (self.compute_j * rate_bps + self.drawn_w * self.bits)
-            by_energy = np.where(np.isinf(joules), np.inf, by_energy)
-            sends = self.bits > 0
-            top = np.where(sends, np.minimum(by_time, self.most), self.most)
-            sure = np.where(sends, np.clip(np.minimum(top, by_energy), 0.0, None), top)
-            x, low, high = np.maximum(sure, LEAST), np.log(np.maximum(sure, LEAST)), np.log(np.maximum(top, LEAST))
-            open_ = np.flatnonzero(high > low)
-            if not len(open_):
-                return np.where(top > LEAST, np.minimum(x, 1.0), 0.0)
-            means, goal = self.take(open_), np.log(bandwidth_hz[open_])
+            # what full clock and power keep is a good place to start
+            by_time = (m.time_s - m.fixed_compute_s) * rate_bps / (m.compute_s * rate_bps + m.bits)
+            by_energy = (m.budget_j - m.fixed_j) * rate_bps / (m.compute_j * rate_bps + m.drawn_w * m.bits)
+            sure = np.where(np.isinf(m.budget_j), by_time, np.fmin(by_time, np.fmax(by_energy, 0.5 * by_time)))
+            start, goal = self.place(np.minimum(sure, self.end)), np.log(bandwidth_hz)
+            low = self.place(np.full(len(goal), LEAST))
+            high = np.where((rate_bps > 0) & (self.most > 0), END, low)
+            high = np.where((m.bits > 0) | (self.most <= 0), high, low)
 
-            def values(index: Array, X: Array) -> tuple[Array, Array]:
-                choice = means.take(index).at(np.exp(X))
-                return np.log(choice.bandwidth_hz) - goal[index], choice.elasticity
+            def values(index: Array, z: Array) -> tuple[Array, Array]:
+                curve = self if len(index) == len(goal) else self.take(index)
+                choice = curve.at(z)
+                return np.log(choice.bandwidth_hz) - goal[index], choice.elasticity / (1 + np.exp(z))
 
-            x[open_] = np.exp(increasing_roots(values, low[open_], high[open_], np.maximum(0.5 * (low + high), high - 1.0)[open_]))
-            return np.where(top > LEAST, np.minimum(x, 1.0), 0.0)
+            return np.where((m.bits > 0) | (self.most <= 0), increasing_roots(values, low, high, start), END)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What keeping a share asks for [n]: full_s A, full_j J, nats y ln 2; s_slope, own_slope d ln A, d ln J / d ln x; j_slope that of C at a given tau."""
+    """What keeping a share asks for [n]: kept x; full_s A, full_j J, nats y ln 2; s_slope, j_slope d ln A, d ln J / d ln x.
 
+    spare_s T' - A; spare_j: the joules that computing leaves, in all the time there is where the clock is chosen.
+    """
+
+    kept: Array
     full_s: Array
     full_j: Array
     nats: Array
     s_slope: Array
-    own_slope: Array
     j_slope: Array
+    spare_s: Array
+    spare_j: Array
 
     @staticmethod
-    def of(means: Means, x: Array) -> _Work:
-        A, J = means.compute_s * x + means.fixed_compute_s, means.compute_j * x + means.fixed_j
-        s_slope = np.where(A > 0, means.compute_s * x / A, 0.0)
-        own_slope = np.where(J > 0, means.compute_j * x / J, 0.0)
-        return _Work(A, J, LN2 * means.bits * x, s_slope, own_slope, own_slope + np.where(means.slows, 2 * s_slope, 0.0))
+    def of(curve: Curve, z: Array) -> _Work:
+        m, end = curve.means, curve.end
+        x, rest = curve.share(z), end / (1 + np.exp(z))
+        A, J = m.compute_s * x + m.fixed_compute_s, m.compute_j * x + m.fixed_j
+        s_slope, j_slope = np.where(A > 0, m.compute_s * x / A, 0.0), np.where(J > 0, m.compute_j * x / J, 0.0)
+        end_s = m.compute_s * end + m.fixed_compute_s
+        slowed = m.compute_j * (end_s / m.time_s) ** 2 + J * (m.compute_s / m.time_s) * ((end_s + A) / m.time_s)
+        spare_j = curve.spare_j + rest * np.where(m.slows, slowed, m.compute_j)
+        return _Work(x, A, J, LN2 * m.bits * x, s_slope, j_slope, curve.spare_s + m.compute_s * rest, spare_j)
 
     def take(self, index: Array) -> _Work:
         return _Work(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -302,3 +274,103 @@ class _Way:
             column[index] = getattr(other, field.name)
             columns.append(column)
         return _Way(*columns)
+
+
+def _spent_j(means: Means, work: _Work, compute_s: Array) -> Array:
+    """Returns the joules of computing [n] in so many seconds."""
+    return np.where(means.slows, work.full_j * (work.full_s / compute_s) ** 2, work.full_j)
+
+
+def _braking(means: Means, spent_j: Array, compute_s: Array) -> Array:
+    """Returns the joules [n] that a second less of computing costs."""
+    return np.where(means.slows, 2 * spent_j / compute_s, 0.0)
+
+
+def _hurry(means: Means, spent_j: Array, compute_s: Array) -> Array:
+    """Returns the joules [n] of computing per second of sending, beyond what computing all the time would cost."""
+    return np.where(means.slows, spent_j * (1 + compute_s / means.time_s) / means.time_s, 0.0)
+
+
+def _at_full_power(means: Means, work: _Work) -> _Way:
+    """Returns how the energy is spent at full power: the longest sending that it allows, at the clock that leaves the most of it."""
+    A, J, P = work.full_s, work.full_j, means.drawn_w
+    g = means.budget_j / P - means.time_s
+    # tau^3 + g tau^2 = A^2 J / P has one positive root, which Newton on J / P (A / tau)^2 - tau - g approaches from the left
+    cube_s = np.cbrt(J / P) * np.cbrt(A) ** 2
+    first_s = np.where(g < 0, np.maximum(-g, cube_s), np.sqrt(0.5) * np.minimum(cube_s, A * np.sqrt(J / P / g)))
+    tau = np.where(means.slows, np.fmax(first_s, A), A)
+    for _ in range(60):
+        pull = J / P * (A / tau) ** 2
+        step = np.where(means.slows, (pull - tau - g) / (2 * pull / tau + 1), 0.0)
+        tau = tau + np.where(step > 0, step, 0.0)
+        if not (step > 1e-15 * tau).any():
+            break
+    spent_j = _spent_j(means, work, tau)
+    v = work.spare_j / (P + _hurry(means, spent_j, tau))
+    rise = work.j_slope + np.where(means.slows, 2 * work.s_slope, 0.0)
+    slope = -spent_j * rise / (v * (_braking(means, spent_j, tau) + P))
+    return _Way(tau, v, v, slope, slope)
+
+
+def _at_chosen_power(means: Means, work: _Work, full: _Way) -> _Way:
+    """Returns the best way from full power on to less power for longer: rho v (2 C / tau + circuit) = amplifier eps."""
+    A, T = work.full_s, means.time_s
+    low = np.clip(np.log(full.send_s) - np.log(np.where(means.slows, full.compute_s, T - full.send_s)), -700.0, 700.0)
+    high = np.clip(np.log(work.spare_s) - np.log(A), low, 700.0)
+    at_low, at_high = _balance(means, work, low)[0] >= 0, _balance(means, work, high)[0] <= 0
+    inner = np.flatnonzero(~(at_low | at_high))
+    few, some = means.take(inner), work.take(inner)
+
+    def values(index: Array, u: Array) -> tuple[Array, Array]:
+        every = len(index) == len(inner)
+        return _balance(few, some, u) if every else _balance(few.take(index), some.take(index), u)
+
+    u = high
+    u[inner] = increasing_roots(values, low[inner], high[inner], np.minimum(0.5 * (low + high), low + 1.0)[inner])
+    _, v, tau, spent_j, eps = _split(means, work, u)
+    rise = work.j_slope + np.where(means.slows, 2 * work.s_slope, 0.0)
+    way = _Way(tau, v, eps, np.zeros(len(v)), -spent_j * rise / (means.amplifier_w * eps))
+    last_s, a_x = work.spare_s, A * work.s_slope
+    left_j = np.where(means.slows, means.budget_j - work.full_j, work.spare_j) - means.circuit_w * last_s
+    slope = (means.circuit_w * a_x - work.full_j * work.j_slope) / left_j
+    slow = _Way(A, last_s, left_j / means.amplifier_w, -a_x / last_s, slope)
+    for which, other in ((at_high, slow), (at_low, full)):
+        places = np.flatnonzero(which)
+        way = way.put(places, other.take(places))
+    return way
+
+
+def _split(means: Means, work: _Work, u: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Returns v / T', v, tau, the joules of computing and the seconds of full power that are left to radiate, where ln(v / (T' - v)) = u."""
+    part = 1 / (1 + np.exp(-u))
+    v, tau = means.time_s * part, np.where(means.slows, means.time_s / (1 + np.exp(u)), work.full_s)
+    spent_j = _spent_j(means, work, tau)
+    left_j = work.spare_j - v * (_hurry(means, spent_j, tau) + means.circuit_w)
+    return part, v, tau, spent_j, left_j / means.amplifier_w
+
+
+def _balance(means: Means, work: _Work, u: Array) -> tuple[Array, Array]:
+    """Returns the logarithm of (rho v (2 C / tau + circuit)) / (amplifier eps), which increases with u, and its derivative."""
+    part, v, tau, spent_j, eps = _split(means, work, u)
+    L = log_snr_fast(np.log(means.snr_hz * eps / work.nats))
+    tail, q, h = np.exp(-L), -np.expm1(-L), rate_slope(L)
+    brake = _braking(means, spent_j, tau)
+    cost = brake + means.circuit_w
+    value = np.log(q / h * v * cost) - np.log(means.amplifier_w * eps)
+    value = np.where((eps > 0) & (L > 0), value, np.inf)
+    d_eps = -v * cost * (1 - part) / (means.amplifier_w * eps)
+    d_L = d_eps / log_ratio_slope(L)
+    return value, (tail / q - q / h) * d_L + (1 - part) + 3 * brake * part / cost - d_eps
+
+
+def _choice(means: Means, work: _Work, way: _Way) -> Choice:
+    L = log_snr_fast(np.log(means.snr_hz * way.radiated_s / work.nats))
+    tail, q, h = np.exp(-L), -np.expm1(-L), rate_slope(L)
+    rho, v, eps = q / h, way.send_slope, way.radiated_slope
+    possible = (way.send_s > 0) & (way.radiated_s > 0) & (L > 0)
+    b = np.where(possible, work.nats / L / way.send_s, np.inf)
+    elasticity = np.where(possible, 1 + rho * (1 - eps) - v, np.inf)
+    bend = rho * ((q / h - tail / q) * (1 - eps) ** 2 / log_ratio_slope(L) - eps * (1 - eps)) - v * (1 - v)
+    clock = np.where(means.slows & (way.compute_s > work.full_s), work.full_s / way.compute_s, 1.0)
+    power = np.where(way.radiated_s < way.send_s, way.radiated_s / way.send_s, 1.0)
+    return Choice(b, elasticity, np.where(possible, bend, np.nan), way.compute_s, way.send_s, clock, power)

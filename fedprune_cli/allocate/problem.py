@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedprune_cli.allocate.freedom import FIXED, LEAST, Freedom, Means
+from fedprune_cli.allocate.freedom import FIXED, LEAST, Curve, Freedom, Means
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
@@ -308,6 +308,11 @@ def resources(problem: Problem) -> tuple[Resource, ...]:
     return time, Resource(joules, limits.shared_energy_j, limits.tx_power_w * problem.payload_bits)
 
 
+def curve_of(problem: Problem) -> Curve:
+    """Returns what each share costs the devices of a problem with limits [K]."""
+    return means_of(problem).curve()
+
+
 def means_of(problem: Problem) -> Means:
     """Returns what the devices of a problem with limits have at their disposal [K]."""
     limits, size = limits_of(problem), len(problem.weight)
@@ -345,7 +350,8 @@ def pace(problem: Problem, kept: Array) -> tuple[Array, Array]:
     """
     if not problem.chooses:
         return np.ones(len(kept)), np.ones(len(kept))
-    choice = means_of(problem).at(np.maximum(kept, LEAST))
+    curve = curve_of(problem)
+    choice = curve.at(curve.place(kept))
     return choice.clock, choice.power
 
 
@@ -356,7 +362,9 @@ def kept_fraction(problem: Problem, bandwidth_hz: Array) -> Array:
     """
     rate_bps = rate(bandwidth_hz, problem.snr_hz)
     if problem.chooses:
-        return means_of(problem).kept(bandwidth_hz, rate_bps)
+        curve = curve_of(problem)
+        kept = curve.share(curve.kept(bandwidth_hz, rate_bps))
+        return np.where(kept > 2 * LEAST, np.minimum(kept, 1.0), 0.0)
     return np.minimum.reduce([resource.kept(rate_bps) for resource in resources(problem)])
 
 
@@ -415,6 +423,7 @@ def _least_fixed(problem: Problem, kept: Array) -> Array:
 
 
 def _least_chosen(problem: Problem, kept: Array) -> Array:
-    means, silent = means_of(problem), kept * problem.payload_bits == 0
-    needed = means.at(np.maximum(kept, LEAST)).bandwidth_hz
-    return np.where(silent, np.where(kept <= means.most * (1 + TIGHT), 0.0, np.inf), needed)
+    curve, silent = curve_of(problem), kept * problem.payload_bits == 0
+    fits = kept <= curve.most * (1 + TIGHT)
+    needed = np.where(silent, 0.0, curve.at(curve.place(kept)).bandwidth_hz)
+    return np.where(fits, needed, np.inf)
