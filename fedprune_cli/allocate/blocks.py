@@ -24,7 +24,7 @@ from fedprune_cli.allocate.problem import (
     Problem,
     kept_fraction,
     latency,
-    rate,
+    possible,
     required_bandwidth,
     resources,
 )
@@ -234,8 +234,7 @@ def certify_blocks(problem: Problem, grid: Grid, kept: Array, bandwidth_hz: Arra
     count = np.rint(bandwidth_hz / block_hz).astype(np.int64)
     least, most = grid.least(problem), grid.most(problem)
     scale = max(float(problem.weight.sum()), np.finfo(float).tiny) + price * grid.count
-    possible = possible(problem)
-    late = kept - np.where(possible, kept_fraction(problem, bandwidth_hz), -1.0)
+    late = kept - np.where(possible(problem), kept_fraction(problem, bandwidth_hz), -1.0)
     primal = max(
         float((np.abs(bandwidth_hz - count * block_hz) / block_hz).max()),
         float((count - most).max()) / grid.count,

@@ -36,12 +36,13 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Shares:
-    """What devices take at a price [n]: z, the bandwidths b, and about how z and ln b move with ln(1 / price)."""
+    """What devices take at a price [n]: z, the bandwidths b, about how z and ln b move with ln(1 / price), and the split of their time."""
 
     z: Array
     bandwidth_hz: Array
     moves: Array
     widens: Array
+    split: Array
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ class ChosenCurves:
 
     def response(self, price_per_hz: float) -> Array:
         """Returns the bandwidth [n] that is best at a price, each device on its own."""
-        return self.at(float(np.log(price_per_hz)), self.start()).bandwidth_hz
+        return self.at(float(np.log(price_per_hz)), *self.start()).bandwidth_hz
 
-    def start(self) -> Array:
-        """Returns a z [n] to begin a search with."""
-        return np.maximum(0.5 * (self.low + self.high), np.minimum(self.high, 1.0) - 1.0)
+    def start(self) -> tuple[Array, Array]:
+        """Returns z and splits [n] to begin a search with."""
+        z = np.maximum(0.5 * (self.low + self.high), np.minimum(self.high, 1.0) - 1.0)
+        return z, np.full(len(z), np.nan)
 
     def conditions(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Conditions:
         """Returns how far b [K] is from the conditions of optimality, on both sides of a kink, at what the devices can keep on it."""
@@ -111,13 +113,13 @@ class ChosenCurves:
         rest = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "curve"}
         return ChosenCurves(curve=self.curve.take(index), **rest)
 
-    def at(self, log_price: float, start: Array) -> Shares:
-        """Returns what each device takes at a price, searched from z = `start` [n]."""
+    def at(self, log_price: float, start: Array, split: Array) -> Shares:
+        """Returns what each device takes at a price, searched from z = `start` and the splits there [n]."""
         parts = [slice(at, at + BLOCK) for at in range(0, len(self.low), BLOCK)] or [slice(0)]
-        found = [self.take(part)._at(log_price, start[part]) for part in parts]
+        found = [self.take(part)._at(log_price, start[part], split[part]) for part in parts]
         return Shares(*(np.concatenate([getattr(one, field.name) for one in found]) for field in fields(Shares)))
 
-    def _at(self, log_price: float, start: Array) -> Shares:
+    def _at(self, log_price: float, start: Array, split: Array) -> Shares:
         goal = self.log_weight - log_price
         least, most, above = goal <= self.bottom, goal >= self.top, goal > self.after
         held = least | most | ((goal >= self.before) & ~above & (self.kink < self.high))
@@ -125,19 +127,22 @@ class ChosenCurves:
         short = above == self.late
         z = np.where(least, self.low, np.where(most, self.high, self.kink))
         inner = np.flatnonzero(~held)
-        curve, side, aim = self.curve.take(inner), short[inner], goal[inner]
+        curve, side, aim, near = self.curve.take(inner), short[inner], goal[inner], split[inner]
 
         def values(index: Array, at: Array) -> tuple[Array, Array]:
             some = curve if len(index) == len(inner) else curve.take(index)
-            choice = some.at(at, side[index])
+            choice = some.at(at, side[index], near[index])
+            near[index] = choice.split
             return steepness(some, choice, at) - aim[index], growth(choice) / (1 + np.exp(at))
 
         z[inner] = increasing_roots(values, low[inner], high[inner], start[inner], exact=False)
-        choice = self.curve.at(z, short)
+        split = split.copy()
+        split[inner] = near
+        choice = self.curve.at(z, short, split)
         b = np.where(least, self.narrow_hz, np.where(most, self.wide_hz, choice.bandwidth_hz))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             widens = np.where(held, 0.0, choice.elasticity / growth(choice))
-            return Shares(z, b, np.where(held, 0.0, (1 + np.exp(z)) / growth(choice)), widens)
+            return Shares(z, b, np.where(held, 0.0, (1 + np.exp(z)) / growth(choice)), widens, choice.split)
 
 
 def steepness(curve: Curve, choice: Choice, z: Array) -> Array:
@@ -171,14 +176,17 @@ def chosen_curves(problem: Problem) -> ChosenCurves:
     inside = (kink > low + SAME) & (kink < high - SAME)
     kink = np.where(inside, kink, high)
     late = np.where(inside, curve.late, ~curve.short(0.5 * (low + high)))
-    ends = (curve.at(low, ~late), curve.at(kink, ~late), curve.at(kink, late), curve.at(high, np.where(inside, late, ~late)))
-    bottom, before, after, top = (steepness(curve, end, z) for end, z in zip(ends, (low, kink, kink, high), strict=True))
-    narrow_hz = np.minimum(np.maximum(ends[0].bandwidth_hz, p.least_hz), wide_hz)
+    first, last = curve.at(low, ~late), curve.at(high, np.where(inside, late, ~late))
+    bottom, top = steepness(curve, first, low), steepness(curve, last, high)
+    before, after, two = top.copy(), np.full(len(index), np.inf), np.flatnonzero(inside)
+    of_two = curve.take(two)
+    for column, side in ((before, ~late), (after, late)):
+        column[two] = steepness(of_two, of_two.at(kink[two], side[two]), kink[two])
+    narrow_hz = np.minimum(np.maximum(first.bandwidth_hz, p.least_hz), wide_hz)
     with np.errstate(divide="ignore"):
         log_weight = np.log(p.weight)
     return ChosenCurves(
-        index, curve, log_weight, low, high, narrow_hz, np.clip(ends[3].bandwidth_hz, narrow_hz, wide_hz), kink, late, bottom, before,
-        np.where(inside, after, np.inf), top,
+        index, curve, log_weight, low, high, narrow_hz, np.clip(last.bandwidth_hz, narrow_hz, wide_hz), kink, late, bottom, before, after, top,
     )  # fmt: skip
 
 
@@ -193,10 +201,10 @@ def _fill(curves: ChosenCurves, budget_hz: float) -> tuple[Array, float]:
         share_hz = budget_hz * len(sample.index) / count
         if sample.narrow_hz.sum() < share_hz < sample.wide_hz.sum() and np.isfinite(sample.log_weight).any():
             log_price = float(np.clip(np.log(_fill(sample, share_hz)[1]), low, high))
-    start = curves.start()
+    start, split = curves.start()
     before = (np.nan, np.nan)
     for _ in range(200):
-        shares = curves.at(log_price, start)
+        shares = curves.at(log_price, start, split)
         b = shares.bandwidth_hz
         excess = float(np.log(b.sum() / budget_hz))
         if abs(excess) <= 1e-13 or high - low <= 1e-15 * max(abs(low), abs(high)):
@@ -208,6 +216,6 @@ def _fill(curves: ChosenCurves, budget_hz: float) -> tuple[Array, float]:
         before = (log_price, excess)
         step = log_price - excess / slope if slope < 0 else np.nan
         step = step if low < step < high else 0.5 * (low + high)
-        start = shares.z - shares.moves * (step - log_price)
+        start, split = shares.z - shares.moves * (step - log_price), shares.split
         log_price = step
     return b, float(np.exp(log_price))

@@ -43,7 +43,8 @@ class Choice:
     """How a device keeps a share on the least bandwidth [n].
 
     bandwidth_hz b, infinite where no bandwidth suffices; elasticity d ln b / d ln x; bend: about how the elasticity grows with ln x (exactly
-    at full clock and power); compute_s tau, send_s v; clock, power: what of the full clock and of the full radiated power it uses, in (0, 1].
+    at full clock and power); compute_s tau, send_s v; clock, power: what of the full clock and of the full radiated power it uses, in (0, 1];
+    split: ln(v / (scale - v)), where a search for the next choice begins.
     """
 
     bandwidth_hz: Array
@@ -53,6 +54,7 @@ class Choice:
     send_s: Array
     clock: Array
     power: Array
+    split: Array
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Means:
     def drawn_w(self) -> Array:
         """What the radio draws at full power [n]."""
         return self.circuit_w + self.amplifier_w
+
+    @property
+    def scale_s(self) -> Array:
+        """What the time of sending is measured against [n]: all the time where the rest is for computing, else more than there can be."""
+        return np.where(self.slows, self.time_s, 2 * self.time_s)
 
     @property
     def most(self) -> Array:
@@ -175,14 +182,18 @@ class Curve:
             spare_s = m.time_s - m.compute_s * x - m.fixed_compute_s
             return ~(m.compute_j * x + m.fixed_j + m.drawn_w * spare_s <= m.budget_j)
 
-    def at(self, z: Array, short: Array | None = None) -> Choice:
-        """Returns how each device keeps its share at z [n] on the least bandwidth; short: on which side of a kink, where it is known."""
+    def at(self, z: Array, short: Array | None = None, split: Array | None = None) -> Choice:
+        """Returns how each device keeps its share at z [n] on the least bandwidth.
+
+        short: on which side of a kink, where it is known; split: of a choice that is not far away, NaN where there is none.
+        """
         short = self.short(z) if short is None else short
+        split = np.full(len(z), np.nan) if split is None else split
         parts = [slice(at, at + BLOCK) for at in range(0, len(z), BLOCK)] or [slice(0)]
-        choices = [self.take(part)._at(z[part], short[part]) for part in parts]
+        choices = [self.take(part)._at(z[part], short[part], split[part]) for part in parts]
         return Choice(*(np.concatenate([getattr(one, field.name) for one in choices]) for field in fields(Choice)))
 
-    def _at(self, z: Array, short: Array) -> Choice:
+    def _at(self, z: Array, short: Array, split: Array) -> Choice:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             work = _Work.of(self, z)
             # at full clock and power all the time is spent, unless that is too much energy
@@ -190,11 +201,15 @@ class Curve:
             way = _Way(work.full_s, work.spare_s, work.spare_s, slope, slope)
             few = np.flatnonzero(short)
             if len(few):
-                means = self.means.take(few)
-                way = way.put(few, _at_full_power(means, work.take(few)))
-                dims = few[means.dims & (way.send_s[few] > 0)]
-                if len(dims):
-                    way = way.put(dims, _at_chosen_power(self.means.take(dims), work.take(dims), way.take(dims)))
+                means, some = (self.means, work) if len(few) == len(z) else (self.means.take(few), work.take(few))
+                spent = _at_full_power(means, some)
+                dims = np.flatnonzero(means.dims & (spent.send_s > 0))
+                if len(dims) == len(few):
+                    spent = _at_chosen_power(means, some, spent, split[few])
+                elif len(dims):
+                    chosen = _at_chosen_power(means.take(dims), some.take(dims), spent.take(dims), split[few][dims])
+                    spent = spent.put(dims, chosen)
+                way = spent if len(few) == len(z) else way.put(few, spent)
             return _choice(self.means, work, way)
 
     def kept(self, bandwidth_hz: Array, rate_bps: Array) -> Array:
@@ -214,9 +229,12 @@ class Curve:
             high = np.where((rate_bps > 0) & (self.most > 0), END, low)
             high = np.where((m.bits > 0) | (self.most <= 0), high, low)
 
+            split = np.full(len(goal), np.nan)
+
             def values(index: Array, z: Array) -> tuple[Array, Array]:
                 curve = self if len(index) == len(goal) else self.take(index)
-                choice = curve.at(z)
+                choice = curve.at(z, split=split[index])
+                split[index] = choice.split
                 return np.log(choice.bandwidth_hz) - goal[index], choice.elasticity / (1 + np.exp(z))
 
             return np.where((m.bits > 0) | (self.most <= 0), increasing_roots(values, low, high, start), END)
@@ -312,21 +330,21 @@ def _at_full_power(means: Means, work: _Work) -> _Way:
     return _Way(tau, v, v, slope, slope)
 
 
-def _at_chosen_power(means: Means, work: _Work, full: _Way) -> _Way:
+def _at_chosen_power(means: Means, work: _Work, full: _Way, start: Array) -> _Way:
     """Returns the best way from full power on to less power for longer: rho v (2 C / tau + circuit) = amplifier eps."""
-    A, T = work.full_s, means.time_s
-    low = np.clip(np.log(full.send_s) - np.log(np.where(means.slows, full.compute_s, T - full.send_s)), -700.0, 700.0)
-    high = np.clip(np.log(work.spare_s) - np.log(A), low, 700.0)
-    at_low, at_high = _balance(means, work, low)[0] >= 0, _balance(means, work, high)[0] <= 0
-    inner = np.flatnonzero(~(at_low | at_high))
-    few, some = means.take(inner), work.take(inner)
+    A = work.full_s
+    rest_s = np.where(means.slows, full.compute_s, means.scale_s - full.send_s)
+    low = np.clip(np.log(full.send_s) - np.log(rest_s), -700.0, 700.0)
+    rest_s = np.where(means.slows, A, means.scale_s - work.spare_s)
+    high = np.clip(np.log(work.spare_s) - np.log(rest_s), low, 700.0)
 
     def values(index: Array, u: Array) -> tuple[Array, Array]:
-        every = len(index) == len(inner)
-        return _balance(few, some, u) if every else _balance(few.take(index), some.take(index), u)
+        every = len(index) == len(low)
+        return _balance(means, work, u) if every else _balance(means.take(index), work.take(index), u)
 
-    u = high
-    u[inner] = increasing_roots(values, low[inner], high[inner], np.minimum(0.5 * (low + high), low + 1.0)[inner])
+    start = np.where(np.isnan(start), np.minimum(0.5 * (low + high), low + 1.0), start)
+    u = increasing_roots(values, low, high, start)
+    last_digits = 1e-14 * np.maximum(np.abs(u), 1.0)
     _, v, tau, spent_j, eps = _split(means, work, u)
     rise = work.j_slope + np.where(means.slows, 2 * work.s_slope, 0.0)
     way = _Way(tau, v, eps, np.zeros(len(v)), -spent_j * rise / (means.amplifier_w * eps))
@@ -334,16 +352,16 @@ def _at_chosen_power(means: Means, work: _Work, full: _Way) -> _Way:
     left_j = np.where(means.slows, means.budget_j - work.full_j, work.spare_j) - means.circuit_w * last_s
     slope = (means.circuit_w * a_x - work.full_j * work.j_slope) / left_j
     slow = _Way(A, last_s, left_j / means.amplifier_w, -a_x / last_s, slope)
-    for which, other in ((at_high, slow), (at_low, full)):
+    for which, other in ((u >= high - last_digits, slow), (u <= low + last_digits, full)):
         places = np.flatnonzero(which)
         way = way.put(places, other.take(places))
     return way
 
 
 def _split(means: Means, work: _Work, u: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Returns v / T', v, tau, the joules of computing and the seconds of full power that are left to radiate, where ln(v / (T' - v)) = u."""
+    """Returns v / scale, v, tau, the joules of computing and the seconds of full power that are left to radiate, where ln(v / (scale - v)) = u."""
     part = 1 / (1 + np.exp(-u))
-    v, tau = means.time_s * part, np.where(means.slows, means.time_s / (1 + np.exp(u)), work.full_s)
+    v, tau = means.scale_s * part, np.where(means.slows, means.time_s / (1 + np.exp(u)), work.full_s)
     spent_j = _spent_j(means, work, tau)
     left_j = work.spare_j - v * (_hurry(means, spent_j, tau) + means.circuit_w)
     return part, v, tau, spent_j, left_j / means.amplifier_w
@@ -373,4 +391,5 @@ def _choice(means: Means, work: _Work, way: _Way) -> Choice:
     bend = rho * ((q / h - tail / q) * (1 - eps) ** 2 / log_ratio_slope(L) - eps * (1 - eps)) - v * (1 - v)
     clock = np.where(means.slows & (way.compute_s > work.full_s), work.full_s / way.compute_s, 1.0)
     power = np.where(way.radiated_s < way.send_s, way.radiated_s / way.send_s, 1.0)
-    return Choice(b, elasticity, np.where(possible, bend, np.nan), way.compute_s, way.send_s, clock, power)
+    split = np.log(way.send_s) - np.log(means.scale_s - way.send_s)
+    return Choice(b, elasticity, np.where(possible, bend, np.nan), way.compute_s, way.send_s, clock, power, split)
