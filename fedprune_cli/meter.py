@@ -42,18 +42,21 @@ class Load:
     """What a round asks of its devices before anything is pruned, float64 [K].
 
     shared_flops F, personal_flops G; fleet: the devices alone; effort: where devices are known better than by cycles per FLOP,
-    the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3].
+    the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3];
+    clock, power: what of its full clock and of its full radiated power each device uses, all where None.
     """
 
     shared_flops: Array
     personal_flops: Array
     fleet: Fleet
     effort: Array | None = None
+    clock: Array | None = None
+    power: Array | None = None
 
     def take(self, index: Array) -> Load:
         """Returns the load of some of the devices."""
-        effort = None if self.effort is None else self.effort[index]
-        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort)
+        effort, clock, power = (None if of is None else of[index] for of in (self.effort, self.clock, self.power))
+        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort, clock, power)
 
     @property
     def shared_compute_s(self) -> Array:
@@ -63,11 +66,19 @@ class Load:
 
     def compute_s(self, kept: Array) -> Array:
         """Returns t_comp [K] when the fraction `kept` [K] of u remains."""
-        return self.cycles(kept) / self.fleet.cpu_hz
+        full_s = self.cycles(kept) / self.fleet.cpu_hz
+        return full_s if self.clock is None else full_s / self.clock
 
     def compute_j(self, kept: Array) -> Array:
         """Returns the joules [K] of computing when the fraction `kept` [K] of u remains: kappa f^2 per cycle."""
-        return self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
+        full_j = self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
+        return full_j if self.clock is None else full_j * self.clock**2
+
+    @property
+    def drawn_w(self) -> Array:
+        """What the radios draw while they send [K], in proportion to what they radiate."""
+        full_w = self.fleet.radio_power_w
+        return full_w if self.power is None else full_w * self.power
 
     def cycles(self, kept: Array) -> Array:
         """Returns the CPU cycles [K] of the round; what a step takes besides its FLOPs counts as computing."""
@@ -131,6 +142,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
         shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=fleet.radio_power_w,
+        fixed_compute_s=load.compute_s(zeros),
     )  # fmt: skip
     return Problem(
         shared_compute_s=load.shared_compute_s,
@@ -167,7 +179,7 @@ class Measurement:
         """t_k [K]; the round lasts as long as its slowest device."""
         return self.downlink_s + self.compute_s + self.uplink_s
 
-    def cut_short(self, share: Array, radio_power_w: Array) -> Measurement:
+    def cut_short(self, share: Array, drawn_w: Array) -> Measurement:
         """Returns the figures of devices that stop after the share [K] of their seconds of computing and sending."""
         stops = share < 1
         done_s = share * (self.compute_s + self.uplink_s)
@@ -175,7 +187,7 @@ class Measurement:
         uplink_s = done_s - compute_s
         computed = np.divide(compute_s, self.compute_s, out=np.ones(len(share)), where=self.compute_s > 0)
         sent = np.divide(uplink_s, self.uplink_s, out=np.ones(len(share)), where=self.uplink_s > 0)
-        radio_j = radio_power_w * self.uplink_s
+        radio_j = drawn_w * self.uplink_s
         cut = {
             "compute_s": compute_s,
             "uplink_s": uplink_s,
@@ -206,7 +218,7 @@ def measure(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
         downlink_s=t_down_s,
-        joules=load.compute_j(kept) + load.fleet.radio_power_w * uplink_s,
+        joules=load.compute_j(kept) + load.drawn_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
         bytes_up=payload_bytes,
         bytes_down=bits_down / 8,

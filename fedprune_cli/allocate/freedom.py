@@ -108,7 +108,13 @@ class Means:
 
     def _most_slowed(self) -> Array:
         """The share [n] whose computing takes all time and energy: (e x + e0) ((a x + c0) / T')^2 = E, by Newton from above."""
-        a, c0, e, e0, E = self.compute_s / self.time_s, self.fixed_compute_s / self.time_s, self.compute_j, self.fixed_j, self.budget_j
+        a, c0, e, e0, E = (
+            self.compute_s / self.time_s,
+            self.fixed_compute_s / self.time_s,
+            self.compute_j,
+            self.fixed_j,
+            self.budget_j,
+        )
         # each term of the product by itself bounds x, and the least bound is not far from the root
         bounds = (np.cbrt(E / e) / np.cbrt(a) ** 2, np.sqrt(E / e0) / a, E / e / c0**2)
         x = np.fmin.reduce([np.where(np.isnan(bound), np.inf, bound) for bound in bounds])
@@ -149,7 +155,9 @@ class Curve:
 
     def take(self, index: Array | slice) -> Curve:
         """Returns the curves of some of the devices."""
-        return Curve(self.means.take(index), self.most[index], self.end[index], self.spare_s[index], self.spare_j[index])
+        return Curve(
+            self.means.take(index), self.most[index], self.end[index], self.spare_s[index], self.spare_j[index]
+        )
 
     def place(self, kept: Array) -> Array:
         """Returns z [n] of x = `kept`, at most END."""

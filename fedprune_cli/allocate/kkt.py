@@ -293,7 +293,9 @@ def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: fl
         of = curves.conditions(problem, kept, bandwidth_hz, price_per_hz)
         inner = ~of.full & ~of.empty
         stationarity = float(np.maximum(of.more, of.less)[inner].max(initial=0.0))
-        dual = max(float(of.more[of.empty & ~of.full].max(initial=0.0)), float(of.less[of.full & ~of.empty].max(initial=0.0)))
+        dual = max(
+            float(of.more[of.empty & ~of.full].max(initial=0.0)), float(of.less[of.full & ~of.empty].max(initial=0.0))
+        )
     else:
         # at no price everybody takes what there is to gain
         gain = (most_kept(problem) - kept) * (problem.weight > 0)
@@ -319,9 +321,7 @@ def _ends(problem: Problem, curves: _Curves, kept: Array) -> tuple[Array, Array]
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def _best_response(
-    problem: Problem, curves: _Curves | ChosenCurves, price_per_hz: float
-) -> tuple[Array, float]:
+def _best_response(problem: Problem, curves: _Curves | ChosenCurves, price_per_hz: float) -> tuple[Array, float]:
     """Returns x [K] and the total bandwidth that maximise sum w x - price sum b, each device on its own: the dual function's argument."""
     best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedprune_cli.allocate.freedom import FIXED, LEAST, Curve, Freedom, Means
+from fedprune_cli.allocate.freedom import FIXED, LEAST, Choice, Curve, Freedom, Means
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
@@ -316,7 +316,9 @@ def curve_of(problem: Problem) -> Curve:
 def means_of(problem: Problem) -> Means:
     """Returns what the devices of a problem with limits have at their disposal [K]."""
     limits, size = limits_of(problem), len(problem.weight)
-    computing_s = np.zeros(size) if limits.fixed_compute_s is None else np.minimum(limits.fixed_compute_s, problem.fixed_s)
+    computing_s = (
+        np.zeros(size) if limits.fixed_compute_s is None else np.minimum(limits.fixed_compute_s, problem.fixed_s)
+    )
     circuit_w = np.zeros(size) if limits.circuit_w is None else limits.circuit_w
     slows = problem.freedom.clock & (problem.shared_compute_s + computing_s > 0)
     computes = ~slows | (computing_s > 0)  # whether the fixed joules are those of computing
@@ -350,9 +352,21 @@ def pace(problem: Problem, kept: Array) -> tuple[Array, Array]:
     """
     if not problem.chooses:
         return np.ones(len(kept)), np.ones(len(kept))
-    curve = curve_of(problem)
-    choice = curve.at(curve.place(kept))
+    choice = _choice_of(problem, kept)
     return choice.clock, choice.power
+
+
+def short_of(problem: Problem, kept: Array, *, time: bool) -> Array:
+    """Whether energy binds devices that choose and keep `kept` [K], bool: beside the deadline (time) or alone."""
+    means, choice = means_of(problem), _choice_of(problem, kept)
+    full = (choice.clock == 1) & (choice.power == 1)
+    early = choice.compute_s + choice.send_s < means.time_s * (1 - TOLERANCE)
+    return (early & ~time) | (~early & ~full & time)
+
+
+def _choice_of(problem: Problem, kept: Array) -> Choice:
+    curve = curve_of(problem)
+    return curve.at(curve.place(kept))
 
 
 def kept_fraction(problem: Problem, bandwidth_hz: Array) -> Array:

@@ -10,7 +10,9 @@ from fedprune_cli.store.state import Array
 
 TURNS = 200
 NEAR = 1e-8  # a value from which Newton's next step is the last; the secant needs NEAR^1.5
-Values = Callable[[Array, Array], tuple[Array, Array]]  # of devices [m] at points [m]: values, which increase, and their derivatives
+Values = Callable[
+    [Array, Array], tuple[Array, Array]
+]  # of devices [m] at points [m]: values, which increase, and their derivatives
 
 
 def increasing_roots(values: Values, low: Array, high: Array, start: Array, *, exact: bool = True) -> Array:

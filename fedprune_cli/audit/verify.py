@@ -176,6 +176,11 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
         and np.array_equal(ratio, plan.allocation.prune_ratio[admitted])
         and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
+        and all(
+            (column is None and key not in plan.chosen)
+            or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
+            for key, column in (("clock", record.devices.clock), ("power", record.devices.power))
+        )
     )
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
@@ -225,7 +230,7 @@ def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Ans
     if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
         above = f"residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
         audit = replace(audit, failures=(*audit.failures, above))
-    if not solve or plan.allocation.block_hz is not None:  # a conic solver knows no whole blocks
+    if not solve or plan.allocation.block_hz is not None or plan.chosen:  # a conic solver knows no whole blocks
         return audit
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
@@ -302,8 +307,13 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         for device, still in zip(devices.tolist(), stopped, strict=True)
     ]
     costs = [setup.blueprint.cost] * len(devices)
-    load = build_load(setup.scenario.fleet, devices, schedules, costs)
+    chosen = {"clock": record.devices.clock, "power": record.devices.power}
+    load = replace(
+        build_load(setup.scenario.fleet, devices, schedules, costs),
+        **{key: np.array(column) for key, column in chosen.items() if column is not None},
+    )
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
+    snr_hz = snr_hz if load.power is None else snr_hz * load.power
     again = measure(
         load,
         rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),
@@ -312,7 +322,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
-    yield from _meter_failures(record, again.cut_short(work, load.fleet.radio_power_w))
+    yield from _meter_failures(record, again.cut_short(work, load.drawn_w))
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -147,6 +147,9 @@ class Experiment:
             fields[one.key.split(".")[0]]["file"] = f"sha256:{one.sha256}"
         if fields["channel"].get("gaps") == "refuse":
             del fields["channel"]["gaps"]
+        for key in ("clock", "power"):
+            if fields["allocator"].get(key) == "fixed":
+                del fields["allocator"][key]
         if self.branch is None:
             del fields["branch"]
         if not self.faults.others:

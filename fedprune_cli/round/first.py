@@ -32,6 +32,8 @@ OWN_LIMITS = (
     "shared_energy_j",
     "fixed_energy_j",
     "tx_power_w",
+    "fixed_compute_s",
+    "circuit_w",
 )
 PHYSICAL_COLUMNS = ("cpu_ghz", "cycles_per_flop", "tx_power_dbm", "samples")
 
@@ -41,13 +43,14 @@ class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
     bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
-    names: what a table calls the devices.
+    names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
     """
 
     bits: int
     problem: Problem
     allocation: Allocation
     names: tuple[str, ...] | None = None
+    fleet: Fleet | None = None
 
 
 def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
@@ -59,16 +62,17 @@ def allocate_first_round(experiment: Experiment, table: Path | None = None) -> F
     """
     question = ask(experiment, table)
     bits, allocation = choose(experiment, question.problems, 0, question.slots)
-    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names)
+    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names, question.fleet)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first round's problems, what is remembered before it, and what a table calls the devices."""
+    """The first round's problems, what is remembered before it, what a table calls the devices, and what they are."""
 
     problems: RoundProblems
     slots: Slots
     names: tuple[str, ...] | None
+    fleet: Fleet | None = None
 
     @property
     def problem(self) -> Problem:
@@ -85,7 +89,9 @@ def ask(experiment: Experiment, table: Path | None = None) -> Question:
         return Question(RoundProblems(problem, {BITS_PER_PARAM: problem}), {}, names)
     blueprint, beliefs = _from_config(experiment) if table is None else _from_table(experiment, table)
     slots = first_slots(experiment, Sizes(len(beliefs.fleet.cpu_hz), blueprint.cost.shared_params))
-    return Question(round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names)
+    return Question(
+        round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names, beliefs.fleet.take(beliefs.ids)
+    )
 
 
 def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
