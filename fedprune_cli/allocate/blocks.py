@@ -17,8 +17,8 @@ import numpy as np
 from fedprune_cli.allocate.deadline import earliest, least_feasible
 from fedprune_cli.allocate.inverse import LN2
 from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.problem import (
-    SMALLEST,
     Certificate,
     Problem,
     kept_fraction,

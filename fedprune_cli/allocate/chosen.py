@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from fedprune_cli.allocate.freedom import Choice, Curve
+from fedprune_cli.allocate.curve import Choice, Curve
 from fedprune_cli.allocate.inverse import BLOCK
 from fedprune_cli.allocate.problem import SAMPLE, Problem, curve_of, rate
 from fedprune_cli.allocate.roots import increasing_roots
@@ -185,8 +185,9 @@ def chosen_curves(problem: Problem) -> ChosenCurves:
     narrow_hz = np.minimum(np.maximum(first.bandwidth_hz, p.least_hz), wide_hz)
     with np.errstate(divide="ignore"):
         log_weight = np.log(p.weight)
+    wide_hz = np.clip(last.bandwidth_hz, narrow_hz, wide_hz)
     return ChosenCurves(
-        index, curve, log_weight, low, high, narrow_hz, np.clip(last.bandwidth_hz, narrow_hz, wide_hz), kink, late, bottom, before, after, top,
+        index, curve, log_weight, low, high, narrow_hz, wide_hz, kink, late, bottom, before, after, top,
     )  # fmt: skip
 
 

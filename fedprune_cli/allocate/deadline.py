@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
-from fedprune_cli.allocate.problem import LATEST, SMALLEST, Problem, latency, rate, required_bandwidth
+from fedprune_cli.allocate.limits import SMALLEST
+from fedprune_cli.allocate.problem import LATEST, Problem, latency, rate, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 

@@ -33,7 +33,6 @@ from fedprune_cli.allocate.problem import (
     kept_fraction,
     most_kept,
     possible,
-    rate,
     required_rate,
     resources,
 )

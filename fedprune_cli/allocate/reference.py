@@ -9,7 +9,7 @@ import cvxpy as cp
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2
-from fedprune_cli.allocate.problem import Problem, kept_fraction, rate, resources
+from fedprune_cli.allocate.problem import Problem, kept_fraction, resources
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.store.state import Array
 

@@ -18,8 +18,9 @@ from fedprune_cli.allocate.blocks import (
     solve_table,
     table_of,
 )
+from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.policy import as_freedom, as_policy, solve_under_policy
-from fedprune_cli.allocate.problem import SMALLEST, Allocation, Certificate, Problem
+from fedprune_cli.allocate.problem import Allocation, Certificate, Problem
 from fedprune_cli.errors import require
 from fedprune_cli.store.state import Array
 
@@ -30,7 +31,8 @@ class Blocks:
 
     block_hz: of one block, 180 kHz of LTE and of 5G at 15 kHz spacing; count: blocks of the band, None: as many as it holds;
     group: they are handed out in groups of so many; smooth: a device may have 2^a 3^b 5^c groups only, as an uplink of one carrier.
-    clock, power: `fixed` or `chosen` by the devices. With smooth counts there is no certificate: the optimum is that of dynamic programming, and the message states the dual bound's gap.
+    clock, power: `fixed` or `chosen` by the devices.
+    With smooth counts there is no certificate: the optimum is that of dynamic programming, and the message states the dual bound's gap.
     """
 
     name: str

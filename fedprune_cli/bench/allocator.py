@@ -13,7 +13,7 @@ import numpy as np
 from fedprune_cli.allocate.blocks import Grid, solve_blocks
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.kkt import solve_p1
-from fedprune_cli.allocate.problem import Problem, kept_fraction, rate
+from fedprune_cli.allocate.problem import Problem, kept_fraction
 from fedprune_cli.bench.measure import Effort, Measure, Say, exact, ratio, seconds
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.rng import stream

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import Allocation, Limits, Problem
+from fedprune_cli.allocate.limits import Limits
+from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model

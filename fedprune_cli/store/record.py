@@ -161,7 +161,8 @@ RESTED_ORDER = (
 
 _FORMS: Mapping[object, object] = {
     int: int, float: float, str: str, int | None: (int, None), float | None: (float, None), Sequence[int]: [int],
-    Sequence[float]: [float], Sequence[float] | None: [float], Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
+    Sequence[float]: [float], Sequence[float] | None: [float],
+    Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from fedprune_cli.allocate.baselines import Kkt
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
-from fedprune_cli.allocate.problem import kept_fraction, kept_on, latency, rate
+from fedprune_cli.allocate.problem import kept_fraction, kept_on, latency
 from fedprune_cli.contracts.problems import draw, literature
 from fedprune_cli.contracts.test_allocators import instances, solve
 from fedprune_cli.errors import InfeasibleError
