@@ -161,16 +161,12 @@ def chosen_curves(problem: Problem) -> ChosenCurves:
     """Returns the curves of the devices that compete."""
     curve = curve_of(problem)
     index = np.flatnonzero((problem.payload_bits > 0) & (problem.snr_hz > 0) & (curve.most > 0))
-    if not len(index):
-        none = np.zeros(0)
-        return ChosenCurves(index, curve.take(index), *[none] * 6, none > 0, *[none] * 4)
-    p, curve = problem.take(index), curve.take(index)
+    curve, snr_hz, least_hz = curve.take(index), problem.snr_hz[index], problem.least_hz[index]
     # no device can have more than the whole band; twice that never binds, so the price stays that of the budget
-    wide_hz = np.full(len(index), 2 * p.bandwidth_hz)
-    if p.limits is not None:
-        wide_hz = np.minimum(wide_hz, p.limits.max_bandwidth_hz)
-    high = np.minimum(curve.kept(wide_hz, rate(wide_hz, p.snr_hz)), curve.place(np.ones(len(index))))
-    low = np.maximum(curve.kept(p.least_hz, rate(p.least_hz, p.snr_hz)), curve.place(p.min_kept))
+    allowed_hz = np.inf if problem.limits is None else problem.limits.max_bandwidth_hz[index]
+    wide_hz = np.minimum(np.full(len(index), 2 * problem.bandwidth_hz), allowed_hz)
+    high = np.minimum(curve.kept(wide_hz, rate(wide_hz, snr_hz)), curve.place(np.ones(len(index))))
+    low = np.maximum(curve.kept(least_hz, rate(least_hz, snr_hz)), curve.place(problem.min_kept[index]))
     low = np.minimum(low, high)
     kink = curve.kink
     inside = (kink > low + SAME) & (kink < high - SAME)
@@ -182,9 +178,9 @@ def chosen_curves(problem: Problem) -> ChosenCurves:
     of_two = curve.take(two)
     for column, side in ((before, ~late), (after, late)):
         column[two] = steepness(of_two, of_two.at(kink[two], side[two]), kink[two])
-    narrow_hz = np.minimum(np.maximum(first.bandwidth_hz, p.least_hz), wide_hz)
+    narrow_hz = np.minimum(np.maximum(first.bandwidth_hz, least_hz), wide_hz)
     with np.errstate(divide="ignore"):
-        log_weight = np.log(p.weight)
+        log_weight = np.log(problem.weight[index])
     wide_hz = np.clip(last.bandwidth_hz, narrow_hz, wide_hz)
     return ChosenCurves(
         index, curve, log_weight, low, high, narrow_hz, wide_hz, kink, late, bottom, before, after, top,

@@ -268,7 +268,13 @@ def _at_chosen_power(means: Means, work: _Work, full: _Way, start: Array) -> _Wa
     left_j = np.where(means.slows, means.budget_j - work.full_j, work.spare_j) - means.circuit_w * last_s
     slope = (means.circuit_w * a_x - work.full_j * work.j_slope) / left_j
     slow = _Way(A, last_s, left_j / means.amplifier_w, -a_x / last_s, slope)
-    for which, other in ((u >= high - last_digits, slow), (u <= low + last_digits, full)):
+    at_low, at_high = u <= low + last_digits, u >= high - last_digits
+    if (
+        both := np.flatnonzero(at_low & at_high)
+    ).size:  # at the kink it is the sign that says which of the two comes next
+        longer = _balance(means.take(both), work.take(both), high[both])[0] < 0
+        at_low[both], at_high[both] = ~longer, longer
+    for which, other in ((at_high, slow), (at_low, full)):
         places = np.flatnonzero(which)
         way = way.put(places, other.take(places))
     return way

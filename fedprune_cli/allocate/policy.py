@@ -249,8 +249,8 @@ def build_allocation(
     binds = np.full(len(admitted), "deadline", dtype=object)
     binds[problem.payload_bits == 0] = "compute"
     if problem.chooses:
-        binds[short_of(at, x, time=False)] = "energy"
-        binds[short_of(at, x, time=True)] = "deadline, energy"
+        late, spent = short_of(at, x)
+        binds[spent] = np.where(late, "deadline, energy", "energy")[spent]
     elif len(of := resources(at)) > 1:
         binds[of[1].kept(rate_bps) < of[0].kept(rate_bps)] = "energy"
     binds[x <= problem.min_kept + TIGHT] = "max_ratio"

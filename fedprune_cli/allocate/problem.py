@@ -295,12 +295,11 @@ def pace(problem: Problem, kept: Array) -> tuple[Array, Array]:
     return choice.clock, choice.power
 
 
-def short_of(problem: Problem, kept: Array, *, time: bool) -> Array:
-    """Whether energy binds devices that choose and keep `kept` [K], bool: beside the deadline (time) or alone."""
+def short_of(problem: Problem, kept: Array) -> tuple[Array, Array]:
+    """Whether time and whether energy is spent by devices that choose and keep `kept` [K], two of bool."""
     means, choice = means_of(problem), _choice_of(problem, kept)
-    full = (choice.clock == 1) & (choice.power == 1)
-    early = choice.compute_s + choice.send_s < means.time_s * (1 - TOLERANCE)
-    return (early & ~time) | (~early & ~full & time)
+    late = choice.compute_s + choice.send_s >= means.time_s * (1 - TOLERANCE)
+    return late, ~late | (choice.clock < 1) | (choice.power < 1)
 
 
 def _choice_of(problem: Problem, kept: Array) -> Choice:
