@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.problem import NO_LINK, Limits, Problem, rate
+from fedprune_cli.allocate.limits import Limits
+from fedprune_cli.allocate.problem import NO_LINK, Problem, rate
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
@@ -52,7 +53,7 @@ class Load:
 
     shared_flops F, personal_flops G; fleet: the devices alone; effort: where devices are known better than by cycles per FLOP,
     the FLOPs in the shared and in the personalized blocks in those of a convolution, and the steps, [K, 3];
-    radio: how they send.
+    radio: how they send; clock, power: what of its full clock and of its full radiated power each device uses, all where None.
     """
 
     shared_flops: Array
@@ -60,16 +61,14 @@ class Load:
     fleet: Fleet
     effort: Array | None = None
     radio: Radio = PLAIN
+    clock: Array | None = None
+    power: Array | None = None
 
     def take(self, index: Array) -> Load:
         """Returns the load of some of the devices."""
-        effort = None if self.effort is None else self.effort[index]
-        return Load(self.shared_flops[index], self.personal_flops[index], self.fleet.take(index), effort, self.radio)
-
-    @property
-    def radio_power_w(self) -> Array:
-        """What the radios draw on average while an upload lasts [K]: they send in the uplink's share of the time only."""
-        return self.radio.uplink_share * self.fleet.radio_power_w
+        effort, clock, power = (None if of is None else of[index] for of in (self.effort, self.clock, self.power))
+        shared, personal, fleet = self.shared_flops[index], self.personal_flops[index], self.fleet.take(index)
+        return Load(shared, personal, fleet, effort, self.radio, clock, power)
 
     @property
     def shared_compute_s(self) -> Array:
@@ -79,11 +78,18 @@ class Load:
 
     def compute_s(self, kept: Array) -> Array:
         """Returns t_comp [K] when the fraction `kept` [K] of u remains."""
-        return self.cycles(kept) / self.fleet.cpu_hz
+        full_s = self.cycles(kept) / self.fleet.cpu_hz
+        return full_s if self.clock is None else full_s / self.clock
 
     def compute_j(self, kept: Array) -> Array:
         """Returns the joules [K] of computing when the fraction `kept` [K] of u remains: kappa f^2 per cycle."""
-        return self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
+        full_j = self.fleet.energy_coefficient * self.fleet.cpu_hz**2 * self.cycles(kept)
+        return full_j if self.clock is None else full_j * self.clock**2
+
+    @property
+    def radio_power_w(self) -> Array:
+        """What the radios draw on average while an upload lasts [K]: they send in the uplink's share of the time only."""
+        return self.radio.uplink_share * self.fleet.drawn_w(self.power)
 
     def cycles(self, kept: Array) -> Array:
         """Returns the CPU cycles [K] of the round; what a step takes besides its FLOPs counts as computing."""
@@ -155,6 +161,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
         shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
+        fixed_compute_s=load.compute_s(zeros), circuit_w=radio.uplink_share * fleet.radio_circuit_w,
     )  # fmt: skip
     return Problem(
         shared_compute_s=load.shared_compute_s,

@@ -7,12 +7,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from fedprune_cli.allocate.deadline import least_deadline, least_feasible
+from fedprune_cli.allocate.deadline import earliest, least_deadline, least_feasible, without_budgets
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
     POLICIES,
     Policy,
     Settled,
+    as_freedom,
     as_policy,
     build_allocation,
     leave_out,
@@ -32,7 +33,6 @@ from fedprune_cli.allocate.problem import (
     kept_fraction,
     kept_on,
     latency,
-    rate,
     required_bandwidth,
     upload_s,
 )
@@ -75,14 +75,24 @@ class Referenced(Protocol):
 
 @dataclass(frozen=True)
 class _AimsAtDeadline:
-    """An allocator that aims at a deadline, and what it does when the deadline cannot be met."""
+    """An allocator that aims at a deadline, what it does when the deadline cannot be met, and what devices choose beside the ratio.
+
+    clock, power: their clock and the power that they radiate, each `fixed` or `chosen`.
+    """
 
     name: str
     on_infeasible: str
+    clock: str = field(default="fixed", metadata=LATER)
+    power: str = field(default="fixed", metadata=LATER)
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         as_policy(self.on_infeasible)
+        as_freedom(self.clock, self.power)
+
+    def free(self, problem: Problem) -> Problem:
+        """Returns the problem in which devices choose what this allocator lets them choose."""
+        return replace(problem, freedom=as_freedom(self.clock, self.power))
 
     @property
     def policy(self) -> Policy:
@@ -95,11 +105,11 @@ class Kkt(_AimsAtDeadline):
     """P1 exactly: the least weighted sum of ratios, with its certificate."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, solve_p1, least_feasible, self.certify)
+        return solve_under_policy(self.free(problem), self.policy, solve_p1, least_feasible, self.certify)
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
-        return certify(problem, kept, bandwidth_hz, price_per_hz)
+        return certify(self.free(problem), kept, bandwidth_hz, price_per_hz)
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class MinMax(_AimsAtDeadline):
     """The largest ratio as small as possible: fairness between devices."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, min_max, least_feasible)
+        return solve_under_policy(self.free(problem), self.policy, min_max, least_feasible)
 
 
 @dataclass(frozen=True)
@@ -116,12 +126,20 @@ class MinLatency:
 
     name: str
     mean_ratio: float
+    clock: str = field(default="fixed", metadata=LATER)
+    power: str = field(default="fixed", metadata=LATER)
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        as_freedom(self.clock, self.power)
         require(0 <= self.mean_ratio <= 1, "mean_ratio", self.mean_ratio, "in [0, 1]")
 
+    def free(self, problem: Problem) -> Problem:
+        """Returns the problem in which devices choose what this allocator lets them choose."""
+        return replace(problem, freedom=as_freedom(self.clock, self.power))
+
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        problem = self.free(problem)
         settled = settle(replace(problem, deadline_s=np.inf), "stretch", least_feasible)
         if not settled.admitted.any():
             return nobody(problem, _ending(settled, 0.0))
@@ -130,7 +148,7 @@ class MinLatency:
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
-        return certify(problem, kept, bandwidth_hz, price_per_hz)
+        return certify(self.free(problem), kept, bandwidth_hz, price_per_hz)
 
 
 @dataclass(frozen=True)
@@ -256,7 +274,16 @@ def _least_equal(problem: Problem) -> float:
         share.sum() > problem.bandwidth_hz * (1 + TIGHT) or (always > share * (1 + TIGHT)).any()
     ):
         return np.inf
-    return float(latency(problem, problem.min_kept, share).max())
+    soonest_s = float(latency(without_budgets(problem), problem.min_kept, share).max())
+    if not problem.chooses:
+        return soonest_s
+
+    def fits(deadline_s: float) -> bool:
+        return bool(
+            (required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept) <= share * (1 + TIGHT)).all()
+        )
+
+    return earliest(fits, soonest_s)[1]
 
 
 @dataclass(frozen=True)
@@ -264,7 +291,7 @@ class Equal(_AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, lambda p: (equal_share(p), 0.0), _least_equal)
+        return solve_under_policy(self.free(problem), self.policy, lambda p: (equal_share(p), 0.0), _least_equal)
 
 
 @dataclass(frozen=True)
@@ -272,6 +299,7 @@ class CommonRatio(_AimsAtDeadline):
     """Equal bandwidth and one ratio for all: the least with which the slowest device meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        problem = self.free(problem)
         settled = settle(with_deadline(problem), self.policy, _least_equal)
         if not settled.admitted.any():
             return nobody(problem, settled)
@@ -314,7 +342,7 @@ class Greedy(_AimsAtDeadline):
     """Best channel first: everybody gets its least, then the strongest devices get all they can use until the band is full."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, self.policy, self._fill, least_feasible)
+        return solve_under_policy(self.free(problem), self.policy, self._fill, least_feasible)
 
     def _fill(self, problem: Problem) -> tuple[Array, float]:
         floor = required_bandwidth(problem, problem.min_kept)
@@ -338,7 +366,7 @@ class RandomShares(_AimsAtDeadline):
             share = stream(seed, "allocator", number).dirichlet(np.ones(len(floor)))
             return _within_budget(p, floor + share * max(p.bandwidth_hz - floor.sum(), 0.0)), 0.0
 
-        return solve_under_policy(problem, self.policy, shares, least_feasible)
+        return solve_under_policy(self.free(problem), self.policy, shares, least_feasible)
 
 
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
@@ -354,6 +382,10 @@ class Cvxpy(_AimsAtDeadline):
     """
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        if as_freedom(self.clock, self.power):
+            raise ConfigError(
+                f"allocator.name={self.name}: cvxpy chooses no clock and no power; choose allocator=kkt", key="name"
+            )
         return solve_under_policy(problem, self.policy, self._solve, least_feasible)
 
     def _solve(self, problem: Problem) -> tuple[Array, float]:
@@ -363,7 +395,7 @@ class Cvxpy(_AimsAtDeadline):
             _, bandwidth_hz = solve_p1_cvxpy(problem)
         except CertificateError as error:
             raise ConfigError(f"allocator.name={self.name}: {error}; choose allocator=kkt", key="name") from None
-        short = problem.min_kept - kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz))
+        short = problem.min_kept - kept_fraction(problem, bandwidth_hz)
         if not (short <= LOOSE).all():
             raise ConfigError(
                 f"allocator.name={self.name}: cvxpy leaves device {problem.called[int(np.argmax(short))]} {short.max():.3g} of the model "

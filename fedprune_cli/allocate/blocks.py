@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.deadline import earliest, least_feasible
 from fedprune_cli.allocate.inverse import LN2
 from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.problem import (
-    LATEST,
-    SMALLEST,
     Certificate,
     Problem,
     kept_fraction,
     latency,
-    rate,
+    possible,
     required_bandwidth,
     resources,
 )
@@ -111,9 +110,7 @@ def grid_of(problem: Problem, block_hz: float, count: int | None, group: int, *,
 
 def kept_at(problem: Problem, block_hz: float, count: Array) -> Array:
     """Returns x [K] with so many blocks, within its bounds."""
-    return np.clip(
-        kept_fraction(problem, rate(count * block_hz, problem.snr_hz)), np.minimum(problem.min_kept, 1.0), 1.0
-    )
+    return np.clip(kept_fraction(problem, count * block_hz), np.minimum(problem.min_kept, 1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -123,16 +120,12 @@ class LeastOnBlocks:
     grid: Grid
 
     def __call__(self, problem: Problem) -> float:
-        if not self.grid.fits(replace(problem, deadline_s=np.inf)):
-            return np.inf
-        low = max(least_feasible(problem) * (1 - 1e-9), SMALLEST)  # without whole blocks it is never later
-        high = 2 * low
-        while not self.grid.fits(replace(problem, deadline_s=high)):
-            low, high = high, 2 * high
-            if high > LATEST:
-                return np.inf
-        while high - low > 4e-16 * high and low < (middle := 0.5 * (low + high)) < high:
-            low, high = (low, middle) if self.grid.fits(replace(problem, deadline_s=middle)) else (middle, high)
+        # without whole blocks it is never later
+        low, high = earliest(
+            lambda deadline_s: self.grid.fits(replace(problem, deadline_s=deadline_s)), least_feasible(problem)
+        )
+        if problem.chooses or high == np.inf:
+            return high
         count = self.grid.least(replace(problem, deadline_s=high))
         return max(float(latency(problem, problem.min_kept, count * self.grid.block_hz).max()), low)
 
@@ -141,6 +134,7 @@ class _Device:
     """The worth of blocks to each device, one figure at a time: what a heap asks for. A view of the problem, never changed."""
 
     def __init__(self, problem: Problem, block_hz: float) -> None:
+        self.problem = problem
         self.budgets = [
             list(zip(one.left.tolist(), one.work.tolist(), one.transfer.tolist(), strict=True))
             for one in resources(problem)
@@ -150,6 +144,9 @@ class _Device:
 
     def worth(self, device: int, count: int) -> float:
         """Returns w x(n) of one device."""
+        if self.problem.chooses:
+            alone = self.problem.take(np.array([device]))
+            return float((alone.weight * kept_at(alone, self.block_hz, np.array([count])))[0])
         b, s = count * self.block_hz, self.snr_hz[device]
         r = b * math.log1p(s / b) / LN2 if b > 0 and s > 0 else 0.0
         x = 1.0
@@ -234,8 +231,7 @@ def certify_blocks(problem: Problem, grid: Grid, kept: Array, bandwidth_hz: Arra
     count = np.rint(bandwidth_hz / block_hz).astype(np.int64)
     least, most = grid.least(problem), grid.most(problem)
     scale = max(float(problem.weight.sum()), np.finfo(float).tiny) + price * grid.count
-    possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
-    late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
+    late = kept - np.where(possible(problem), kept_fraction(problem, bandwidth_hz), -1.0)
     primal = max(
         float((np.abs(bandwidth_hz - count * block_hz) / block_hz).max()),
         float((count - most).max()) / grid.count,

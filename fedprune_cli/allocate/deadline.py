@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
-from fedprune_cli.allocate.problem import Problem, latency, rate, required_bandwidth
+from fedprune_cli.allocate.limits import SMALLEST
+from fedprune_cli.allocate.problem import LATEST, Problem, latency, rate, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
@@ -158,7 +160,38 @@ def _senders(problem: Problem, kept: Array, floor_hz: Array, most_hz: Array) -> 
 
 def least_feasible(problem: Problem) -> float:
     """Returns the smallest deadline at which every device can keep its least."""
-    return least_deadline(problem, problem.min_kept)[0]
+    if not problem.chooses:
+        return least_deadline(problem, problem.min_kept)[0]
+
+    def fits(deadline_s: float) -> bool:
+        return bool(
+            required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept).sum() <= problem.bandwidth_hz
+        )
+
+    return earliest(fits, least_deadline(without_budgets(problem), problem.min_kept)[0])[1]
+
+
+def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
+    """Returns the smallest deadline from `low` on that fits, by bisection, after the largest that does not; infinite when none does."""
+    if low == np.inf or not fits(np.inf):
+        return np.inf, np.inf
+    low = max(low * (1 - 1e-9), SMALLEST)
+    high = 2 * low
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > LATEST:
+            return np.inf, np.inf
+    while high - low > 4e-16 * high and low < (middle := 0.5 * (low + high)) < high:
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return low, high
+
+
+def without_budgets(problem: Problem) -> Problem:
+    """Returns the problem with as much energy as anyone likes."""
+    if problem.limits is None:
+        return problem
+    endless_j = np.full(len(problem.weight), np.inf)
+    return replace(problem, limits=replace(problem.limits, energy_budget_j=endless_j))
 
 
 def dense_deadline(problem: Problem) -> tuple[float, Array]:
@@ -176,10 +209,10 @@ def dense_deadline(problem: Problem) -> tuple[float, Array]:
     everything = np.ones(len(problem.weight))
     if problem.limits is None:
         return least_deadline(problem, everything)
-    limits = replace(problem.limits, energy_budget_j=np.full(len(everything), np.inf))
-    deadline_s, bandwidth_hz = least_deadline(replace(problem, limits=limits), everything)
-    if deadline_s == np.inf:
-        limits = replace(limits, min_bandwidth_hz=np.zeros(len(everything)))
+    problem = without_budgets(problem)
+    deadline_s, bandwidth_hz = least_deadline(problem, everything)
+    if deadline_s == np.inf and problem.limits is not None:
+        limits = replace(problem.limits, min_bandwidth_hz=np.zeros(len(everything)))
         deadline_s, bandwidth_hz = least_deadline(replace(problem, limits=limits), everything)
     return deadline_s, bandwidth_hz
 

@@ -18,13 +18,12 @@ import numpy as np
 
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.inverse import LN2, MAX_LOG_SNR, rate_slope
-from fedprune_cli.allocate.kkt import Curves, at_the_price, primal_residual, share_out
+from fedprune_cli.allocate.kkt import Curves, primal_residual, share_out
+from fedprune_cli.allocate.limits import SMALLEST, Limits
 from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import (
-    SMALLEST,
     TOLERANCE,
     Certificate,
-    Limits,
     Problem,
     energy,
     latency,
@@ -124,7 +123,7 @@ def _certificate(
     kept, bandwidth_hz, price = answer
     bound, time_j = proof
     scale = max(sending(problem, kept, bandwidth_hz) + time_j + price * problem.bandwidth_hz, SMALLEST)
-    stationarity, dual = at_the_price(curves, bandwidth_hz, price, _ends(curves, bandwidth_hz))
+    stationarity, dual = curves.conditions_at(bandwidth_hz, price, _ends(curves, bandwidth_hz)).residuals
     slackness = price * max(problem.bandwidth_hz - float(bandwidth_hz.sum()), 0.0) / scale
     cost = float(joules(problem, kept, bandwidth_hz).sum()) + time_j
     primal = primal_residual(problem, kept, bandwidth_hz)
@@ -133,7 +132,7 @@ def _certificate(
 
 def _ends(curves: Curves, bandwidth_hz: Array) -> tuple[Array, Array]:
     """Returns who has the most, and who has the least that there is for it [n]."""
-    most_hz, least_hz = (curves.bandwidth(end) for end in (curves.wide, curves.narrow))
+    most_hz, least_hz = curves.ends()
     b = bandwidth_hz[curves.index]
     return b >= most_hz * (1 - TOLERANCE), b <= least_hz * (1 + TOLERANCE)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.chosen import ChosenCurves, Conditions, chosen_curves
 from fedprune_cli.allocate.inverse import (
     BLOCK,
     LN2,
@@ -25,20 +26,19 @@ from fedprune_cli.allocate.inverse import (
     log_snr_for_rate,
     rate_slope,
 )
+from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.problem import (
-    SMALLEST,
+    SAMPLE,
     TIGHT,
     Certificate,
     Problem,
     kept_fraction,
     most_kept,
-    rate,
+    possible,
     required_rate,
     resources,
 )
 from fedprune_cli.store.state import Array
-
-SAMPLE = 4_096  # devices that guess the price for a much larger number
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,40 @@ class Curves:
                 L = np.where(open_, step, L)
         return np.where(tops, narrowest, np.where(bottoms, widest, L))
 
+    @property
+    def counts(self) -> Array:
+        """Which stretches [n] are worth anything."""
+        return np.isfinite(self.log_m)
+
+    def ends(self) -> tuple[Array, Array]:
+        """Returns the most and the least bandwidth of each stretch [n]."""
+        return self.bandwidth(self.wide), self.bandwidth(self.narrow)
+
+    def dearest(self) -> float:
+        """Returns the least price at which nobody takes more than its least."""
+        return float(np.exp(min(self.log_top[self.counts].max(initial=-np.inf), MAX_LOG_SNR)))
+
+    def fill(self, budget_hz: float) -> tuple[Array, float]:
+        """Returns the bandwidth [n] and the price at which the stretches use the budget up."""
+        return _fill(self, budget_hz)
+
+    def response(self, price_per_hz: float) -> Array:
+        """Returns the bandwidth [n] that is best at a price, each device on its own."""
+        return self.bandwidth(self.log_snr_at(float(np.log(price_per_hz)), np.sqrt(self.wide * self.narrow)))
+
+    def conditions(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Conditions:
+        """Returns how far x = `kept` [K] on b [K] are from the conditions of optimality."""
+        return self.conditions_at(bandwidth_hz, price_per_hz, _ends(problem, self, kept[self.index]))
+
+    def conditions_at(self, bandwidth_hz: Array, price_per_hz: float, ends: tuple[Array, Array]) -> Conditions:
+        """Returns the same; ends: which stretches [n] are used up, and which are not begun."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            L = np.log1p(self.snr_hz / bandwidth_hz[self.index])
+            L = np.clip(L, self.wide, np.minimum(self.narrow, MAX_LOG_SNR))
+            log_ratio = self.log_value(L) - np.log(price_per_hz)
+        error = np.where(self.counts, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
+        return Conditions(error, -error, *ends)
+
     def take(self, index: Array | slice) -> Curves:
         """Returns the curves of some of the devices."""
         return replace(self, **{name: getattr(self, name)[index] for name in ARRAYS})
@@ -141,6 +175,7 @@ ARRAYS = tuple(one.name for one in fields(Curves) if one.name != "alpha")
 
 
 def curves_of(problem: Problem) -> Curves:
+    """Returns the stretches of bandwidth over which devices compete, at their full clocks and powers."""
     competes = (problem.payload_bits > 0) & (problem.snr_hz > 0)
     for resource in resources(problem):
         competes &= resource.left > 0
@@ -196,15 +231,20 @@ def _pick(which: Array, yes: tuple[Array, Array], no: tuple[Array, Array]) -> tu
     return np.where(which, yes[0], no[0]), np.where(which, yes[1], no[1])
 
 
+def p1_curves(problem: Problem) -> Curves | ChosenCurves:
+    """Returns the curves of P1: those of `chosen` where devices choose clock or power."""
+    return chosen_curves(problem) if problem.chooses else curves_of(problem)
+
+
 def solve_p1(problem: Problem) -> tuple[Array, float]:
     """Returns the optimal bandwidth [K] and the price per Hz of a feasible P1.
 
     Where everybody can stay dense the price is 0 and the bandwidth that is left is shared in proportion.
     """
-    return share_out(problem, curves_of(problem))
+    return share_out(problem, p1_curves(problem))
 
 
-def share_out(problem: Problem, curves: Curves) -> tuple[Array, float]:
+def share_out(problem: Problem, curves: Curves | ChosenCurves) -> tuple[Array, float]:
     """Returns the bandwidth [K] at which the marginal values of the curves are one price, and that price per Hz."""
     bandwidth_hz = problem.least_hz.copy()  # of those that do not compete
     if not len(curves.index):
@@ -212,27 +252,26 @@ def share_out(problem: Problem, curves: Curves) -> tuple[Array, float]:
     count = len(bandwidth_hz)
     bandwidth_hz[curves.index] = 0.0
     budget_hz = problem.bandwidth_hz - bandwidth_hz.sum()
-    widest, narrowest = curves.bandwidth(curves.wide), curves.bandwidth(curves.narrow)
-    worth = np.isfinite(curves.log_m)
-    demand = np.where(worth, widest, narrowest)
+    widest, narrowest = curves.ends()
+    demand = np.where(curves.counts, widest, narrowest)
     if demand.sum() <= budget_hz:
         shares = curves.per_device(demand, count) * (budget_hz / demand.sum() if demand.any() else 0.0)
         return np.minimum(bandwidth_hz + shares, problem.most_hz), 0.0
 
     if narrowest.sum() >= budget_hz:  # exactly tight: everybody gets its least, to the budget's last digit
         bandwidth_hz += curves.per_device(narrowest, count) * (budget_hz / narrowest.sum())
-        return bandwidth_hz, float(np.exp(min(curves.log_top[worth].max(initial=-np.inf), MAX_LOG_SNR)))
-    b, price = fill(curves, budget_hz)
+        return bandwidth_hz, curves.dearest()
+    b, price = curves.fill(budget_hz)
     return bandwidth_hz + curves.per_device(b, count), price
 
 
-def fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
+def _fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
     """Returns the bandwidth [n] and the price at which the stretches use the budget up: Newton on ln(sum b) in ln(price), guarded.
 
     The budget closes to 1e-13. Scaling the rest away would be worse: where floors take nearly the whole band, it is large for the others.
     """
     count = len(curves.index)
-    worth = np.isfinite(curves.log_m)
+    worth = curves.counts
     low, high = float(curves.log_bottom[worth].min()), float(curves.log_top[worth].max())
     L = np.clip(np.log1p(curves.snr_hz * count / budget_hz), curves.wide, curves.narrow)
     log_price = np.median(curves.log_value(L)[worth])
@@ -241,7 +280,7 @@ def fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
         share_hz = budget_hz * len(sample.index) / count
         least_hz, most_hz = (float(sample.bandwidth(end).sum()) for end in (sample.narrow, sample.wide))
         if least_hz < share_hz < most_hz and np.isfinite(sample.log_m).any():
-            log_price = np.log(fill(sample, share_hz)[1])
+            log_price = np.log(_fill(sample, share_hz)[1])
     log_price = float(np.clip(log_price, low, high))
     for _ in range(200):
         L = curves.log_snr_at(log_price, L)
@@ -263,14 +302,13 @@ def fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
 
 def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
     """Returns the certificate of x = `kept` [K], b [K] and a price for P1, from the definitions alone."""
-    return certify_on(curves_of(problem), problem, kept, bandwidth_hz, price_per_hz)
+    return certify_on(p1_curves(problem), problem, kept, bandwidth_hz, price_per_hz)
 
 
 def primal_residual(problem: Problem, kept: Array, bandwidth_hz: Array) -> float:
     """Returns by how much x = `kept` [K] on b [K] breaks the band, the deadline, a limit or a bound, relative; 0 where it does not."""
     # t <= T as x <= phi(b): relative to the whole model, so that a device that keeps nearly nothing is judged like the rest
-    possible = np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
-    late = kept - np.where(possible, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), -1.0)
+    late = kept - np.where(possible(problem), kept_fraction(problem, bandwidth_hz), -1.0)
     return max(
         bandwidth_hz.sum() / problem.bandwidth_hz - 1,
         float((bandwidth_hz / problem.most_hz).max()) - 1,
@@ -285,33 +323,18 @@ def primal_residual(problem: Problem, kept: Array, bandwidth_hz: Array) -> float
     )
 
 
-def at_the_price(
-    curves: Curves, bandwidth_hz: Array, price_per_hz: float, ends: tuple[Array, Array]
-) -> tuple[float, float]:
-    """Returns the residuals of stationarity and of the dual bounds on b [K]; ends: which stretches [n] are used up, which not begun."""
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        L = np.log1p(curves.snr_hz / bandwidth_hz[curves.index])
-        L = np.clip(L, curves.wide, np.minimum(curves.narrow, MAX_LOG_SNR))
-        log_ratio = curves.log_value(L) - np.log(price_per_hz)
-    error = np.where(np.isfinite(curves.log_m), np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
-    full, empty = ends
-    stationarity = float(np.abs(error[~full & ~empty]).max(initial=0.0))
-    dual = max(float(error[empty & ~full].max(initial=0.0)), float(-error[full & ~empty].min(initial=0.0)), 0.0)
-    return stationarity, dual
-
-
-def certify_on(curves: Curves, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+def certify_on(
+    curves: Curves | ChosenCurves, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float
+) -> Certificate:
     """Returns the certificate of x = `kept` [K], b [K] and a price, for the worth of x that the curves of the problem have."""
     total_weight = max(float(problem.weight.sum()), np.finfo(float).tiny)
-    x = kept[curves.index]
-    dual = 0.0
+    stationarity = dual = 0.0
     if price_per_hz > 0:
-        stationarity, dual = at_the_price(curves, bandwidth_hz, price_per_hz, _ends(problem, curves, x))
+        stationarity, dual = curves.conditions(problem, kept, bandwidth_hz, price_per_hz).residuals
     else:
         # at no price everybody takes what there is to gain
-        stationarity = float(
-            np.max((most_kept(problem)[curves.index] - x) * (problem.weight[curves.index] > 0), initial=0.0)
-        )
+        gain = (most_kept(problem) - kept) * (problem.weight > 0)
+        stationarity = float(np.max(gain[curves.index], initial=0.0))
     # the dual function is a difference of sums as large as these: its gap is relative to them
     scale = total_weight + price_per_hz * problem.bandwidth_hz
     slackness = price_per_hz * max(problem.bandwidth_hz - bandwidth_hz.sum(), 0.0) / scale
@@ -328,13 +351,13 @@ def _ends(problem: Problem, curves: Curves, kept: Array) -> tuple[Array, Array]:
     if problem.limits is not None and len(kept):
         p = problem.take(curves.index)
         most, least = (
-            np.clip(kept_fraction(p, rate(bandwidth_of(end, p.snr_hz), p.snr_hz)), p.min_kept, 1.0)
+            np.clip(kept_fraction(p, bandwidth_of(end, p.snr_hz)), p.min_kept, 1.0)
             for end in (curves.wide, curves.narrow)
         )
     return kept >= most - TIGHT, kept <= least + TIGHT
 
 
-def best_response(problem: Problem, curves: Curves, price_per_hz: float) -> tuple[Array, Array]:
+def best_response(problem: Problem, curves: Curves | ChosenCurves, price_per_hz: float) -> tuple[Array, Array]:
     """Returns x [K] and b [K] that maximise sum w x - price sum b, each device on its own: the dual function's argument.
 
     At a price of 0 it is no matter how much bandwidth that takes, and b is 0.
@@ -342,8 +365,8 @@ def best_response(problem: Problem, curves: Curves, price_per_hz: float) -> tupl
     best, least_hz = most_kept(problem), problem.least_hz.copy()
     if price_per_hz == 0 or not len(curves.index):
         return best, np.zeros(len(best))
-    L = curves.log_snr_at(float(np.log(price_per_hz)), np.sqrt(curves.wide * curves.narrow))
+    response_hz = curves.response(price_per_hz)
     least_hz[curves.index] = 0.0
-    b = least_hz + curves.per_device(curves.bandwidth(L), len(best))
-    best[curves.index] = np.minimum(1.0, kept_fraction(problem, rate(b, problem.snr_hz)))[curves.index]
+    b = least_hz + curves.per_device(response_hz, len(best))
+    best[curves.index] = np.minimum(1.0, kept_fraction(problem, b))[curves.index]
     return best, b

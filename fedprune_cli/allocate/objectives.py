@@ -19,6 +19,7 @@ from fedprune_cli.allocate.joules import (
     solve_timed,
     spends_of,
 )
+from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.policy import (
     Settled,
     as_policy,
@@ -30,7 +31,7 @@ from fedprune_cli.allocate.policy import (
     solve_under_policy,
     with_deadline,
 )
-from fedprune_cli.allocate.problem import SMALLEST, TIGHT, Allocation, Certificate, Problem
+from fedprune_cli.allocate.problem import TIGHT, Allocation, Certificate, Problem
 from fedprune_cli.allocate.variants import common_kept
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.store.state import Array

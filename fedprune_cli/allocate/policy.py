@@ -10,6 +10,7 @@ import numpy as np
 
 from fedprune_cli.allocate.blocks import LeastOnBlocks
 from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.freedom import Freedom
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.problem import (
     TIGHT,
@@ -20,9 +21,11 @@ from fedprune_cli.allocate.problem import (
     Status,
     kept_on,
     latency,
+    pace,
     rate,
     required_bandwidth,
     resources,
+    short_of,
 )
 from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
@@ -51,6 +54,13 @@ def as_policy(name: str) -> Policy:
     """Returns the policy of that name; raises ConfigError."""
     require(name in POLICIES, "on_infeasible", name, "'stretch', 'drop' or 'fail'")
     return next(policy for policy in POLICIES if policy == name)
+
+
+def as_freedom(clock: str, power: str) -> Freedom:
+    """Returns what devices choose, of two words that are each `fixed` or `chosen`; raises ConfigError."""
+    for name, word in (("clock", clock), ("power", power)):
+        require(word in ("fixed", "chosen"), name, word, "'fixed' or 'chosen'")
+    return Freedom(clock == "chosen", power == "chosen")
 
 
 def has_room(problem: Problem) -> bool:
@@ -265,19 +275,24 @@ def build_allocation(
     admitted, deadline_s = settled.admitted, settled.feasible.deadline_s
     x, b = np.zeros(len(admitted)), np.zeros(len(admitted))
     x[admitted], b[admitted] = kept, bandwidth_hz
+    at = replace(problem, deadline_s=deadline_s)
+    clock, power = pace(at, x)
+    rate_bps = rate(b, problem.snr_hz * power)
     binds = np.full(len(admitted), "deadline", dtype=object)
     binds[problem.payload_bits == 0] = "compute"
-    if len(of := resources(replace(problem, deadline_s=deadline_s))) > 1:
-        r = rate(b, problem.snr_hz)
-        binds[of[1].kept(r) < of[0].kept(r)] = "energy"
+    if problem.chooses:
+        late, spent = short_of(at, x)
+        binds[spent] = np.where(late, "deadline, energy", "energy")[spent]
+    elif len(of := resources(at)) > 1:
+        binds[of[1].kept(rate_bps) < of[0].kept(rate_bps)] = "energy"
     binds[x <= problem.min_kept + TIGHT] = "max_ratio"
     binds[x >= 1 - TIGHT] = "dense"
     binds[~admitted] = "dropped"
     return Allocation(
         prune_ratio=np.where(admitted, 1.0 - x, 1.0),
         bandwidth_hz=b,
-        rate_bps=rate(b, problem.snr_hz),
-        latency_s=np.where(admitted, latency(problem, x, b), 0.0),
+        rate_bps=rate_bps,
+        latency_s=np.where(admitted, latency(at, x, b), 0.0),
         deadline_s=float(deadline_s),
         admitted=admitted,
         binds=tuple(binds),
@@ -286,4 +301,6 @@ def build_allocation(
         certificate=certificate,
         status=settled.status,
         message=settled.message,
+        clock=np.where(admitted, clock, 0.0) if problem.freedom.clock else None,
+        power=np.where(admitted, power, 0.0) if problem.freedom.power else None,
     )

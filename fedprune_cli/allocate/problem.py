@@ -11,70 +11,18 @@ from typing import Literal
 
 import numpy as np
 
+from fedprune_cli.allocate.curve import LEAST, Choice, Curve, curve_of_means
+from fedprune_cli.allocate.freedom import FIXED, Freedom, Means
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
+from fedprune_cli.allocate.limits import IN_RANGE, LARGEST, SMALLEST, Limits, in_range, refuse_first
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
 TIGHT = 1e-12  # relative slack within which a bound counts as met
 TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
-SMALLEST, LARGEST = 1e-40, 1e40  # of a figure that is not 0: no product or square that follows from it overflows
+SAMPLE = 4_096  # devices that guess the price for a much larger number
 LATEST = 1e100  # seconds: what the largest payload takes at the least rate
 NO_LINK = 1e-9  # a signal below this share of the noise in the whole band (-90 dB) carries nothing
-IN_RANGE = f"(0, or {SMALLEST:g} to {LARGEST:g})"
-
-
-def in_range(values: Array) -> Array:
-    """Whether figures are 0 or of a size that the equations can be computed with; False for NaN."""
-    return (values == 0) | ((values >= SMALLEST) & (values <= LARGEST))
-
-
-def refuse_first(name: str, values: Array, good: Array, allowed: str, names: Array) -> None:
-    """Raises ConfigError naming the first device whose value is not `good`, if any, and what is `allowed`."""
-    if good.shape != names.shape:
-        raise ConfigError(f"{name}: {good.shape} entries for {len(names)} devices")
-    if not good.all():
-        at = int(np.flatnonzero(~good)[0])
-        raise ConfigError(f"device {names[at]}, {name}={values[at]}: must be {allowed}")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What each device may use besides its time, float64 [K] and SI.
-
-    min_bandwidth_hz, max_bandwidth_hz: 0 and infinite where there is none. energy_budget_j E, infinite where there is none, bounds
-    the joules of a round, x_k (shared_energy_j + tx_power_w c_k / r_k(b_k)) + fixed_energy_j (computing and sending; not listening);
-    tx_power_w is what sending draws, of which a radio radiates a part.
-    All of them keep P1 convex: what the energy allows, psi = (E - fixed) r / (shared_energy r + tx_power c), has phi's form.
-    Not offered yet, although exact ways are known: a clock or a transmit power chosen together with the ratio, which keep phi
-    concave in b (model.md, section 4).
-    Raises ConfigError naming the first bad entry.
-    """
-
-    min_bandwidth_hz: Array
-    max_bandwidth_hz: Array
-    energy_budget_j: Array
-    shared_energy_j: Array
-    fixed_energy_j: Array
-    tx_power_w: Array
-
-    def __post_init__(self) -> None:
-        devices, endless, amount = np.arange(len(self.tx_power_w)), np.isinf, f"finite and >= 0 {IN_RANGE}"
-        for name, allowed, good in (
-            ("min_bandwidth_hz", amount, in_range(self.min_bandwidth_hz)),
-            ("max_bandwidth_hz", "> 0 and at least the minimum",
-             ((self.max_bandwidth_hz >= SMALLEST) & (self.max_bandwidth_hz <= LARGEST) | endless(self.max_bandwidth_hz))
-             & (self.max_bandwidth_hz >= self.min_bandwidth_hz)),
-            ("energy_budget_j", f">= 0 {IN_RANGE}",
-             in_range(self.energy_budget_j) | (endless(self.energy_budget_j) & (self.energy_budget_j > 0))),
-            ("shared_energy_j", amount, in_range(self.shared_energy_j)),
-            ("fixed_energy_j", amount, in_range(self.fixed_energy_j)),
-            ("tx_power_w", "finite and > 0", in_range(self.tx_power_w) & (self.tx_power_w > 0)),
-        ):  # fmt: skip
-            refuse_first(name, getattr(self, name), good, allowed, devices)
-
-    def take(self, index: Array) -> Limits:
-        """Returns the limits of some of the devices."""
-        return Limits(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -87,7 +35,8 @@ class Problem:
     titles: what messages call them, str [K], their ids when None; limits: None when there are none; energies: the same figures of
     devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
     it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
-    first who waited longest, None where it does not ask. A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
+    first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio. A signal below NO_LINK of the
+    noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -105,6 +54,7 @@ class Problem:
     energies: Limits | None = None
     block_hz: float | None = None
     waited: Array | None = None
+    freedom: Freedom = FIXED
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -136,11 +86,16 @@ class Problem:
 
     def take(self, index: Array) -> Problem:
         """Returns the problem of some of the devices, in that order."""
-        whole = ("bandwidth_hz", "deadline_s", "ids", "limits", "energies", "block_hz")
+        whole = ("bandwidth_hz", "deadline_s", "ids", "limits", "energies", "block_hz", "freedom")
         arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in whole}
         limits, energies = (None if of is None else of.take(index) for of in (self.limits, self.energies))
         chosen = {name: array[index] for name, array in arrays.items() if array is not None}
         return replace(self, ids=self.names[index], limits=limits, energies=energies, **chosen)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether clock or power are worth a choice: without an energy budget both stay at their tops."""
+        return bool(self.freedom) and self.limits is not None and bool(np.isfinite(self.limits.energy_budget_j).any())
 
     @property
     def linked(self) -> Array:
@@ -209,12 +164,13 @@ class Allocation:
 
     prune_ratio rho, bandwidth_hz b, rate_bps r, latency_s t: [K], of no meaning where not `admitted`;
     deadline_s: the deadline that holds, later than asked when status is `stretched`;
-    binds: for each device `deadline`, `energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `ratio` (pruned as it was
-    told, with time to spare), `compute` or `dropped`;
+    binds: for each device `deadline`, `energy`, `deadline, energy`, `dense` (nothing pruned), `max_ratio` (pruned to its cap), `ratio`
+    (pruned as it was told, with time to spare), `compute` or `dropped`;
     price_per_hz: what one more hertz adds to sum w x, 0 for allocators without a price;
     objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
     message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
-    None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them.
+    None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them;
+    clock, power: what of its full clock and of its full radiated power each device uses, in (0, 1] [K], None where they are not chosen.
     """
 
     prune_ratio: Array
@@ -231,6 +187,8 @@ class Allocation:
     message: str
     block_hz: float | None = None
     joules: Array | None = None
+    clock: Array | None = None
+    power: Array | None = None
 
 
 def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:
@@ -253,8 +211,13 @@ def upload_s(problem: Problem, kept: Array, bandwidth_hz: Array) -> Array:
 
 
 def latency(problem: Problem, kept: Array, bandwidth_hz: Array) -> Array:
-    """Returns t = x (a + c / r(b)) + d [K], seconds; infinite where a device must send and has no rate."""
-    return kept * problem.shared_compute_s + upload_s(problem, kept, bandwidth_hz) + problem.fixed_s
+    """Returns t = x (a + c / r(b)) + d [K], seconds, at the chosen clock and power; infinite where a device must send and has no rate."""
+    if not problem.chooses:
+        return kept * problem.shared_compute_s + upload_s(problem, kept, bandwidth_hz) + problem.fixed_s
+    clock, power = pace(problem, kept)
+    means, sent_s = means_of(problem), upload_s(replace(problem, snr_hz=problem.snr_hz * power), kept, bandwidth_hz)
+    compute_s = kept * means.compute_s + means.fixed_compute_s
+    return problem.fixed_s - means.fixed_compute_s + compute_s / clock + sent_s
 
 
 def energy(limits: Limits, kept: Array, upload_s: Array) -> Array:
@@ -296,20 +259,95 @@ def resources(problem: Problem) -> tuple[Resource, ...]:
     return time, Resource(joules, limits.shared_energy_j, limits.tx_power_w * problem.payload_bits)
 
 
-def kept_fraction(problem: Problem, rate_bps: Array) -> Array:
-    """Returns min(phi, psi): the most a device can keep within the deadline and its energy, not capped at 1; 0 when T < d."""
+def curve_of(problem: Problem) -> Curve:
+    """Returns what each share costs the devices of a problem with limits [K]."""
+    return curve_of_means(means_of(problem))
+
+
+def means_of(problem: Problem) -> Means:
+    """Returns what the devices of a problem with limits have at their disposal [K]."""
+    limits, size = limits_of(problem), len(problem.weight)
+    computing_s = (
+        np.zeros(size) if limits.fixed_compute_s is None else np.minimum(limits.fixed_compute_s, problem.fixed_s)
+    )
+    circuit_w = np.zeros(size) if limits.circuit_w is None else limits.circuit_w
+    slows = problem.freedom.clock & (problem.shared_compute_s + computing_s > 0)
+    computes = ~slows | (computing_s > 0)  # whether the fixed joules are those of computing
+    return Means(
+        compute_s=problem.shared_compute_s,
+        fixed_compute_s=computing_s,
+        time_s=np.minimum(problem.deadline_s, LATEST) - (problem.fixed_s - computing_s),
+        compute_j=limits.shared_energy_j,
+        fixed_j=np.where(computes, limits.fixed_energy_j, 0.0),
+        budget_j=limits.energy_budget_j - np.where(computes, 0.0, limits.fixed_energy_j),
+        circuit_w=circuit_w,
+        amplifier_w=limits.tx_power_w - circuit_w,
+        bits=problem.payload_bits,
+        snr_hz=problem.snr_hz,
+        slows=slows,
+        dims=np.full(size, problem.freedom.power),
+    )
+
+
+def limits_of(problem: Problem) -> Limits:
+    """Returns the limits of a problem that has some; raises ConfigError."""
+    if problem.limits is None:
+        raise ConfigError("limits: an allocation problem without limits has no energy to choose by")
+    return problem.limits
+
+
+def pace(problem: Problem, kept: Array) -> tuple[Array, Array]:
+    """Returns which shares of its full clock and radiated power each device uses that keeps `kept` [K]: those of the least bandwidth.
+
+    On more bandwidth than that it sends as strongly and is done sooner.
+    """
+    if not problem.chooses:
+        return np.ones(len(kept)), np.ones(len(kept))
+    choice = _choice_of(problem, kept)
+    return choice.clock, choice.power
+
+
+def short_of(problem: Problem, kept: Array) -> tuple[Array, Array]:
+    """Whether time and whether energy is spent by devices that choose and keep `kept` [K], two of bool."""
+    means, choice = means_of(problem), _choice_of(problem, kept)
+    late = choice.compute_s + choice.send_s >= means.time_s * (1 - TOLERANCE)
+    return late, ~late | (choice.clock < 1) | (choice.power < 1)
+
+
+def _choice_of(problem: Problem, kept: Array) -> Choice:
+    curve = curve_of(problem)
+    return curve.at(curve.place(kept))
+
+
+def kept_fraction(problem: Problem, bandwidth_hz: Array) -> Array:
+    """Returns min(phi, psi) on bandwidths b [K]: the most that the deadline and the energy allow, not capped at 1; 0 when T < d.
+
+    At most 1 where a clock or a power is chosen.
+    """
+    rate_bps = rate(bandwidth_hz, problem.snr_hz)
+    if problem.chooses:
+        curve = curve_of(problem)
+        kept = curve.share(curve.kept(bandwidth_hz, rate_bps))
+        return np.where(kept > 2 * LEAST, np.minimum(kept, 1.0), 0.0)
     return np.minimum.reduce([resource.kept(rate_bps) for resource in resources(problem)])
+
+
+def possible(problem: Problem) -> Array:
+    """Whether the deadline and the energy allow each device what pruning does not touch, bool [K]."""
+    if problem.chooses:
+        return means_of(problem).most >= 0
+    return np.logical_and.reduce([resource.left >= 0 for resource in resources(problem)])
 
 
 def kept_on(problem: Problem, bandwidth_hz: Array) -> Array:
     """Returns x [K] on bandwidths b: all that the deadline and the energy allow, within the bounds of x."""
-    return np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), problem.min_kept, 1.0)
+    return np.clip(kept_fraction(problem, bandwidth_hz), problem.min_kept, 1.0)
 
 
 def most_kept(problem: Problem) -> Array:
     """Returns the most that each device could keep with the whole band to itself [K]."""
     everything = np.where(problem.payload_bits > 0, problem.most_hz, 0.0)
-    return np.minimum(1.0, kept_fraction(problem, rate(everything, problem.snr_hz)))
+    return np.minimum(1.0, kept_fraction(problem, everything))
 
 
 def fit_band(problem: Problem, bandwidth_hz: Array) -> Array:
@@ -333,12 +371,23 @@ def required_rate(problem: Problem, kept: Array) -> Array:
 
 def required_bandwidth(problem: Problem, kept: Array) -> Array:
     """Returns the least bandwidth [K] at which a device can keep `kept`; infinite where none suffices."""
-    needed = required_rate(problem, kept)
-    reachable = needed < problem.snr_hz / LN2
-    bandwidth_hz = bandwidth_of(log_snr_for_rate(needed, problem.snr_hz), problem.snr_hz)
-    silent = (needed == 0) & ((kept * problem.payload_bits == 0) | (problem.snr_hz > 0))
-    bandwidth_hz = np.where(silent, 0.0, np.where(reachable, bandwidth_hz, np.inf))
+    bandwidth_hz = _least_chosen(problem, kept) if problem.chooses else _least_fixed(problem, kept)
     if problem.limits is None:
         return bandwidth_hz
     beyond = bandwidth_hz > problem.limits.max_bandwidth_hz * (1 + TIGHT)
     return np.where(beyond, np.inf, np.clip(bandwidth_hz, problem.least_hz, problem.limits.max_bandwidth_hz))
+
+
+def _least_fixed(problem: Problem, kept: Array) -> Array:
+    needed = required_rate(problem, kept)
+    reachable = needed < problem.snr_hz / LN2
+    bandwidth_hz = bandwidth_of(log_snr_for_rate(needed, problem.snr_hz), problem.snr_hz)
+    silent = (needed == 0) & ((kept * problem.payload_bits == 0) | (problem.snr_hz > 0))
+    return np.where(silent, 0.0, np.where(reachable, bandwidth_hz, np.inf))
+
+
+def _least_chosen(problem: Problem, kept: Array) -> Array:
+    curve, silent = curve_of(problem), kept * problem.payload_bits == 0
+    fits = kept <= curve.most * (1 + TIGHT)
+    needed = np.where(silent, 0.0, curve.at(curve.place(kept)).bandwidth_hz)
+    return np.where(fits, needed, np.inf)

@@ -9,7 +9,8 @@ import cvxpy as cp
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2
-from fedprune_cli.allocate.problem import SMALLEST, Problem, kept_fraction, rate, resources
+from fedprune_cli.allocate.limits import SMALLEST
+from fedprune_cli.allocate.problem import Problem, kept_fraction, resources
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.store.state import Array
 
@@ -34,7 +35,7 @@ def _solve_shares(problem: Problem, *, fair: bool) -> tuple[Array, Array]:
     competes = (problem.payload_bits > 0) & (problem.snr_hz > 0)
     sends = np.flatnonzero(np.logical_and.reduce([competes, *(resource.left > 0 for resource in resources(problem))]))
     bandwidth_hz = problem.least_hz.copy()
-    kept = np.minimum(1.0, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)))  # of those that send nothing
+    kept = np.minimum(1.0, kept_fraction(problem, bandwidth_hz))  # of those that send nothing
     if not len(sends):
         return kept, bandwidth_hz
     p = problem.take(sends)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2
-from fedprune_cli.allocate.problem import SMALLEST, Problem, refuse_first, resources
+from fedprune_cli.allocate.limits import SMALLEST, refuse_first
+from fedprune_cli.allocate.problem import Problem, resources
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 

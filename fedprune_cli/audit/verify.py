@@ -176,6 +176,11 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
         and np.array_equal(ratio, plan.allocation.prune_ratio[admitted])
         and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
+        and all(
+            (column is None and key not in plan.chosen)
+            or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
+            for key, column in (("clock", record.devices.clock), ("power", record.devices.power))
+        )
     )
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
@@ -225,7 +230,7 @@ def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Ans
     if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:
         above = f"residual {proof.residual:.2e}, gap {proof.gap:.2e}, above {TOLERANCE:g}"
         audit = replace(audit, failures=(*audit.failures, above))
-    if not solve or plan.allocation.block_hz is not None:  # a conic solver knows no whole blocks
+    if not solve or plan.allocation.block_hz is not None or plan.chosen:  # a conic solver knows no whole blocks
         return audit
     from fedprune_cli.allocate.reference import solve_p1_cvxpy
 
@@ -306,7 +311,11 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
     ]
     costs = [setup.blueprint.cost] * len(devices)
     load = build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio)
+    columns = (record.devices.clock, record.devices.power)
+    clock, power = (None if column is None else np.array(column) for column in columns)
+    load = replace(load, clock=clock, power=power)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
+    snr_hz = snr_hz if load.power is None else snr_hz * load.power
     again = measure(
         load,
         rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),

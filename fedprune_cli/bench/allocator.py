@@ -13,7 +13,7 @@ import numpy as np
 from fedprune_cli.allocate.blocks import Grid, solve_blocks
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.kkt import solve_p1
-from fedprune_cli.allocate.problem import Problem, kept_fraction, rate
+from fedprune_cli.allocate.problem import Problem, kept_fraction
 from fedprune_cli.bench.measure import Effort, Measure, Say, exact, ratio, seconds
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.rng import stream
@@ -43,7 +43,7 @@ def _against_clarabel(effort: Effort) -> tuple[Measure, ...]:
 
     problem = literature_problem(1000)
     bandwidth_hz, _ = solve_p1(problem)
-    kept = np.minimum(1.0, kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)))
+    kept = np.minimum(1.0, kept_fraction(problem, bandwidth_hz))
     objective = float(problem.weight @ kept)
     solution, x, _ = dcp_p1(problem, problem.bandwidth_hz / len(problem.weight))
     clarabel(solution)

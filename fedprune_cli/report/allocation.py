@@ -44,13 +44,20 @@ class _Spending(TypedDict, total=False):
     joules: float
 
 
+class _Chosen(TypedDict, total=False):
+    clock: float
+    cpu_hz: float
+    power: float
+    tx_power_w: float
+
+
 class _Compressed(TypedDict, total=False):
     bits: int
 
 
 class DeviceAnswer(TypedDict):
     """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it;
-
+    clock, power: where they are chosen, what of its full clock and radiated power it uses, and cpu_hz, tx_power_w where they are known;
     joules: of computing and sending, where the objective looks at them.
     """
 
@@ -59,6 +66,10 @@ class DeviceAnswer(TypedDict):
     prune_ratio: float
     bandwidth_hz: float
     blocks: NotRequired[int]
+    clock: NotRequired[float]
+    cpu_hz: NotRequired[float]
+    power: NotRequired[float]
+    tx_power_w: NotRequired[float]
     rate_bps: float
     latency_s: float
     joules: NotRequired[float]
@@ -113,12 +124,26 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
         "prune_ratio": float(allocation.prune_ratio[at]),
         "bandwidth_hz": float(allocation.bandwidth_hz[at]),
         **whole,
+        **_chosen(first, at),
         "rate_bps": float(allocation.rate_bps[at]),
         "latency_s": float(allocation.latency_s[at]),
         **spending,
         "binds": allocation.binds[at],
         "admitted": bool(allocation.admitted[at]),
     }
+
+
+def _chosen(first: FirstRound, at: int) -> _Chosen:
+    allocation, fleet, chosen = first.allocation, first.fleet, _Chosen()
+    if allocation.clock is not None:
+        chosen["clock"] = float(allocation.clock[at])
+        if fleet is not None:
+            chosen["cpu_hz"] = float(allocation.clock[at] * fleet.cpu_hz[at])
+    if allocation.power is not None:
+        chosen["power"] = float(allocation.power[at])
+        if fleet is not None:
+            chosen["tx_power_w"] = float(allocation.power[at] * fleet.tx_power_w[at])
+    return chosen
 
 
 def frontier_rows(problem: Problem) -> list[dict[str, float]]:
@@ -206,6 +231,8 @@ def allocation_table(result: Answer) -> Table:
             f"{device['prune_ratio']:.3f}",
             f"{device['bandwidth_hz'] / 1e6:.4f}",
             *([str(device["blocks"])] if "blocks" in device else []),
+            *([f"{100 * device['clock']:.1f}"] if "clock" in device else []),
+            *([f"{100 * device['power']:.2g}"] if "power" in device else []),
             f"{device['latency_s']:.4g}",
             *([f"{device['joules']:.4g}"] if "joules" in device else []),
             device["binds"],
@@ -213,9 +240,10 @@ def allocation_table(result: Answer) -> Table:
         ]
         for device in result["devices"]
     ]
+    titles = {"blocks": "blocks", "clock": "clock %", "power": "power %"}
     has = {*result["devices"][0]} if result["devices"] else set[str]()
-    whole, spent = (["blocks"] if "blocks" in has else []), (["joules"] if "joules" in has else [])
-    headers = ["device", "ratio", "MHz", *whole, "seconds", *spent, "binds", "Mbit/s"]
+    extra, spent = [title for key, title in titles.items() if key in has], (["joules"] if "joules" in has else [])
+    headers = ["device", "ratio", "MHz", *extra, "seconds", *spent, "binds", "Mbit/s"]
     return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
 
 

@@ -47,7 +47,8 @@ def round_table(run: Run) -> Rows:
 
 def device_table(run: Run) -> Rows:
     """Returns the figures of each device in each round that it trained in, with its name where devices have names."""
-    keys = [key.name for key in fields(DeviceRows)]
+    chosen = {key for record in run.rounds for key in record.devices.columns()}
+    keys = [key.name for key in fields(DeviceRows) if key.name in chosen]
     names = ["name"] if "device_names" in run.manifest else []
     rows: list[list[object]] = []
     for record in run.rounds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,8 +44,8 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
     heard = roster.gain_linear[roster.training]
     training = _charge_training(setup, plan, work, results, heard)
-    radio_power_w = setup.radio.uplink_share * setup.scenario.fleet.radio_power_w[plan.devices]
-    training = training.cut_short(work.fates.work, radio_power_w)
+    drawn_w = setup.scenario.fleet.take(plan.devices).drawn_w(plan.chosen.get("power"))
+    training = training.cut_short(work.fates.work, setup.radio.uplink_share * drawn_w)
     if not results.personal_updates:
         return Bill(training, None)
     listeners_gain = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
@@ -74,7 +74,7 @@ def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, hea
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     return measure(
-        load,
+        replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power")),
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),

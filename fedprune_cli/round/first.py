@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import Allocation, Limits, Problem
+from fedprune_cli.allocate.limits import Limits
+from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import DataError
 from fedprune_cli.learn.models import build_model
@@ -21,7 +22,7 @@ from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.channel import radio_of
 from fedprune_cli.world.devices import Devices
-from fedprune_cli.world.fleet import LIMIT_FIELDS
+from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
 from fedprune_cli.world.measured import MeasuredFleet
 from fedprune_cli.world.rows import FleetTable, build_fleet, read_rows
 from fedprune_cli.world.tables import read_header, read_table
@@ -34,6 +35,8 @@ OWN_LIMITS = (
     "shared_energy_j",
     "fixed_energy_j",
     "tx_power_w",
+    "fixed_compute_s",
+    "circuit_w",
 )
 
 
@@ -42,13 +45,14 @@ class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
     bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
-    names: what a table calls the devices.
+    names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
     """
 
     bits: int
     problem: Problem
     allocation: Allocation
     names: tuple[str, ...] | None = None
+    fleet: Fleet | None = None
 
 
 def allocate_first_round(experiment: Experiment, table: Path | None = None) -> FirstRound:
@@ -59,16 +63,17 @@ def allocate_first_round(experiment: Experiment, table: Path | None = None) -> F
     """
     question = ask(experiment, table)
     bits, allocation = choose(experiment, question.problems, 0, question.slots)
-    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names)
+    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names, question.fleet)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first round's problems, what is remembered before it, and what a table calls the devices."""
+    """The first round's problems, what is remembered before it, what a table calls the devices, and what they are."""
 
     problems: RoundProblems
     slots: Slots
     names: tuple[str, ...] | None
+    fleet: Fleet | None = None
 
     @property
     def problem(self) -> Problem:
@@ -85,7 +90,9 @@ def ask(experiment: Experiment, table: Path | None = None) -> Question:
         return Question(RoundProblems(problem, {BITS_PER_PARAM: problem}), {}, names)
     blueprint, beliefs = _from_config(experiment) if table is None else _from_table(experiment, table)
     slots = first_slots(experiment, Sizes(len(beliefs.fleet.cpu_hz), blueprint.cost.shared_params))
-    return Question(round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names)
+    return Question(
+        round_problems(blueprint, beliefs, 0, slots), slots, beliefs.fleet.names, beliefs.fleet.take(beliefs.ids)
+    )
 
 
 def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
@@ -121,7 +128,11 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
     radio = radio_of(experiment.channel)
     problem = Problem(
-        **{name: rows[name] for name in OWN_COLUMNS},
+        shared_compute_s=rows["shared_compute_s"],
+        payload_bits=rows["payload_bits"],
+        fixed_s=rows["fixed_s"],
+        snr_hz=rows["snr_hz"],
+        weight=rows["weight"],
         max_ratio=rows.get("max_ratio", np.full(size, experiment.pruner.max_ratio)),
         bandwidth_hz=radio.band_hz,
         block_hz=radio.block_hz,

@@ -64,6 +64,12 @@ class Plan:
         return self.allocation.deadline_s
 
     @property
+    def chosen(self) -> Mapping[str, Array]:
+        """What the admitted devices chose beside the ratio [A]: their clocks and powers, as shares of the full ones, where they may."""
+        columns = {"clock": self.allocation.clock, "power": self.allocation.power}
+        return {key: values[self.admitted_places] for key, values in columns.items() if values is not None}
+
+    @property
     def admitted_places(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
         return np.flatnonzero(self.allocation.admitted)
@@ -82,7 +88,8 @@ def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
     reference = problems.reference
     if faults.misjudges:
         reference = round_problems(blueprint, truth, roster.number, slots).reference
-        allocation = replace(allocation, rate_bps=rate(allocation.bandwidth_hz, reference.snr_hz))
+        power = 1.0 if allocation.power is None else allocation.power
+        allocation = replace(allocation, rate_bps=rate(allocation.bandwidth_hz, reference.snr_hz * power))
     devices, ratios = roster.training[allocation.admitted], slots["prune_ratio"].copy()
     ratios[devices] = allocation.prune_ratio[allocation.admitted]
     return Plan(bits, problems.by_bits[bits], allocation, reference, devices, ratios)

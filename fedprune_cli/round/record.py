@@ -84,7 +84,9 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
     samples, ids = setup.scenario.partition.train.sizes, plan.devices
     weights = samples[ids] / max(samples[ids].sum(), 1)
     certificate, gradient = allocation.certificate, np.zeros(0) if outcome.gradient is None else outcome.gradient
-    bandwidth_hz = allocation.bandwidth_hz[admitted].tolist() + [0.0] * len(results.personal_updates)
+    frozen = len(results.personal_updates)
+    given = {"bandwidth_hz": allocation.bandwidth_hz[admitted].tolist() + [0.0] * frozen}
+    given |= {key: values.tolist() + [1.0] * frozen for key, values in plan.chosen.items()}
     return RoundRecord(
         round=new.round,
         simulated_s=float(new.slots["simulated_s"]),
@@ -111,19 +113,19 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         message=allocation.message,
         frozen=count_frozen(new),
         faults=outcome.log if setup.experiment.faulty or outcome.log.refused else None,
-        devices=device_rows(new, results.all, bandwidth_hz, measured, finished.work.pruning_error, scores),
+        devices=device_rows(new, results.all, given, measured, finished.work.pruning_error, scores),
     )
 
 
 def device_rows(
-    new: State, updates: Sequence[Update], bandwidth_hz: Sequence[float], measured: Measurement, errors: Array, scores: Scores
+    new: State, updates: Sequence[Update], given: Mapping[str, Sequence[float]], measured: Measurement, errors: Array, scores: Scores
 ) -> DeviceRows:  # fmt: skip
-    """Returns the figures by device, all in the order of the updates."""
+    """Returns the figures by device, all in the order of the updates; given: what the allocation gave them, bandwidth_hz and more."""
     ids = [update.device for update in updates]
     return DeviceRows(
         id=ids,
         prune_ratio=new.slots["prune_ratio"][ids].tolist(),
-        bandwidth_hz=bandwidth_hz,
+        **given,
         compute_s=measured.compute_s.tolist(),
         uplink_s=measured.uplink_s.tolist(),
         downlink_s=measured.downlink_s.tolist(),

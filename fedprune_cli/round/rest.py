@@ -63,7 +63,14 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     )
     if measured is None:
         return new, idle
-    rows = device_rows(new, updates, [0.0] * len(updates), measured, masks.dropped_norms(state.shared, frozen), scores)
+    rows = device_rows(
+        new,
+        updates,
+        {"bandwidth_hz": [0.0] * len(updates)},
+        measured,
+        masks.dropped_norms(state.shared, frozen),
+        scores,
+    )
     return new, _charged(idle, measured, rows)
 
 

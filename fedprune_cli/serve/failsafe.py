@@ -169,9 +169,12 @@ def with_margins(problem: Problem, slots: Slots) -> Problem:
     """Returns the problem with the time of each device multiplied by its caution, where there is any."""
     if "caution" not in slots:
         return problem
-    caution = slots["caution"][problem.names]
+    caution, limits = slots["caution"][problem.names], problem.limits
+    if limits is not None and limits.fixed_compute_s is not None:
+        limits = replace(limits, fixed_compute_s=limits.fixed_compute_s * caution)
     return replace(
         problem,
+        limits=limits,
         shared_compute_s=problem.shared_compute_s * caution,
         payload_bits=problem.payload_bits * caution,
         fixed_s=problem.fixed_s * caution,

@@ -50,7 +50,8 @@ KINDS = tuple(one.name for one in fields(FaultLog) if one.name != "waited_s")
 class DeviceRows:
     """A record's figures by device, columns aligned with `id`: first those that trained the shared part, then the frozen.
 
-    bandwidth_hz is 0 for the frozen, which send nothing; accuracy is None in a round that was not tested.
+    bandwidth_hz is 0 for the frozen, which send nothing; accuracy is None in a round that was not tested; clock, power: what of its full
+    clock and of its full radiated power a device used, None where they are not chosen.
     """
 
     id: Sequence[int] = ()
@@ -65,6 +66,12 @@ class DeviceRows:
     bytes_up: Sequence[int] = ()
     train_loss: Sequence[float | None] = ()
     accuracy: Sequence[float | None] | None = None
+    clock: Sequence[float] | None = None
+    power: Sequence[float] | None = None
+
+    def columns(self) -> dict[str, object]:
+        """Returns the columns in their order; clock and power only where they exist."""
+        return {key: values for key, values in asdict(self).items() if values is not None or key not in _CHOSEN}
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class RoundRecord:
         line: dict[str, object] = dict(self.figures())
         if self.faults is not None:
             line["faults"] = asdict(self.faults)
-        line["devices"] = {"id": []} if self.rested and not self.devices.id else asdict(self.devices)
+        line["devices"] = {"id": []} if self.rested and not self.devices.id else self.devices.columns()
         return line
 
 
@@ -154,7 +161,8 @@ RESTED_ORDER = (
 
 _FORMS: Mapping[object, object] = {
     int: int, float: float, str: str, int | None: (int, None), float | None: (float, None), Sequence[int]: [int],
-    Sequence[float]: [float], Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
+    Sequence[float]: [float], Sequence[float] | None: [float],
+    Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
 }  # fmt: skip
 
 
@@ -164,6 +172,7 @@ def _form(of: type) -> dict[str, object]:
 
 _ROUND, _DEVICES, _LOG = _form(RoundRecord), _form(DeviceRows), _form(FaultLog)
 _OPTIONAL = ("frozen", "faults")
+_CHOSEN = ("clock", "power")
 
 
 def parse_record(value: object) -> RoundRecord | None:
@@ -175,7 +184,8 @@ def parse_record(value: object) -> RoundRecord | None:
     ids = rows["id"]
     bare = value["status"] in RESTING and not ids
     aligned = all(column is None or (isinstance(column, list) and len(column) == len(ids)) for column in rows.values())
-    whole = rows.keys() == {"id"} if bare else rows.keys() == _DEVICES.keys() and fits(rows, _DEVICES)
+    columns = {key: form for key, form in _DEVICES.items() if key in rows or key not in _CHOSEN}
+    whole = rows.keys() == {"id"} if bare else rows.keys() == columns.keys() and fits(rows, columns)
     logged = log is None or (fits(log, _LOG) and log.keys() == _LOG.keys())
     known = value.keys() <= set(ORDER) and fits(value.get("frozen"), _ROUND["frozen"])
     known = known and all(value[key] is not None for key in _OPTIONAL if key in value)

@@ -71,6 +71,12 @@ class Fleet:
         """What the radio draws while it sends, however little it radiates [N]: 0 where nobody knows."""
         return np.zeros(len(self.cpu_hz)) if self.practice is None else self.practice.radio_circuit_w
 
+    def drawn_w(self, power: Array | None) -> Array:
+        """Returns what the radio draws while it sends with a share of its full radiated power [N], None: all of it."""
+        if power is None:
+            return self.radio_power_w
+        return self.radio_circuit_w + power * (self.radio_power_w - self.radio_circuit_w)
+
     @property
     def idle_power_w(self) -> Array:
         """What a device draws when it does nothing [N]: 0 where nobody knows."""

@@ -12,10 +12,10 @@ from fedprune_cli.allocate.baselines import Dense
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
 from fedprune_cli.allocate.kkt import certify, solve_p1
+from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.policy import solve_under_policy
 from fedprune_cli.allocate.problem import (
     Allocation,
-    Limits,
     Problem,
     energy,
     kept_fraction,
@@ -54,7 +54,7 @@ def test_kept_fraction_ends_just_at_the_deadline() -> None:
         kept = rng.uniform(0.01, 1, 5)
         b = required_bandwidth(problem, kept)
         ok = np.isfinite(b) & (b > 0)
-        np.testing.assert_allclose(kept_fraction(problem, rate(b, problem.snr_hz))[ok], kept[ok], rtol=1e-9)
+        np.testing.assert_allclose(kept_fraction(problem, b)[ok], kept[ok], rtol=1e-9)
 
 
 def never_better(ours: Allocation, problem: Problem, bandwidth_hz: np.ndarray) -> None:
@@ -62,7 +62,7 @@ def never_better(ours: Allocation, problem: Problem, bandwidth_hz: np.ndarray) -
 
     Clarabel keeps the floors to some 1e-9 and the budget to some 1e-7, which frees bandwidth that is worth its price.
     """
-    kept = np.clip(kept_fraction(problem, rate(bandwidth_hz, problem.snr_hz)), 0, 1)
+    kept = np.clip(kept_fraction(problem, bandwidth_hz), 0, 1)
     assert np.maximum(problem.min_kept - kept, 0).max() < 1e-4
     slack = 1e-9 * problem.weight.sum() + 1e-6 * ours.price_per_hz * problem.bandwidth_hz
     assert ours.objective >= problem.weight @ kept - slack

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from fedprune_cli.allocate import ALLOCATORS, Allocator
 from fedprune_cli.allocate.deadline import dense_deadline, equal_dense_latency
-from fedprune_cli.allocate.problem import Allocation, Limits, Problem, energy, latency, upload_s
+from fedprune_cli.allocate.limits import Limits
+from fedprune_cli.allocate.problem import Allocation, Problem, energy, latency, upload_s
 from fedprune_cli.allocate.variants import frontier, min_latency
 from fedprune_cli.commands.app import app
 from fedprune_cli.errors import CertificateError, ConfigError, FedpruneError, InfeasibleError

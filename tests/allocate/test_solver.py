@@ -10,7 +10,7 @@ import pytest
 from fedprune_cli.allocate.baselines import Kkt
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
-from fedprune_cli.allocate.problem import kept_fraction, kept_on, latency, rate
+from fedprune_cli.allocate.problem import kept_fraction, kept_on, latency
 from fedprune_cli.contracts.problems import draw, literature
 from fedprune_cli.contracts.test_allocators import instances, solve
 from fedprune_cli.errors import InfeasibleError
@@ -107,7 +107,7 @@ def test_brute_force_on_a_grid(count: int) -> None:
         at = replace(problem, deadline_s=allocation.deadline_s)
         values = []
         for point in grid * problem.bandwidth_hz:
-            kept = np.minimum(1.0, kept_fraction(at, rate(point, at.snr_hz)))
+            kept = np.minimum(1.0, kept_fraction(at, point))
             if (kept >= at.min_kept - 1e-12).all():
                 values.append(at.weight @ kept)
         if values:
