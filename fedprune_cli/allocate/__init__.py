@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_cli.allocate import baselines, objectives, whole
+from fedprune_cli.allocate import baselines, conic, objectives, whole
 from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -21,5 +21,5 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "alternating": baselines.Alternating,
     "greedy": baselines.Greedy,
     "random": baselines.RandomShares,
-    "cvxpy": baselines.Cvxpy,
+    "cvxpy": conic.Cvxpy,
 }

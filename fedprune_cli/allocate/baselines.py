@@ -30,19 +30,16 @@ from fedprune_cli.allocate.problem import (
     Problem,
     energy,
     fit_band,
-    kept_fraction,
     kept_on,
     latency,
     required_bandwidth,
     upload_s,
 )
 from fedprune_cli.allocate.variants import min_latency, min_max
-from fedprune_cli.errors import CertificateError, ConfigError, InfeasibleError, require
+from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
-
-LOOSE = 1e-4  # of the whole model: how far below its least a conic solver may leave a device
 
 
 class Allocator(Protocol):
@@ -74,7 +71,7 @@ class Referenced(Protocol):
 
 
 @dataclass(frozen=True)
-class _AimsAtDeadline:
+class AimsAtDeadline:
     """An allocator that aims at a deadline, what it does when the deadline cannot be met, and what devices choose beside the ratio.
 
     clock, power: their clock and the power that they radiate, each `fixed` or `chosen`.
@@ -101,7 +98,7 @@ class _AimsAtDeadline:
 
 
 @dataclass(frozen=True)
-class Kkt(_AimsAtDeadline):
+class Kkt(AimsAtDeadline):
     """P1 exactly: the least weighted sum of ratios, with its certificate."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -113,7 +110,7 @@ class Kkt(_AimsAtDeadline):
 
 
 @dataclass(frozen=True)
-class MinMax(_AimsAtDeadline):
+class MinMax(AimsAtDeadline):
     """The largest ratio as small as possible: fairness between devices."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -287,7 +284,7 @@ def _least_equal(problem: Problem) -> float:
 
 
 @dataclass(frozen=True)
-class Equal(_AimsAtDeadline):
+class Equal(AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -295,7 +292,7 @@ class Equal(_AimsAtDeadline):
 
 
 @dataclass(frozen=True)
-class CommonRatio(_AimsAtDeadline):
+class CommonRatio(AimsAtDeadline):
     """Equal bandwidth and one ratio for all: the least with which the slowest device meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -338,7 +335,7 @@ class Alternating:
 
 
 @dataclass(frozen=True)
-class Greedy(_AimsAtDeadline):
+class Greedy(AimsAtDeadline):
     """Best channel first: everybody gets its least, then the strongest devices get all they can use until the band is full."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -357,7 +354,7 @@ class Greedy(_AimsAtDeadline):
 
 
 @dataclass(frozen=True)
-class RandomShares(_AimsAtDeadline):
+class RandomShares(AimsAtDeadline):
     """Everybody gets its least and a random share of the rest, from stream (seed, "allocator", round)."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
@@ -372,34 +369,3 @@ class RandomShares(_AimsAtDeadline):
 def _within_budget(problem: Problem, bandwidth_hz: Array) -> Array:
     """Takes back what rounding handed out too much, and what is above a device's limit."""
     return fit_band(problem, np.minimum(bandwidth_hz, problem.most_hz))
-
-
-@dataclass(frozen=True)
-class Cvxpy(_AimsAtDeadline):
-    """P1 by cvxpy and Clarabel: the independent reference, slower and less exact than `kkt`, and not able to solve every round.
-
-    Raises ConfigError when the conic solver fails or ends with a device more than LOOSE of the model below its least.
-    """
-
-    def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        if as_freedom(self.clock, self.power):
-            raise ConfigError(
-                f"allocator.name={self.name}: cvxpy chooses no clock and no power; choose allocator=kkt", key="name"
-            )
-        return solve_under_policy(problem, self.policy, self._solve, least_feasible)
-
-    def _solve(self, problem: Problem) -> tuple[Array, float]:
-        from fedprune_cli.allocate.reference import solve_p1_cvxpy
-
-        try:
-            _, bandwidth_hz = solve_p1_cvxpy(problem)
-        except CertificateError as error:
-            raise ConfigError(f"allocator.name={self.name}: {error}; choose allocator=kkt", key="name") from None
-        short = problem.min_kept - kept_fraction(problem, bandwidth_hz)
-        if not (short <= LOOSE).all():
-            raise ConfigError(
-                f"allocator.name={self.name}: cvxpy leaves device {problem.called[int(np.argmax(short))]} {short.max():.3g} of the model "
-                "below its least; choose allocator=kkt",
-                key="name",
-            )
-        return bandwidth_hz, 0.0

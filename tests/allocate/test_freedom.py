@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedprune_cli.allocate.baselines import Cvxpy, Equal, Kkt, MinLatency, MinMax
+from fedprune_cli.allocate.baselines import Equal, Kkt, MinLatency, MinMax
 from fedprune_cli.allocate.blocks import Grid, certify_blocks, kept_at, solve_blocks
+from fedprune_cli.allocate.conic import Cvxpy
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.freedom import FIXED, Freedom
 from fedprune_cli.allocate.kkt import certify, solve_p1
