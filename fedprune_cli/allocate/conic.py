@@ -8,8 +8,7 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import AimsAtDeadline
 from fedprune_cli.allocate.deadline import least_feasible
-from fedprune_cli.allocate.freedom import as_freedom
-from fedprune_cli.allocate.policy import solve_under_policy
+from fedprune_cli.allocate.policy import as_freedom, solve_under_policy
 from fedprune_cli.allocate.problem import Allocation, Problem, kept_fraction
 from fedprune_cli.errors import CertificateError, ConfigError
 from fedprune_cli.store.state import Array
