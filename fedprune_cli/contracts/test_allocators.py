@@ -69,7 +69,7 @@ def instances(
 @each_allocator
 def test_every_allocation_is_feasible(name: str) -> None:
     for problem in (
-        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=1, name=name)
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(40, seed=1, name=name)
     ):
         allocation = solve(name, problem)
         admitted = allocation.admitted
@@ -102,7 +102,7 @@ def test_every_allocation_is_feasible(name: str) -> None:
 def test_none_is_better_than_the_optimum(name: str) -> None:
     needs_a_policy(name)
     for problem in (
-        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(60, seed=2, name=name)
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(40, seed=2, name=name)
     ):
         allocation = solve(name, problem)
         if allocation.status == "stretched":

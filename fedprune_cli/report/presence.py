@@ -41,7 +41,7 @@ def presence(run: Run) -> Presence:
     rounds = Counter(device for record in run.rounds for device in record.devices.id)
     lately = {device for record in run.rounds[-HELD_ROUNDS:] for device in record.devices.id}
     never = tuple(run.called(device) for device in devices if not rounds[device])
-    drawn = run.manifest["config"]["devices"].get("per_round") is not None
+    drawn = run.manifest["config"].get("devices", {}).get("per_round") is not None
     gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately and not drawn)
     return Presence(tuple(rounds[device] for device in devices), never, gone)
 

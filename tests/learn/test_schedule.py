@@ -93,7 +93,15 @@ def test_a_device_s_short_batch_does_not_depend_on_its_company() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("training.block=1",), ("pruner.granularity=channel",), ("method=fedsim",)], ids=str
+    "extra",
+    [
+        (),
+        *(
+            pytest.param(of, marks=pytest.mark.slow)
+            for of in (("training.block=1",), ("pruner.granularity=channel",), ("method=fedsim",))
+        ),
+    ],
+    ids=str,
 )
 def test_an_epoch_costs_the_same_whatever_the_batch(tmp_path: Path, extra: tuple[str, ...]) -> None:
     """FLOPs, joules and seconds count samples; a device pays for one pass and no more."""

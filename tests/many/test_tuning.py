@@ -133,6 +133,7 @@ def test_settings_for_all_are_a_list_and_an_arm_without_is_left_as_it_is() -> No
     assert tuning_of(ARMS, TUNE).settings["personalized"] == ((),)
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_loses_and_an_arm_of_which_all_fail_is_refused() -> None:
     fails = "deadline.fraction=1e-6 allocator.on_infeasible=fail"
     tuned = 'tune={{seed: 9, settings: {{kkt: ["{0}", "{1}"]}}}}'

@@ -157,6 +157,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_a_resumable_run(tmp_path: Path) -> None:
     """A file size limit stands in for the full disk: the same refusal by the system, at the first write too large."""
 

@@ -341,6 +341,7 @@ def test_an_installed_part_that_cannot_be_had_is_one_line(
 # --- beginning one ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_writes_parts_that_work_and_overwrites_nothing(tmp_path: Path, give: Give) -> None:
     kinds = {
         "allocator": "allocator",
