@@ -307,11 +307,8 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         for device, still in zip(devices.tolist(), stopped, strict=True)
     ]
     costs = [setup.blueprint.cost] * len(devices)
-    chosen = {"clock": record.devices.clock, "power": record.devices.power}
-    load = replace(
-        build_load(setup.scenario.fleet, devices, schedules, costs),
-        **{key: np.array(column) for key, column in chosen.items() if column is not None},
-    )
+    clock, power = (None if of is None else np.array(of) for of in (record.devices.clock, record.devices.power))
+    load = replace(build_load(setup.scenario.fleet, devices, schedules, costs), clock=clock, power=power)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     snr_hz = snr_hz if load.power is None else snr_hz * load.power
     again = measure(

@@ -58,7 +58,7 @@ def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, hea
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     return measure(
-        replace(load, **plan.chosen),
+        replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power")),
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.freedom import FIXED
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
@@ -130,6 +131,7 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         bandwidth_hz=experiment.channel.bandwidth_hz,
         deadline_s=math.inf,
         limits=limits,
+        freedom=FIXED,
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
     )
     return problem, rows.names
