@@ -310,9 +310,8 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         for device, still in zip(devices.tolist(), stopped, strict=True)
     ]
     costs = [setup.blueprint.cost] * len(devices)
+    clock, power = (None if of is None else np.array(of) for of in (record.devices.clock, record.devices.power))
     load = build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio)
-    columns = (record.devices.clock, record.devices.power)
-    clock, power = (None if column is None else np.array(column) for column in columns)
     load = replace(load, clock=clock, power=power)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     snr_hz = snr_hz if load.power is None else snr_hz * load.power

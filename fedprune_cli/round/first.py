@@ -138,7 +138,6 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         block_hz=radio.block_hz,
         deadline_s=math.inf,
         limits=limits,
-        energies=None,
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
     )
     return problem, rows.names

@@ -123,15 +123,15 @@ def never_worse(count: int, seed: int) -> None:
         problem = free(rng, 2, FREEDOMS[at % 3])
         bandwidth_hz, price = solve_p1(problem)
         ours = problem.weight @ kept_on(problem, bandwidth_hz)
-        for share in np.linspace(0.02, 0.98, 13):
+        for share in np.linspace(0.02, 0.98, 7):
             split = np.minimum(problem.bandwidth_hz * np.array([share, 1 - share]), problem.most_hz)
-            grid = best_fixed(problem, split, 16)
+            grid = best_fixed(problem, split, 10)
             if (grid >= problem.min_kept).all() and (split >= problem.least_hz).all():
                 assert problem.weight @ grid <= ours + 1e-9 * problem.weight.sum(), (at, share, price)
 
 
 def test_a_dense_grid_is_never_better() -> None:
-    never_worse(6, 5)
+    never_worse(3, 5)
 
 
 @pytest.mark.slow
