@@ -69,7 +69,7 @@ def instances(
 @each_allocator
 def test_every_allocation_is_feasible(name: str) -> None:
     for problem in (
-        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(40, seed=1, name=name)
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(30, seed=1, name=name)
     ):
         allocation = solve(name, problem)
         admitted = allocation.admitted
@@ -102,7 +102,7 @@ def test_every_allocation_is_feasible(name: str) -> None:
 def test_none_is_better_than_the_optimum(name: str) -> None:
     needs_a_policy(name)
     for problem in (
-        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(40, seed=2, name=name)
+        [literature(0.5, seed) for seed in range(4)] if name == "cvxpy" else instances(30, seed=2, name=name)
     ):
         allocation = solve(name, problem)
         if allocation.status == "stretched":
@@ -117,7 +117,7 @@ def test_none_is_better_than_the_optimum(name: str) -> None:
 def test_the_order_of_devices_is_irrelevant(name: str) -> None:
     if name == "random":
         pytest.skip("shares are drawn by position; the run keeps devices in id order")
-    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=3, name=name):
+    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(20, seed=3, name=name):
         order = np.random.Generator(np.random.PCG64(0)).permutation(len(problem.weight))
         a, b = solve(name, problem), solve(name, problem.take(order))
         np.testing.assert_allclose(a.objective, b.objective, atol=tolerance(name))
@@ -131,7 +131,7 @@ def test_units_scale_out(name: str) -> None:
     """Milliseconds for seconds, and kilobits for bits: the same ratios and shares."""
     if name in ("blocks", "weighted"):
         pytest.skip("its blocks, or what a second is worth, have a size of their own")
-    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(30, seed=4, name=name):
+    for problem in [literature(0.5, seed) for seed in range(3)] if name in LOOSE else instances(20, seed=4, name=name):
         t, q = 1e3, 1e-3
         limits = problem.limits
         if limits is not None:
@@ -160,7 +160,7 @@ def test_more_bandwidth_or_a_later_deadline_is_never_worse(name: str) -> None:
     if name in ("random", "alternating", "greedy"):
         pytest.skip("no theorem: what these hand out moves with what the floors leave over")
     for problem in (
-        [literature(0.5, seed) for seed in range(2)] if name == "cvxpy" else instances(30, seed=5, name=name)
+        [literature(0.5, seed) for seed in range(2)] if name == "cvxpy" else instances(20, seed=5, name=name)
     ):
         at = replace(problem, deadline_s=max(problem.deadline_s, 1.01 * least_feasible(problem)))
         before = solve(name, at)

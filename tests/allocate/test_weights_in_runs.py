@@ -23,7 +23,9 @@ def test_the_pruning_error_raises_the_weight_of_whom_it_costs_most() -> None:
     np.testing.assert_allclose(weights.weight(samples, ids, later), np.array([2, 6, 2]) / 10)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "pruning_error")) for name in WEIGHTS]
+)
 def test_a_run_follows_its_weights_and_is_verified(name: str, tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "run", f"weights={name}")
     findings = verify_run(reopen(tmp_path / "run"), tmp_path / "run", every=2)

@@ -29,6 +29,7 @@ def test_arms_of_ones_own_are_compared_and_train_says_that_it_ignores_them() -> 
     assert "arms are for compare: train runs the experiment without them" in trained.stderr
 
 
+@pytest.mark.slow
 def test_what_calibrate_writes_is_used_by_allocate_and_ladder() -> None:
     made = fedprune(
         "calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5", "--ratios-only", "--cpu-ghz", "1", "--out", "cal"

@@ -28,7 +28,10 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("options", [(), RICH, ("method=pruned",)])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.slow), RICH, pytest.param(("method=pruned",), marks=pytest.mark.slow)],
+)
 def test_more_rounds_are_the_rounds_of_a_run_that_was_longer_from_the_start(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:

@@ -181,7 +181,14 @@ def check(words: tuple[str, ...]) -> None:
         assert not method or method in GROUPS["method"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+SLOW_PAGES = ("results",)  # as many commands as the guides together, and seldom edited
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one.page.parent.name in SLOW_PAGES)) for one in EXAMPLES],
+    ids=str,
+)
 def test_every_command_in_the_documentation_is_accepted(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugins.VARIABLE, "[]")
     if example.error is None:

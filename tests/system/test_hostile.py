@@ -336,9 +336,9 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> list[str]:
     return [f"{prefix}{key}" for key in values] + [key for keys in nested for key in keys]
 
 
-def test_a_hundred_bad_inputs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    counts = fuzz(4, 30, 10, 60, 3, capsys)
-    assert sum(counts.values()) == 107
+def test_some_bad_inputs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = fuzz(2, 15, 5, 30, 2, capsys)
+    assert sum(counts.values()) == 54
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def own_samples(run: Finished, device: int) -> Asked:
     return Asked(data.inputs[own], data.labels[own], tuple(map(str, own)))
 
 
-ALWAYS = ("mask", "channel", "random, few bits", "fedavg", "resting")
+ALWAYS = ("channel", "random, few bits")
 
 
 @pytest.mark.parametrize(

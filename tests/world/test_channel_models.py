@@ -75,6 +75,7 @@ def test_a_trace_repeats_and_is_checked() -> None:
     channel, fleet = channel_of("trace"), fleet_of(60)
     np.testing.assert_allclose(10 * np.log10(channel.gain(0, 3, fleet)), -103 - 2 * np.arange(60))
     np.testing.assert_array_equal(channel.gain(0, 8, fleet), channel.gain(0, 3, fleet))
+    bad = build_experiment(compose_config(["channel=trace", "channel.file=bad.csv"])).channel
     for text, message in (
         ("round,device\n0,0\n", "line 1: column gain_db is missing"),
         ("round,device,gain_db\n0,0,x\n", "line 2: gain_db='x'"),
@@ -89,7 +90,6 @@ def test_a_trace_repeats_and_is_checked() -> None:
         ("", "line 1: column round is missing"),
     ):
         Path("bad.csv").write_text(text)
-        bad = build_experiment(compose_config(["channel=trace", "channel.file=bad.csv"])).channel
         with pytest.raises(DataError, match=message):
             bad.gain(0, 0, fleet_of(2))
     with pytest.raises(DataError, match=r"gone\.csv: No such file"):
