@@ -63,8 +63,8 @@ SETTINGS = (
     Setting("imagined", "the imagined fleet, 20 MHz", (*DIGITS, "devices=sampled")),
     Setting("one_slow", "19 Raspberry Pi 5 and a microcontroller, 20 MHz",
             (*DIGITS, "devices.mix=[pi5,mcu_m7]", "devices.shares=[19,1]")),
-    Setting("lte_m", "microcontrollers on LTE-M's 1.08 MHz",
-            (*DIGITS, "devices.mix=[mcu_m7]", "devices.shares=[1]", "channel.bandwidth_mhz=1.08", FINE_BLOCKS)),
+    Setting("lte_m", "microcontrollers on LTE-M",
+            (*DIGITS, "devices.mix=[mcu_m7]", "devices.shares=[1]", "channel=lte_m", FINE_BLOCKS)),
     Setting("fmnist", "Raspberry Pi 5, Pi 4 and weak phones, 20 MHz, Fashion-MNIST", ("data=fmnist",)),
 )  # fmt: skip
 
