@@ -244,6 +244,7 @@ def ascii_stdout() -> None:
     sys.stdout.reconfigure(encoding="ascii")  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_command_prints_whole_rows_into_a_pipe_whatever_the_encoding(tmp_path: Path) -> None:
     for method in ("proposed", "personalized"):
         for seed in (0, 1):

@@ -77,7 +77,8 @@ class Rates:
 class Selection:
     """Who gets which block. owner: the device of each block [N], by its place; kept x [K] with whole blocks; share y [K, N] in time;
 
-    value, relaxed: sum w x of both; bound: what nothing exceeds; worth: theta [K], of a bit per second.
+    value, relaxed: sum w x of both; bound: what nothing exceeds; worth: theta [K], of a bit per second. Where time-sharing has room for all
+    that anybody wants, no rate is worth anything, and `relaxed` is up to a thousandth below the bound.
     """
 
     owner: Array
@@ -189,9 +190,12 @@ def select(problem: Problem, block_gain: Array) -> Selection:
     rates = rates_of(problem, block_gain)
     share, theta = relax(rates)
     owner = _improved(rates, problem.min_kept, share.argmax(0))
-    kept, relaxed = (rates.kept((y * rates.block_bps).sum(1)) for y in (_given(owner, len(theta)), share))
-    value, best = float(rates.weight @ kept), float(rates.weight @ relaxed)
-    return Selection(owner, kept, share, value, best, rates.bound(theta), theta)
+    whole = _given(owner, len(theta))
+    kept = rates.kept((whole * rates.block_bps).sum(1))
+    value, relaxed = float(rates.weight @ kept), float(rates.weight @ rates.kept((share * rates.block_bps).sum(1)))
+    if value > relaxed:  # where nobody wants more the bound is flat, and its shares are any
+        share, relaxed = whole, value
+    return Selection(owner, kept, share, value, relaxed, rates.bound(theta), theta)
 
 
 def _given(owner: Array, count: int) -> Array:

@@ -207,6 +207,7 @@ def check_frontier(problem: Problem) -> None:
 FAST = tuple(name for name in ALLOCATORS if name != "cvxpy")
 
 
+@pytest.mark.slow
 def test_any_numbers_give_a_sound_allocation_or_one_line() -> None:
     sound, refused = try_everything(20, seed=1, names=FAST)
     assert sound > 200

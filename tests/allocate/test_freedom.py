@@ -187,6 +187,7 @@ def test_each_freedom_helps_and_says_what_binds() -> None:
     assert (both.latency_s <= problem.deadline_s * (1 + 1e-9)).all()
 
 
+@pytest.mark.slow
 def test_the_other_allocators_choose_too_and_cvxpy_says_that_it_cannot() -> None:
     problem = limited(literature(0.6, 1, count=4), 0.8)
     best = Kkt("kkt", "fail", "chosen", "chosen").solve(problem, 0, 0)

@@ -177,7 +177,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("command", "names", "code"),
     [
-        ("compare", ["TMPDIR too long"], 7),
+        pytest.param(*("compare", ["TMPDIR too long"], 7), marks=pytest.mark.slow),
         pytest.param(*("workers", ["TMPDIR full"], 8), marks=pytest.mark.slow),
         pytest.param(*("workers", ["/dev/shm read-only"], 7), marks=pytest.mark.slow),
         ("allocate", ["ulimit -v 900000"], 7),

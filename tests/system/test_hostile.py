@@ -336,6 +336,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> list[str]:
     return [f"{prefix}{key}" for key in values] + [key for keys in nested for key in keys]
 
 
+@pytest.mark.slow
 def test_some_bad_inputs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     counts = fuzz(2, 15, 5, 30, 2, capsys)
     assert sum(counts.values()) == 54

@@ -115,6 +115,7 @@ def in_its_own_process(tmp_path: Path, kills: int) -> None:
     print((tmp_path / "done").read_text())
 
 
+@pytest.mark.slow
 def test_a_few_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
     in_its_own_process(tmp_path, kills=3)
 

@@ -106,7 +106,7 @@ def many(count: int, seed: int) -> list[str]:
         pytest.param(*("train", 2.4, signal.SIGTERM, None), marks=pytest.mark.slow),
         pytest.param(*("train", 3.6, signal.SIGINT, 0.05), marks=pytest.mark.slow),
         pytest.param(*("compare", 0.5, signal.SIGINT, 0.01), marks=pytest.mark.slow),
-        ("compare", 3.0, signal.SIGINT, None),
+        pytest.param(*("compare", 3.0, signal.SIGINT, None), marks=pytest.mark.slow),
         ("sweep", 0.2, signal.SIGTERM, None),
         pytest.param(*("sweep", 1.8, signal.SIGINT, None), marks=pytest.mark.slow),
     ],
