@@ -18,6 +18,7 @@ from fedprune_cli.allocate.roots import increasing_roots
 from fedprune_cli.store.state import Array
 
 SAME = 1e-9  # of z: a device within it of an end or a kink is there
+DIGITS = 1e-12  # of ln b: nearer than that a bandwidth does not tell shares apart
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,21 @@ class ChosenCurves:
         return z, np.full(len(z), np.nan)
 
     def conditions(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Conditions:
-        """Returns how far b [K] is from the conditions of optimality, on both sides of a kink, at what the devices can keep on it."""
+        """Returns how far b [K] is from the conditions of optimality, on both sides of a kink, at what the devices can keep on it.
+
+        F may rise steeply where another limit takes over: what a hertz is worth counts just above and just below b, by its last digits.
+        """
         b, snr_hz = bandwidth_hz[self.index], problem.snr_hz[self.index]
         z = np.clip(self.curve.kept(b, rate(b, snr_hz)), self.low, self.high)
         above, below = (self.kink < self.high) & (z >= self.kink - SAME), z <= self.kink + SAME
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             # a hertz is worth w / b'(x) = w x / (b elasticity)
             aim = self.log_weight - np.log(price_per_hz)
+            apart = DIGITS * (1 + np.exp(z)) / self.curve.at(z).elasticity
+            near = (np.minimum(z + apart, self.high), np.maximum(z - apart, self.low))
             more, less = (
-                np.expm1(np.minimum(aim - steepness(self.curve, self.curve.at(z, side == self.late), z), 700.0))
-                for side in (above, ~below)
+                np.expm1(np.minimum(aim - steepness(self.curve, self.curve.at(at, side == self.late), at), 700.0))
+                for at, side in zip(near, (above, ~below), strict=True)
             )
         return Conditions(more, -less, z >= self.high - SAME, z <= self.low + SAME)
 

@@ -9,7 +9,7 @@ import numpy as np
 from fedprune_cli.store.state import Array
 
 TURNS = 200
-NEAR = 1e-8  # a value from which Newton's next step is the last; the secant needs NEAR^1.5
+NEAR = 1e-12  # a value from which the next step is the last: nearer than where a slope may still change at once
 Values = Callable[
     [Array, Array], tuple[Array, Array]
 ]  # of devices [m] at points [m]: values, which increase, and their derivatives
@@ -26,7 +26,6 @@ def increasing_roots(values: Values, low: Array, high: Array, start: Array, *, e
     index = np.flatnonzero(low < high)
     before, before_value = np.full(len(at), np.nan), np.full(len(at), np.nan)
     low_tried, high_tried = np.zeros(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
-    near = NEAR if exact else NEAR**1.5
     for turn in range(TURNS):
         if not len(index):
             break
@@ -44,7 +43,7 @@ def increasing_roots(values: Values, low: Array, high: Array, start: Array, *, e
         high_tried[index] |= ~under
         inside = (step > bottom) & (step < top) & ((turn < 12) | (turn % 2 == 0))
         to_low, to_high = (step <= bottom) & ~low_tried[index], (step >= top) & ~high_tried[index]
-        close = np.abs(value) <= near
+        close = np.abs(value) <= NEAR
         middle = np.where(to_low, bottom, np.where(to_high, top, 0.5 * (bottom + top)))
         ahead = np.clip(step, bottom, top) if exact else np.where(close, x, step)  # so close the secant is noise
         at[index] = np.where(inside | close, ahead, middle)
