@@ -65,7 +65,7 @@ HEAVY = (
 )  # fmt: skip
 
 WORLD = (
-    "data=digits", "data.limit=600", "devices.count=6", "devices.fresh=1", "rounds=5", "model.hidden=[16]",
+    "devices=sampled", "data=digits", "data.limit=600", "devices.count=6", "devices.fresh=1", "rounds=5", "model.hidden=[16]",
     "training.batch_size=8", "training.shared_steps=3", "training.personal_steps=2", "evaluation.fresh_steps=2",
 )  # fmt: skip
 ALONE = (*WORLD, "out=run")
@@ -100,8 +100,9 @@ class Configuration:
 
 
 def train(*overrides: str) -> tuple[str, ...]:
-    """Returns the command of a tiny run."""
-    return ("train", *ALONE, *overrides)
+    """Returns the command of a tiny run, on the fleet of WORLD unless `overrides` name another one."""
+    own = any(word.startswith("devices=") for word in overrides)
+    return ("train", *(word for word in ALONE if not (own and word.startswith("devices="))), *overrides)
 
 
 FAULTS = "faults=flaky,bursty,garbled,poisoned,misestimated"

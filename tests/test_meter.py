@@ -27,7 +27,7 @@ def test_a_sparse_mask_is_cheap() -> None:
 
 
 def test_seconds_joules_and_flops_by_hand() -> None:
-    setup = make_setup()
+    setup = make_setup("devices=sampled")
     ids = np.array([0, 2])
     load = build_load(setup.scenario.fleet, ids, [setup.schedule(k) for k in ids], [setup.blueprint.cost] * 2)
     kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])

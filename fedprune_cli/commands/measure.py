@@ -108,7 +108,7 @@ def calibrate(
     say(result.sentence())
     ghz, cycles = f"{result.cpu_hz / 1e9:.6g}", f"{result.cycles_per_flop:.6g}"
     say(
-        f"devices like this machine: devices.min_cpu_ghz={ghz} devices.max_cpu_ghz={ghz} "
+        f"devices like this machine: devices=sampled devices.min_cpu_ghz={ghz} devices.max_cpu_ghz={ghz} "
         f"devices.min_cycles_per_flop={cycles} devices.max_cycles_per_flop={cycles}"
     )
     if this is not None:

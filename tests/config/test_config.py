@@ -25,7 +25,7 @@ BAD = [
     ("seed=[1", "mismatched|no viable|seed"),
     ("devices.count=0", "devices.count=0"),
     ("devices.count=true", "devices.count"),
-    ("devices.min_cpu_ghz=-1", "devices.min_cpu_ghz=-1"),
+    ("devices.radius_km=-1", "devices.radius_km=-1"),
     ("channel.bandwidth_mhz=0", "channel.bandwidth_mhz=0"),
     ("channel.bs_power_dbm=1e9", "channel.bs_power_dbm"),
     ("training.lr=0", "training.lr=0"),

@@ -99,7 +99,7 @@ def test_own_columns_are_the_problem_itself() -> None:
 
 
 def test_physical_columns_reproduce_the_fleet(tmp_path: Path) -> None:
-    setup = make_setup()
+    setup = make_setup("devices=sampled")
     fleet, count = setup.scenario.fleet, setup.scenario.num_devices
     gain = setup.scenario.at(0).gain_linear
     with Path("fleet.csv").open("w", newline="") as file:
@@ -108,8 +108,8 @@ def test_physical_columns_reproduce_the_fleet(tmp_path: Path) -> None:
         for k in range(count):
             samples = len(setup.scenario.partition.train[k])
             writer.writerow([fleet.cpu_hz[k] / 1e9, fleet.cycles_per_flop[k], 23, samples, 10 * np.log10(gain[k])])
-    experiment = make_experiment("channel.fading=none")
-    a, b = ask(experiment, Path("fleet.csv")).problem, ask(make_experiment()).problem
+    experiment = make_experiment("devices=sampled", "channel.fading=none")
+    a, b = ask(experiment, Path("fleet.csv")).problem, ask(make_experiment("devices=sampled")).problem
     for name in ("shared_compute_s", "payload_bits", "snr_hz", "weight", "fixed_s"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-9)
 

@@ -16,7 +16,7 @@ from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.record import RoundRecord, parse_record
 
 EVERYTHING = (
-    "rounds=8", "faults=flaky", "faults.die=0.2", "faults.nan_share=0.25", "faults.stale=0.3", "faults.clock_error=0.3",
+    "devices=sampled", "rounds=8", "faults=flaky", "faults.die=0.2", "faults.nan_share=0.25", "faults.stale=0.3", "faults.clock_error=0.3",
     "failsafe.late=defer", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "failsafe.quarantine_rounds=2",
     "failsafe.clip_norm=1", "participation.freeze_below=0.2", "participation.freeze_window=1", "training.lr=0.02",
     "participation.rotation=true",

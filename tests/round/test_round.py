@@ -90,7 +90,7 @@ def test_records_add_up(tmp_path: Path) -> None:
 
 def test_the_latency_of_a_round_is_the_equations_of_the_model() -> None:
     """model.md section 3 by hand for one device, against the meter."""
-    setup = make_setup("method=personalized", "meter=paper")
+    setup = make_setup("devices=sampled", "method=personalized", "meter=paper")
     ids, radio = np.arange(4), setup.scenario.at(0)
     fleet, samples = setup.scenario.fleet, setup.scenario.partition.train.sizes[ids]
     believed = Beliefs(ids, fleet, radio.gain_linear[ids], samples)

@@ -26,7 +26,7 @@ from fedprune_cli.store.state import Array, State
 from fedprune_cli.wire.masks import encode_mask
 
 HARD = (
-    "devices.count=8", "devices.fresh=3", "devices.per_round=5", "rounds=8", "pruner=taylor", "faults.clock_error=0.5",
+    "devices=sampled", "devices.count=8", "devices.fresh=3", "devices.per_round=5", "rounds=8", "pruner=taylor", "faults.clock_error=0.5",
     "faults.channel_error=0.5", "faults.die=0.4", "participation.freeze_below=0.3", "participation.freeze_window=1",
     "training.lr=0.02", "partition.alpha=0.2", "allocator.on_infeasible=drop", "payload.bits=[8]", "failsafe.safe_ratio=true",
     "deadline.fraction=0.3", "pruner.max_ratio=0.5",

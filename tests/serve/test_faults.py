@@ -45,7 +45,7 @@ NO_FAULTS = make_experiment().faults
 PLAIN = make_experiment().failsafe
 POISON = Poisoner(NO_FAULTS.poison, NO_FAULTS.poison_scale)
 ALL = (
-    "faults=flaky", "faults.die=0.2", "faults.lose_enter=0.2", "faults.stale=0.3", "faults.nan_share=0.25",
+    "devices=sampled", "faults=flaky", "faults.die=0.2", "faults.lose_enter=0.2", "faults.stale=0.3", "faults.nan_share=0.25",
     "faults.poisoned_share=0.25", "faults.clock_error=0.3", "faults.channel_error=0.3", "failsafe.late=defer",
     "failsafe.clip_norm=1", "failsafe.safe_ratio=true", "failsafe.quarantine_after=2", "failsafe.quarantine_rounds=2",
     "channel.outage_enter=0.1", "rounds=8", "pruner=taylor", "payload.bits=[4,8]",

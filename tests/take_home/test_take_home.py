@@ -193,14 +193,14 @@ def test_sequences_are_taken_home_in_every_format(model: tuple[str, ...], granul
 
 
 def test_a_slice_really_is_smaller_and_a_mask_is_not(tmp_path: Path) -> None:
-    sliced = finished(tmp_path / "sliced", *CHANNEL, "deadline.fraction=0.3")
+    sliced = finished(tmp_path / "sliced", *CHANNEL, "devices=sampled", "deadline.fraction=0.3")
     for taken in take_all(sliced):
         sizes, own = taken.description.sizes, sliced.masks.kept_units(taken.description.device or 0)
         shapes = sliced.setup.blueprint.layout.masks(own)[2]
         assert sizes.shared + sizes.personal == sizes.kept == sum(int(np.prod(shape)) for shape in shapes) < sizes.dense
         layers = [layer for layer in taken.network.modules() if isinstance(layer, torch.nn.Linear)]
         assert sizes.flops == sum(2 * layer.in_features * layer.out_features for layer in layers)
-    masked = finished(tmp_path / "masked", "deadline.fraction=0.3")
+    masked = finished(tmp_path / "masked", "devices=sampled", "deadline.fraction=0.3")
     for taken in take_all(masked):
         sizes, size = taken.description.sizes, len(masked.state.shared)
         ratio = masked.state.slots["prune_ratio"][taken.description.device]

@@ -70,7 +70,7 @@ def test_the_choice_of_bits_is_the_best_of_its_candidates_and_a_tight_deadline_t
 
 
 def test_a_spent_budget_of_time_leaves_the_choice_to_the_policy(tmp_path: Path) -> None:
-    records = run_to_end(tmp_path / "run", "payload.bits=[4,32]", "deadline.total_seconds=1e-3")
+    records = run_to_end(tmp_path / "run", "devices=sampled", "payload.bits=[4,32]", "deadline.total_seconds=1e-3")
     assert records[-1]["status"] == "stretched"
 
 

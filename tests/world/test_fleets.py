@@ -79,17 +79,17 @@ def test_a_table_of_fresh_devices_only_is_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["devices.max_cpu_ghz=0.1"], "devices.max_cpu_ghz=0.1: must be at least its minimum"),
-        (["devices.min_cpu_ghz=nan"], "devices.min_cpu_ghz=nan"),
+        (["devices=sampled", "devices.max_cpu_ghz=0.1"], "devices.max_cpu_ghz=0.1: must be at least its minimum"),
+        (["devices=sampled", "devices.min_cpu_ghz=nan"], "devices.min_cpu_ghz=nan"),
         (["devices.per_round=21"], "devices.per_round=21: must be at most count=20"),
         (["devices.per_round=0"], "devices.per_round=0: must be >= 1 or null"),
         (["devices.count=0"], "devices.count=0"),
         (["devices.fresh=-1"], "devices.fresh=-1"),
         (["devices.radius_km=inf"], "devices.radius_km=inf"),
         (["devices.min_distance_km=1e-9"], "devices.min_distance_km=1e-0?9: must be in "),
-        (["devices.tx_power_dbm=inf"], "devices.tx_power_dbm=inf"),
-        (["devices.tx_power_dbm=200"], r"devices.tx_power_dbm=200: must be in -100..100 dBm"),
-        (["devices.energy_coefficient=-1"], "devices.energy_coefficient=-1"),
+        (["devices=sampled", "devices.tx_power_dbm=inf"], "devices.tx_power_dbm=inf"),
+        (["devices=sampled", "devices.tx_power_dbm=200"], r"devices.tx_power_dbm=200: must be in -100..100 dBm"),
+        (["devices=sampled", "devices.energy_coefficient=-1"], "devices.energy_coefficient=-1"),
         (["devices=classes", "devices.classes=[]"], "at least one class"),
         (
             [

@@ -108,7 +108,7 @@ def count_cost_of() -> object:
 
 
 def test_scales_of_one_are_a_modelled_fleet_to_the_last_digit() -> None:
-    plain = make_setup().scenario.fleet
+    plain = make_setup("devices=sampled").scenario.fleet
     ones = np.ones(len(plain.cpu_hz))
     scale = dict.fromkeys(("conv", "dense", "depthwise", "recurrent", "elementwise"), ones)
     known = replace(plain, practice=Practice(plain.tx_power_w, 0 * ones, 0 * ones, 0 * ones, scale))

@@ -154,7 +154,7 @@ def test_allocate_reads_the_same_columns_as_a_fleet() -> None:
     of_table = ask(experiment, Path("fleet.csv")).problem
     drawn = experiment.devices.draw(0)
     np.testing.assert_allclose(of_table.snr_hz, drawn.tx_power_w * experiment.channel.gain(0, 0, drawn) / 10**-20.4)
-    sampled = build_experiment(compose_config([]))
+    sampled = build_experiment(compose_config(["devices=sampled"]))
     with pytest.raises(FedpruneError, match="line 2: class='pi5' is not allowed: this configuration has no classes"):
         ask(sampled, Path("fleet.csv"))
     Path("fleet.csv").write_text(text.replace("\n,60", "\npi4,60"))
