@@ -263,8 +263,36 @@ def equal_share(problem: Problem) -> Array:
     return np.clip(problem.bandwidth_hz / len(problem.weight), problem.least_hz, problem.most_hz)
 
 
+@dataclass(frozen=True)
+class LeastOnEqual:
+    """The smallest deadline where every device has an equal share; infinite when its limits forbid it."""
+
+    counts_hz: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> float:
+        return _least_equal(problem)
+
+    def has_room(self, problem: Problem) -> bool:
+        """Returns False: the smallest deadline is as cheap to know."""
+        return False
+
+    def holds(self, problem: Problem) -> bool:
+        """Returns True: no bandwidth depends on the deadline's last digit."""
+        return True
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the least bandwidths [K] are no more than may be given, bool [K]."""
+        return floor_hz <= problem.most_hz
+
+    def most(self, share: float) -> float:
+        """Returns the share."""
+        return share
+
+
+least_equal = LeastOnEqual()
+
+
 def _least_equal(problem: Problem) -> float:
-    """The smallest deadline at which every device can keep its least on an equal share; infinite when its limits forbid it."""
     share = equal_share(problem)
     always = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
     if problem.limits is not None and (
@@ -288,7 +316,7 @@ class Equal(AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(self.free(problem), self.policy, lambda p: (equal_share(p), 0.0), _least_equal)
+        return solve_under_policy(self.free(problem), self.policy, lambda p: (equal_share(p), 0.0), least_equal)
 
 
 @dataclass(frozen=True)
@@ -297,7 +325,7 @@ class CommonRatio(AimsAtDeadline):
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         problem = self.free(problem)
-        settled = settle(with_deadline(problem), self.policy, _least_equal)
+        settled = settle(with_deadline(problem), self.policy, least_equal)
         if not settled.admitted.any():
             return nobody(problem, settled)
         bandwidth_hz = equal_share(settled.feasible)
@@ -323,7 +351,7 @@ class Alternating:
         require(1 <= self.iterations <= 10_000, "iterations", self.iterations, "in 1..10000")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, _least_equal)
+        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, least_equal)
 
     def _alternate(self, problem: Problem) -> tuple[Array, float]:
         bandwidth_hz = equal_share(problem)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
+from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import LATEST, Problem, latency, rate, required_bandwidth
+from fedprune_cli.allocate.problem import LATEST, TOLERANCE, Problem, kept_on, latency, rate, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
@@ -158,17 +160,78 @@ def _senders(problem: Problem, kept: Array, floor_hz: Array, most_hz: Array) -> 
     return _Senders(bits, problem.snr_hz, limit_s, latest_s - soonest_s, latest_s, floor_hz, most_hz, limited)
 
 
-def least_feasible(problem: Problem) -> float:
-    """Returns the smallest deadline at which every device can keep its least."""
-    if not problem.chooses:
-        return least_deadline(problem, problem.min_kept)[0]
+class Least(Protocol):
+    """The smallest deadline at which every device can keep its least, in the portions in which an allocator hands out the band.
 
-    def fits(deadline_s: float) -> bool:
+    counts_hz: whether the devices' least bandwidths say what a round lacks, and what room another choice of devices had.
+    """
+
+    counts_hz: ClassVar[bool]
+
+    def __call__(self, problem: Problem) -> float:
+        """Returns that deadline in seconds; infinite when none is late enough."""
+
+    def has_room(self, problem: Problem) -> bool:
+        """Whether the problem's deadline is late enough, where that is cheaper to know than the smallest one; else False."""
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether a deadline that is late enough in theory is so in digits, too."""
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Returns whether each device could take part if it were the only one, bool [K]; floor_hz: the least bandwidths [K]."""
+
+    def most(self, share: float) -> float:
+        """Returns how many more like the next device to be dropped may fit, where `share` of its least bandwidth is left."""
+
+
+@dataclass(frozen=True)
+class LeastOnAny:
+    """The smallest deadline where any bandwidth may be given."""
+
+    counts_hz: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> float:
+        if not problem.chooses:
+            return least_deadline(problem, problem.min_kept)[0]
+
+        def fits(deadline_s: float) -> bool:
+            return bool(
+                required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept).sum()
+                <= problem.bandwidth_hz
+            )
+
+        return earliest(fits, least_deadline(without_budgets(problem), problem.min_kept)[0])[1]
+
+    def has_room(self, problem: Problem) -> bool:
+        """Whether the devices' least bandwidths fit with room to spare."""
         return bool(
-            required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept).sum() <= problem.bandwidth_hz
+            required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE)
         )
 
-    return earliest(fits, least_deadline(without_budgets(problem), problem.min_kept)[0])[1]
+    def holds(self, problem: Problem) -> bool:
+        """Whether the devices really keep their least, to a certificate's tolerance, on bandwidths that fit.
+
+        Where a deadline is many times what a device's upload may take of it, its last digit decides how much bandwidth that needs.
+        """
+        if problem.deadline_s == np.inf:
+            return True
+        if not np.isfinite(required_bandwidth(problem, problem.min_kept).sum()):
+            return False
+        if self.has_room(problem):
+            return True
+        bandwidth_hz, price = solve_p1(problem)
+        return certify(problem, kept_on(problem, bandwidth_hz), bandwidth_hz, price).holds
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the least bandwidths [K] are no more than may be given, bool [K]."""
+        return floor_hz <= problem.most_hz
+
+    def most(self, share: float) -> float:
+        """Returns the share: the next device alone is too much."""
+        return min(share, 1.0)
+
+
+least_feasible = LeastOnAny()
 
 
 def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
