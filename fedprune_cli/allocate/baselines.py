@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from fedprune_cli.allocate.bits import Menu, allocate_bits
 from fedprune_cli.allocate.deadline import earliest, least_deadline, least_feasible, without_budgets
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
@@ -36,6 +37,7 @@ from fedprune_cli.allocate.problem import (
     upload_s,
 )
 from fedprune_cli.allocate.variants import min_latency, min_max
+from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import LATER
@@ -70,6 +72,14 @@ class Referenced(Protocol):
         """Returns how far cvxpy's optimum is from x [K] and b [K] of the admitted devices, relative; raises CertificateError."""
 
 
+@runtime_checkable
+class ChoosesBits(Protocol):
+    """An allocator that can give each device bits of its own."""
+
+    def solve_bits(self, problem: Problem, menu: Menu) -> tuple[Problem, Allocation]:
+        """Returns the problem with the bits that each device was given, and its allocation."""
+
+
 @dataclass(frozen=True)
 class AimsAtDeadline:
     """An allocator that aims at a deadline, what it does when the deadline cannot be met, and what devices choose beside the ratio.
@@ -99,14 +109,32 @@ class AimsAtDeadline:
 
 @dataclass(frozen=True)
 class Kkt(AimsAtDeadline):
-    """P1 exactly: the least weighted sum of ratios, with its certificate."""
+    """P1 exactly: the least weighted sum of ratios, with its certificate.
+
+    blocks: whether whole resource blocks are handed out, as by the allocator of that name.
+    """
+
+    blocks: bool = field(default=False, metadata=LATER)
+
+    @property
+    def whole(self) -> Blocks:
+        """The allocator of whole blocks with the same policy and choices."""
+        return Blocks("blocks", self.on_infeasible, clock=self.clock, power=self.power)
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        if self.blocks:
+            return self.whole.solve(problem, seed, number)
         return solve_under_policy(self.free(problem), self.policy, solve_p1, least_feasible, self.certify)
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
+        if self.blocks:
+            return self.whole.certify(problem, kept, bandwidth_hz, price_per_hz)
         return certify(self.free(problem), kept, bandwidth_hz, price_per_hz)
+
+    def solve_bits(self, problem: Problem, menu: Menu) -> tuple[Problem, Allocation]:
+        """Returns the problem with the bits that each device was given, and its allocation; other choices are not made beside it."""
+        return allocate_bits(problem, self.policy, menu)
 
 
 @dataclass(frozen=True)

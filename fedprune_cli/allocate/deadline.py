@@ -204,9 +204,7 @@ class LeastOnAny:
 
     def has_room(self, problem: Problem) -> bool:
         """Whether the devices' least bandwidths fit with room to spare."""
-        return bool(
-            required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE)
-        )
+        return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
 
     def holds(self, problem: Problem) -> bool:
         """Whether the devices really keep their least, to a certificate's tolerance, on bandwidths that fit.
@@ -234,8 +232,11 @@ class LeastOnAny:
 least_feasible = LeastOnAny()
 
 
-def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
-    """Returns the smallest deadline from `low` on that fits, by bisection, after the largest that does not; infinite when none does."""
+def earliest(fits: Callable[[float], bool], low: float, close: float = 4e-16) -> tuple[float, float]:
+    """Returns the smallest deadline from `low` on that fits, by bisection, after the largest that does not; infinite when none does.
+
+    close: how near to each other they are at the end, relative.
+    """
     if low == np.inf or not fits(np.inf):
         return np.inf, np.inf
     low = max(low * (1 - 1e-9), SMALLEST)
@@ -244,7 +245,7 @@ def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
         low, high = high, 2 * high
         if high > LATEST:
             return np.inf, np.inf
-    while high - low > 4e-16 * high and low < (middle := 0.5 * (low + high)) < high:
+    while high - low > close * high and low < (middle := 0.5 * (low + high)) < high:
         low, high = (low, middle) if fits(middle) else (middle, high)
     return low, high
 

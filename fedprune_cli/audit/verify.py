@@ -162,7 +162,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         after: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
-        again = metering_failures(setup, record, roster, 0)
+        again = metering_failures(setup, record, roster, None)
         return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
     after = next_slots(experiment, slots, outcome_of_record(record, slots))
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
@@ -181,10 +181,14 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
             or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
             for key, column in (("clock", record.devices.clock), ("power", record.devices.power))
         )
+        and [*(record.devices.bits or [])][: len(plan.devices)] == ([] if plan.bits else plan.sent_bits.tolist())
+        and (None if record.devices.blocks is None else [*record.devices.blocks][: len(plan.devices)]) == plan.blocks
     )
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
-    wrong += metering_failures(setup, record, roster, len(plan.devices))
+    if (gap := plan.allocation.gap) is not None and not math.isclose(record.gap or 0.0, gap, rel_tol=METER_TOLERANCE):
+        wrong.append(f"gap is {record.gap!r}, the bound gives {gap!r}")
+    wrong += metering_failures(setup, record, roster, plan)
     count = len(record.devices.id)
     audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
@@ -207,6 +211,8 @@ def _impossible(setup: Setup, record: RoundRecord) -> Iterator[str]:
         yield f"device {unknown[0]} is none of the {num_devices} that train"
     if record.bits is not None and record.bits not in bits:
         yield f"bits is {record.bits}, must be one of {', '.join(map(str, bits))}"
+    if odd := [of for of in record.devices.bits or () if of not in (0, *bits)]:
+        yield f"the bits of a device are {odd[0]}, must be one of {', '.join(map(str, bits))}"
     for key in ("rounding_error", "price_per_hz"):
         value = getattr(record, key)
         if value is not None and value < 0:
@@ -268,11 +274,12 @@ def sum_failures(record: RoundRecord, before_s: float, frozen: Array, *, waits: 
             yield f"{key} is {share!r}, must be in [0, 1]"
 
 
-def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, training: int) -> Iterator[str]:
+def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: Plan | None) -> Iterator[str]:
     """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes.
 
-    The first `training` devices of the record trained u, the others are frozen.
+    plan: what the record follows, None where all devices are frozen; else its devices stand first in the record.
     """
+    training = 0 if plan is None else len(plan.devices)
     experiment, size, slices = setup.experiment, setup.blueprint.cost.shared_params, setup.blueprint.layout.slices
     devices = np.array(record.devices.id, dtype=int)
     if not len(devices):
@@ -283,7 +290,8 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         experiment.faults.draw(moment).work, np.ones(len(devices) - training)
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
-    coded = np.where(stopped, 0, code_bytes(kept, record.bits or BITS_PER_PARAM))
+    bits = np.full(len(devices), record.bits or BITS_PER_PARAM) if record.devices.bits is None else record.devices.bits
+    coded = np.where(stopped, 0, code_bytes(kept, np.array(bits)))
     sent = setup.radio.sent_bytes(coded)
     if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong
@@ -315,9 +323,12 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
     load = replace(load, clock=clock, power=power)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     snr_hz = snr_hz if load.power is None else snr_hz * load.power
+    rate_bps = rate(np.array(record.devices.bandwidth_hz), snr_hz)
+    if plan is not None and plan.blocks is not None:  # which are those of the record
+        rate_bps[:training] = plan.allocation.rate_bps[plan.admitted_places]
     again = measure(
         load,
-        rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),
+        rate_bps=rate_bps,
         kept=kept / max(size, 1),
         payload_bytes=coded,  # what was sent agrees with it, or was cut short
         bits_down=0.0,
@@ -350,11 +361,10 @@ def _meter_failures(record: RoundRecord, again: Measurement) -> Iterator[str]:
         yield f"flops is {record.flops!r}, the meter gives {again.flops.sum()!r}"
 
 
-def code_bytes(kept: Array, bits: int) -> Array:
+def code_bytes(kept: Array, bits: int | Array) -> Array:
     """Returns how many bytes the code of `kept` values [K] has: of a value that is rounded, its bits and its block's scale."""
-    if bits == BITS_PER_PARAM:
-        return 4 * kept
-    return 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
+    rounded = 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
+    return np.where(np.equal(bits, BITS_PER_PARAM), 4 * kept, rounded)
 
 
 def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -> list[str]:

@@ -12,15 +12,15 @@ from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import DataError
+from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.round.memory import first_slots
-from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
+from fedprune_cli.round.plan import Beliefs, RoundProblems, decide, round_problems
 from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.channel import radio_of
+from fedprune_cli.world.channel import block_gain_of, radio_of
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
 from fedprune_cli.world.measured import MeasuredFleet
@@ -44,11 +44,11 @@ OWN_LIMITS = (
 class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
-    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
+    bits: of a value on the uplink, chosen out of `payload.bits`, None where each device has its own; problem: the one with these bits; allocation: its answer;
     names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
     """
 
-    bits: int
+    bits: int | None
     problem: Problem
     allocation: Allocation
     names: tuple[str, ...] | None = None
@@ -62,8 +62,8 @@ def allocate_first_round(experiment: Experiment, table: Path | None = None) -> F
     its pruning, the payload and the channel are the experiment's. Raises DataError naming the line of a bad row.
     """
     question = ask(experiment, table)
-    bits, allocation = choose(experiment, question.problems, 0, question.slots)
-    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names, question.fleet)
+    decision = decide(experiment, question.problems, 0, question.slots)
+    return FirstRound(decision.bits, decision.problem, decision.allocation, question.names, question.fleet)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class Question:
 def ask(experiment: Experiment, table: Path | None = None) -> Question:
     """Returns the first round's question, before any allocator has answered it."""
     if table is not None and {"shared_compute_s", "snr_hz"} & {*read_header(str(table))}:
+        if experiment.payload.per_device:
+            raise ConfigError(
+                f"payload.per_device=true: column payload_bits of {table} says already what is sent; give physical columns"
+            )
         problem, names = _own_problem(table, experiment)
         deadline_s = experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0])
         problem = replace(problem, deadline_s=deadline_s)
@@ -98,8 +102,10 @@ def ask(experiment: Experiment, table: Path | None = None) -> Question:
 def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
     setup = prepare(experiment)
     ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
-    gain = scenario.at(0).gain_linear[ids]
-    return setup.blueprint, Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
+    conditions = scenario.at(0)
+    blocks = None if conditions.block_gain is None else conditions.block_gain[ids]
+    samples = scenario.partition.train.sizes[ids]
+    return setup.blueprint, Beliefs(ids, scenario.fleet, conditions.gain_linear[ids], samples, blocks)
 
 
 def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
@@ -111,7 +117,8 @@ def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs
     model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
     blueprint = build_blueprint(experiment, split_model(model, experiment.method.personal_part), shape)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)
-    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples)
+    blocks = block_gain_of(experiment.channel, experiment.seed, 0, len(samples))
+    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples, blocks)
 
 
 def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str, ...] | None]:
