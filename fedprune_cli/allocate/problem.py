@@ -35,9 +35,9 @@ class Problem:
     titles: what messages call them, str [K], their ids when None; limits: None when there are none; energies: the same figures of
     devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
     it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
-    first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio; block_gain: the gain of each
-    device in each block relative to its own [K, N], None where all are alike; only an allocator that says which blocks asks. A signal below NO_LINK of the
-    noise in the band is no link, and becomes s = 0.
+    first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio; block_gain: each device's gain
+    in each block relative to its own [K, N], None where all are alike; only an allocator that says which blocks asks. A signal below
+    NO_LINK of the noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 

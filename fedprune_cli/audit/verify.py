@@ -43,7 +43,8 @@ class Findings:
 
     rounds: finished ones, of `planned`, the first `inherited` of them of the run that this one branches from;
     finished: whether the run is; metered: device-rounds whose figures were computed again, of
-    which `bounded` were held to bounds only; certified: rounds with a certificate.
+    which `bounded` were held to bounds only; certified: rounds with a certificate; open_gap: the largest gap to its bound of a round
+    that is not proven optimal, None where there is none.
     """
 
     rounds: int
@@ -59,6 +60,7 @@ class Findings:
     unsolved: int
     difference: float
     failures: tuple[str, ...]
+    open_gap: float | None = None
 
     def table(self) -> Table:
         """Returns the findings for the terminal."""
@@ -82,6 +84,11 @@ class Findings:
             ("rounds with a certificate, recomputed", str(self.certified)),
             ("largest KKT residual", f"{self.residual:.2e}"),
             ("largest duality gap", f"{self.gap:.2e}"),
+            *(
+                []
+                if self.open_gap is None
+                else [("largest gap to a bound, where none is proven the best", f"{self.open_gap:.2e}")]
+            ),
             (
                 "rounds solved again by cvxpy (Clarabel)",
                 f"{self.solved_again}, {self.unsolved} more it could not solve",
@@ -97,7 +104,7 @@ class RoundAudit:
     """What the audit of one round found. metered: device-rounds computed again, of which `bounded` were held to bounds only;
 
     proof: the certificate computed again, where there is one; difference: how far cvxpy's optimum is off, None where it was not asked
-    or, `unsolved`, had no answer.
+    or, `unsolved`, had no answer; open_gap: to the bound computed again, of an answer that is not proven the best.
     """
 
     failures: tuple[str, ...]
@@ -106,6 +113,7 @@ class RoundAudit:
     proof: Certificate | None = None
     difference: float | None = None
     unsolved: bool = False
+    open_gap: float | None = None
 
 
 def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
@@ -148,6 +156,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         unsolved=sum(audit.unsolved for audit in audits),
         difference=max(differences, default=0.0),
         failures=tuple(failures),
+        open_gap=max((audit.open_gap for audit in audits if audit.open_gap is not None), default=None),
     )
 
 
@@ -190,7 +199,8 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         wrong.append(f"gap is {record.gap!r}, the bound gives {gap!r}")
     wrong += metering_failures(setup, record, roster, plan)
     count = len(record.devices.id)
-    audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
+    bounded = count if setup.blueprint.layout.slices else 0
+    audit = RoundAudit(tuple(wrong), metered=count, bounded=bounded, open_gap=plan.allocation.gap)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
         return audit, after
     given = Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0))

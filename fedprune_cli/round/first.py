@@ -44,8 +44,8 @@ OWN_LIMITS = (
 class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
-    bits: of a value on the uplink, chosen out of `payload.bits`, None where each device has its own; problem: the one with these bits; allocation: its answer;
-    names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
+    bits: of a value on the uplink, chosen out of `payload.bits`, None where each device has its own; problem: the one with these bits;
+    allocation: its answer; names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
     """
 
     bits: int | None

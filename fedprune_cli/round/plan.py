@@ -62,9 +62,9 @@ class Decision:
 class Plan:
     """What the server decided.
 
-    bits: of a value on the uplink, None where each device has its own; problem: the one that was solved, by what the server believes; allocation: its answer, with the
-    rates that the bandwidths really give; reference: the round's problem at the true clocks and gains, without compression;
-    devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
+    bits: of a value on the uplink, None where each device has its own; problem: the one that was solved, by what the server believes;
+    allocation: its answer, with the rates that the bandwidths really give; reference: the round's problem at the true clocks and gains,
+    without compression; devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
     """
 
     bits: int | None

@@ -18,8 +18,9 @@ class Roster:
     """Who does what in a round.
 
     number: of the round, from 0; gain_linear: every device's channel gain, float64 [N]; here: the training devices that are not in
-    outage; block_gain: their gains in each block relative to that, float64 [N, blocks], where blocks differ; quarantined: those that the server shuts out; training: those that are to train the shared part, whom the allocation may
-    still turn away; frozen: those that train their personalized part only. All ids ascend, int64.
+    outage; quarantined: those that the server shuts out; training: those that are to train the shared part, whom the allocation may
+    still turn away; frozen: those that train their personalized part only. All ids ascend, int64. block_gain: every device's gain in
+    each block relative to its own, float64 [N, blocks], where blocks differ.
     """
 
     number: int

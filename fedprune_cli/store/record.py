@@ -83,9 +83,9 @@ class RoundRecord:
 
     round: from 1; simulated_s: the clock after it; latency_s: of the round; deadline_s: T as given or stretched; the accuracies: over
     devices, weighted by D_k, unweighted and their 10th percentile, and of devices that never trained; bits: of a value on the uplink,
-    None where each device has its own; dense_latency_s, equal_dense_latency_s: what the round would take unpruned, on its optimal and on equal bandwidth; price_per_hz,
-    residual, gap: the allocation's dual price and certificate, or how far it may be from the best one; frozen: devices that stopped training the shared part, where any may;
-    faults: where anything may go wrong.
+    None where each device has its own; dense_latency_s, equal_dense_latency_s: what the round would take unpruned, on its optimal and on
+    equal bandwidth; price_per_hz, residual, gap: the allocation's dual price and certificate, or how far it may be from the best one;
+    frozen: devices that stopped training the shared part, where any may; faults: where anything may go wrong.
     """
 
     round: int
