@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fedprune_cli.round.plan import Beliefs, RoundProblems, decide, round_proble
 from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
+from fedprune_cli.world.band import Radio
 from fedprune_cli.world.channel import block_gain_of, radio_of
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
@@ -122,8 +124,14 @@ def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs
 
 
 def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str, ...] | None]:
-    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS), named=True)
+    radio = radio_of(experiment.channel)
+    gains = _gain_columns(file, radio)
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS, *gains), named=True)
     size = len(rows["weight"])
+    if not gains and block_gain_of(experiment.channel, experiment.seed, 0, 1) is not None:
+        raise DataError(
+            f"{file}: channel.coherence_mhz draws no gains for snr_hz; give columns gain_0, gain_1 and so on, one for each block"
+        )
     limits = None
     if given := [name for name in OWN_LIMITS if name in rows]:
         energy = ("energy_budget_j", "shared_energy_j", "tx_power_w")
@@ -133,7 +141,6 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    radio = radio_of(experiment.channel)
     problem = Problem(
         shared_compute_s=rows["shared_compute_s"],
         payload_bits=rows["payload_bits"],
@@ -146,8 +153,22 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         deadline_s=math.inf,
         limits=limits,
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
+        block_gain=np.stack([rows[name] for name in gains], 1) if gains else None,
     )
     return problem, rows.names
+
+
+def _gain_columns(file: Path, radio: Radio) -> list[str]:
+    """Returns the columns gain_0, gain_1, ... of a table: gains in each block relative to the device's own; raises DataError."""
+    count = sum(bool(re.fullmatch(r"gain_\d+", name)) for name in read_header(str(file)))
+    if count and radio.block_hz is not None and count != round(radio.band_hz / radio.block_hz):
+        raise DataError(
+            f"{file}, line 1: {count} columns gain_0, gain_1 ... for the channel's {round(radio.band_hz / radio.block_hz)} blocks"
+        )
+    names = [f"gain_{block}" for block in range(count)]
+    if missing := [name for name in names if name not in read_header(str(file))]:
+        raise DataError(f"{file}, line 1: column {missing[0]} is missing beside the other gains of blocks")
+    return names
 
 
 def _as_table(devices: Devices, file: Path) -> FleetTable:

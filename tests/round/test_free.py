@@ -166,7 +166,7 @@ def test_later_keys_at_their_defaults_leave_the_identity_as_it_was() -> None:
     [
         (
             ["payload.per_device=true", "allocator=minmax"],
-            "payload.per_device=true: not with allocator=minmax, only with",
+            r"payload.per_device=true: not with allocator=minmax, only with",
         ),
         (["payload.per_device=true", "allocator=selective"], "not with allocator=selective"),
         (["payload.per_device=true", "allocator.clock=chosen"], "not together with allocator.clock=chosen"),
@@ -184,5 +184,5 @@ def test_what_does_not_go_together_is_refused_by_its_key(overrides: list[str], w
 
 @pytest.mark.parametrize("limit", ["devices.energy_budget_j=0.01", "devices.max_bandwidth_mhz=5"])
 def test_limits_are_not_offered_beside_blocks_of_their_own(limit: str) -> None:
-    with pytest.raises(ConfigError, match="allocator=selective: not together with devices.energy_budget_j"):
+    with pytest.raises(ConfigError, match=r"allocator=selective: not together with devices.energy_budget_j"):
         allocate_first_round(make_experiment(*PICKED, limit))
