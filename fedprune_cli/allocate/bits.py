@@ -20,7 +20,7 @@ from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.kkt import Curves, best_response, certify, curves_of, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.policy import Policy, build_allocation, nobody, proven, settle, with_deadline
-from fedprune_cli.allocate.problem import TOLERANCE, Allocation, Problem, kept_on, required_bandwidth
+from fedprune_cli.allocate.problem import TOLERANCE, Allocation, Problem, kept_on, most_kept, required_bandwidth
 from fedprune_cli.errors import InfeasibleError
 from fedprune_cli.store.state import Array
 
@@ -84,7 +84,8 @@ def solve_widths(widths: Widths) -> Mixed:
     ends = ends[np.isfinite(ends)]
     low, high = (float(end) for end in (ends.min(initial=0.0) - 1, ends.max(initial=0.0) + 1))
     (few, _, bound), (many, used_hz, least) = (_at_price(widths, each, end) for end in (high, low))
-    bound = min(bound, least)
+    wanted = float(np.max([at.weight * most_kept(at) for at, _ in each], 0).sum())  # where no hertz costs anything
+    bound = min(bound, least, wanted)
     if used_hz <= widths.problem.bandwidth_hz:  # there is room for all that anybody wants
         few, high = many, low
     while high - low > CLOSE:

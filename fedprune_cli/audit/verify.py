@@ -190,6 +190,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
             or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
             for key, column in (("clock", record.devices.clock), ("power", record.devices.power))
         )
+        and (plan.bits is not None or record.bits is None)
         and [*(record.devices.bits or [])][: len(plan.devices)] == ([] if plan.bits else plan.sent_bits.tolist())
         and (None if record.devices.blocks is None else [*record.devices.blocks][: len(plan.devices)]) == plan.blocks
     )

@@ -55,7 +55,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Line], Any], str]] = {
     "gap": (PICKED, lambda line: line.update(gap=line["gap"] / 2), "the bound gives"),
     "blocks": (PICKED, lambda line: line["devices"]["blocks"].reverse(), "allocation is not what"),
     "no blocks": (PICKED, lambda line: line["devices"].pop("blocks"), "allocation is not what"),
-    "bits": (OWN_BITS, lambda line: line["devices"].update(bits=[8] * 4), "allocation is not what"),
+    "bits": (OWN_BITS, lambda line: line["devices"].update(bits=[10 - min(bits, 8) for bits in line["devices"]["bits"]]), "allocation is not what"),
     "odd bits": (OWN_BITS, lambda line: line["devices"]["bits"].__setitem__(0, 16), "must be one of 2, 8, 32"),
     "no bits": (OWN_BITS, lambda line: line["devices"].pop("bits"), "allocation is not what"),
     "one for all": (OWN_BITS, lambda line: line.update(bits=8), "allocation is not what"),
