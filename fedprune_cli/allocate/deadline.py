@@ -12,7 +12,7 @@ import numpy as np
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import LATEST, TOLERANCE, Problem, kept_on, latency, rate, required_bandwidth
+from fedprune_cli.allocate.problem import LATEST, TIGHT, TOLERANCE, Problem, kept_on, latency, rate, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
@@ -256,6 +256,57 @@ def without_budgets(problem: Problem) -> Problem:
         return problem
     endless_j = np.full(len(problem.weight), np.inf)
     return replace(problem, limits=replace(problem.limits, energy_budget_j=endless_j))
+
+
+def equal_share(problem: Problem) -> Array:
+    """Returns B / K for every device, or what its limits make of it [K]."""
+    return np.clip(problem.bandwidth_hz / len(problem.weight), problem.least_hz, problem.most_hz)
+
+
+@dataclass(frozen=True)
+class LeastOnEqual:
+    """The smallest deadline where every device has an equal share; infinite when its limits forbid it."""
+
+    counts_hz: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> float:
+        share = equal_share(problem)
+        always = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
+        if problem.limits is not None and (
+            share.sum() > problem.bandwidth_hz * (1 + TIGHT) or (always > share * (1 + TIGHT)).any()
+        ):
+            return np.inf
+        soonest_s = float(latency(without_budgets(problem), problem.min_kept, share).max())
+        if not problem.chooses:
+            return soonest_s
+
+        def fits(deadline_s: float) -> bool:
+            return bool(
+                (
+                    required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept) <= share * (1 + TIGHT)
+                ).all()
+            )
+
+        return earliest(fits, soonest_s)[1]
+
+    def has_room(self, problem: Problem) -> bool:
+        """Returns False: the smallest deadline is as cheap to know."""
+        return False
+
+    def holds(self, problem: Problem) -> bool:
+        """Returns True: no bandwidth depends on the deadline's last digit."""
+        return True
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the least bandwidths [K] are no more than may be given, bool [K]."""
+        return floor_hz <= problem.most_hz
+
+    def most(self, share: float) -> float:
+        """Returns the share."""
+        return share
+
+
+least_equal = LeastOnEqual()
 
 
 def dense_deadline(problem: Problem) -> tuple[float, Array]:

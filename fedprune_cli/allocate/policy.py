@@ -163,11 +163,13 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
     admitted = np.zeros(len(order), dtype=bool)
     admitted[order[:fits]] = True
     next_one = order[fits]
-    if least.counts_hz and not 0 < floor_hz[next_one] < np.inf:
+    if not least.counts_hz:
+        return admitted, None
+    if not 0 < floor_hz[next_one] < np.inf:
         return admitted, 0.0
     room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
     share = room_hz / floor_hz[next_one]
-    return admitted, float(problem.weight[next_one] * least.most(share)) if least.counts_hz else None
+    return admitted, float(problem.weight[next_one] * least.most(share))
 
 
 def _longest_prefix(problem: Problem, order: Array, fits: int, least: Least) -> int:

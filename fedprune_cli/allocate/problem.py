@@ -173,9 +173,8 @@ class Allocation:
     message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
     None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them;
     clock, power: what of its full clock and of its full radiated power each device uses, in (0, 1] [K], None where they are not chosen;
-    bits: of each device's values on the uplink, int [K], where each has its own; owner: the place of the device that has each block,
-    int [N], -1 where none has it, where it matters which; gap: of an answer that is not proven optimal, how far it may be from the best
-    one, by an upper bound, relative to the sum of the admitted weights.
+    bits: of each device's values, int [K], where each has its own; owner: the place of the device that has each block, int [N], -1 where
+    none has it, where it matters which; gap: of an answer that is not proven the best, how far from it a bound says it may be, relative.
     """
 
     prune_ratio: Array
