@@ -15,7 +15,7 @@ from conftest import Line, forge, make_experiment, make_setup, read_lines, resul
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.parts import TINY
-from fedprune_cli.errors import ConfigError
+from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.round.first import allocate_first_round
 from fedprune_cli.round.plan import plan_round
 from fedprune_cli.round.roster import choose_roster
@@ -196,3 +196,44 @@ def test_what_does_not_go_together_is_refused_by_its_key(overrides: list[str], w
 def test_limits_are_not_offered_beside_blocks_of_their_own(limit: str) -> None:
     with pytest.raises(ConfigError, match=r"allocator=selective: not together with devices.energy_budget_j"):
         allocate_first_round(make_experiment(*PICKED, limit))
+
+
+HEADER = "shared_compute_s,payload_bits,fixed_s,snr_hz,weight"
+ROWS = ("0.02,400000,0.004,3e8,0.4", "0.05,400000,0.002,4e7,0.2")
+
+
+def write_table(path: Path, *cells: str) -> Path:
+    """Writes a table of the problem's own columns with further ones: a header, and a cell of each row."""
+    path.write_text("\n".join(",".join(pair) for pair in zip((HEADER, *ROWS), cells, strict=True)) + "\n")
+    return path
+
+
+def test_a_table_has_gains_of_blocks_as_columns(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "own.csv", "gain_0,gain_1,gain_2", "1,0,0", "0,1,1")
+    first = allocate_first_round(make_experiment("allocator=selective", "deadline.fraction=1.5"), file)
+    assert first.allocation.owner is not None
+    assert first.allocation.owner.tolist() == [0, 1, 1]
+    assert first.allocation.block_hz == pytest.approx(20e6 / 3)
+
+
+@pytest.mark.parametrize(
+    ("cells", "overrides", "words"),
+    [
+        (("gain_0,gain_2", "1,1", "1,1"), (), r"line 1: column gain_1 is missing"),
+        (("gain_0,gain_1", "1,1", "1,1"), ("channel.numerology=1",), r"2 columns gain_0, gain_1 ... for the channel's 51 blocks"),
+        (("gain_0,gain_1", "1,-1", "1,1"), (), r"device 0, block_gain=-1.0: must be finite and >= 0"),
+        (("more", "1", "1"), PICKED[1:3], r"coherence_mhz draws no gains for snr_hz; give columns gain_0"),
+    ],
+)  # fmt: skip
+def test_gains_that_are_not_sound_are_refused_in_a_line(
+    tmp_path: Path, cells: tuple[str, ...], overrides: tuple[str, ...], words: str
+) -> None:
+    file = write_table(tmp_path / "own.csv", *cells)
+    with pytest.raises((ConfigError, DataError), match=words):
+        allocate_first_round(make_experiment("allocator=selective", *overrides), file)
+
+
+def test_a_table_that_says_what_is_sent_leaves_no_bits_to_choose(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "own.csv", "more", "1", "1")
+    with pytest.raises(ConfigError, match=r"payload.per_device=true: column payload_bits of .*own.csv says already"):
+        allocate_first_round(make_experiment(*OWN_BITS[:2]), file)
