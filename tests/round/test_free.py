@@ -221,7 +221,7 @@ def test_a_table_has_gains_of_blocks_as_columns(tmp_path: Path) -> None:
     [
         (("gain_0,gain_2", "1,1", "1,1"), (), r"line 1: column gain_1 is missing"),
         (("gain_0,gain_1", "1,1", "1,1"), ("channel.numerology=1",), r"2 columns gain_0, gain_1 ... for the channel's 51 blocks"),
-        (("gain_0,gain_1", "1,-1", "1,1"), (), r"device 0, block_gain=-1.0: must be finite and >= 0"),
+        (("gain_0,gain_1", "1,-1", "1,1"), (), r"line 2: gain_1='-1' is not allowed: must be a number in"),
         (("more", "1", "1"), PICKED[1:3], r"coherence_mhz draws no gains for snr_hz; give columns gain_0"),
     ],
 )  # fmt: skip
