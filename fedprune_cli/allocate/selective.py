@@ -287,8 +287,8 @@ def _improved(rates: Rates, min_kept: Array, owner: Array) -> Array:
         R = (_given(owner, count) * rates.block_bps).sum(1)
         now, mine = _worth(rates, min_kept, R), np.arange(blocks)
         left = R[owner] - rates.block_bps[owner, mine]
-        some = Rates(
-            rates.block_bps, *(getattr(rates, name)[owner] for name in ("weight", "budget", "work", "transfer")), R, R
+        some = replace(
+            rates, **{name: getattr(rates, name)[owner] for name in ("weight", "budget", "work", "transfer")}
         )
         loss = now[owner] - _worth(some, min_kept[owner], np.maximum(left, 0.0))
         gain = _worth(rates, min_kept, R[:, None] + rates.block_bps) - now[:, None] - loss
