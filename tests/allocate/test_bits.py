@@ -145,3 +145,14 @@ def test_a_round_is_infeasible_where_the_fewest_bits_are_too_many(policy: Policy
     if policy == "stretch":  # no room for anything else
         assert (found.bits == 4).all()
         np.testing.assert_allclose(found.prune_ratio, known.prune_ratio, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [2, 12, 18, 33])
+def test_where_devices_differ_their_own_bits_are_the_best_of_all_choices_and_better_than_any_for_all(seed: int) -> None:
+    problem = replace(drawn(seed, 3).problem, max_ratio=np.full(3, 0.99))
+    found, widths = allocate_bits(problem, "stretch", MENU)[1], Widths(problem, SHARE, 1 / (1 + MENU.omega / 3))
+    assert found.bits is not None
+    values = {choice: value_of(widths, np.array(choice)) for choice in itertools.product(range(3), repeat=3)}
+    total, worth = problem.weight.sum(), worth_of(problem, 1 - found.prune_ratio, found.bits)
+    assert worth == pytest.approx(max(values.values()), rel=1e-9)
+    assert worth >= max(values[place, place, place] for place in range(3)) + 1e-3 * total
