@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fedprune_cli.allocate import baselines, conic, objectives, whole
+from fedprune_cli.allocate import baselines, conic, objectives, picked, whole
 from fedprune_cli.allocate.baselines import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "kkt": baselines.Kkt,
     "blocks": whole.Blocks,
+    "selective": picked.Selective,
     "minmax": baselines.MinMax,
     "minlatency": baselines.MinLatency,
     "proportional": objectives.Proportional,

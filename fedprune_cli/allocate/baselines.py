@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from fedprune_cli.allocate.deadline import earliest, least_deadline, least_feasible, without_budgets
+from fedprune_cli.allocate.bits import Menu, allocate_bits
+from fedprune_cli.allocate.deadline import equal_share, least_deadline, least_equal, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
     POLICIES,
@@ -36,6 +37,7 @@ from fedprune_cli.allocate.problem import (
     upload_s,
 )
 from fedprune_cli.allocate.variants import min_latency, min_max
+from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import LATER
@@ -70,6 +72,14 @@ class Referenced(Protocol):
         """Returns how far cvxpy's optimum is from x [K] and b [K] of the admitted devices, relative; raises CertificateError."""
 
 
+@runtime_checkable
+class ChoosesBits(Protocol):
+    """An allocator that can give each device bits of its own."""
+
+    def solve_bits(self, problem: Problem, menu: Menu) -> tuple[Problem, Allocation]:
+        """Returns the problem with the bits that each device was given, and its allocation."""
+
+
 @dataclass(frozen=True)
 class AimsAtDeadline:
     """An allocator that aims at a deadline, what it does when the deadline cannot be met, and what devices choose beside the ratio.
@@ -99,14 +109,32 @@ class AimsAtDeadline:
 
 @dataclass(frozen=True)
 class Kkt(AimsAtDeadline):
-    """P1 exactly: the least weighted sum of ratios, with its certificate."""
+    """P1 exactly: the least weighted sum of ratios, with its certificate.
+
+    blocks: whether whole resource blocks are handed out, as by the allocator of that name.
+    """
+
+    blocks: bool = field(default=False, metadata=LATER)
+
+    @property
+    def whole(self) -> Blocks:
+        """The allocator of whole blocks with the same policy and choices."""
+        return Blocks("blocks", self.on_infeasible, clock=self.clock, power=self.power)
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
+        if self.blocks:
+            return self.whole.solve(problem, seed, number)
         return solve_under_policy(self.free(problem), self.policy, solve_p1, least_feasible, self.certify)
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
+        if self.blocks:
+            return self.whole.certify(problem, kept, bandwidth_hz, price_per_hz)
         return certify(self.free(problem), kept, bandwidth_hz, price_per_hz)
+
+    def solve_bits(self, problem: Problem, menu: Menu) -> tuple[Problem, Allocation]:
+        """Returns the problem with the bits that each device was given, and its allocation; other choices are not made beside it."""
+        return allocate_bits(problem, self.policy, menu)
 
 
 @dataclass(frozen=True)
@@ -258,37 +286,12 @@ def _whatever_the_deadline(
     return build_allocation(problem, settled, kept, bandwidth_hz, 0.0, None)
 
 
-def equal_share(problem: Problem) -> Array:
-    """Returns B / K for every device, or what its limits make of it [K]."""
-    return np.clip(problem.bandwidth_hz / len(problem.weight), problem.least_hz, problem.most_hz)
-
-
-def _least_equal(problem: Problem) -> float:
-    """The smallest deadline at which every device can keep its least on an equal share; infinite when its limits forbid it."""
-    share = equal_share(problem)
-    always = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
-    if problem.limits is not None and (
-        share.sum() > problem.bandwidth_hz * (1 + TIGHT) or (always > share * (1 + TIGHT)).any()
-    ):
-        return np.inf
-    soonest_s = float(latency(without_budgets(problem), problem.min_kept, share).max())
-    if not problem.chooses:
-        return soonest_s
-
-    def fits(deadline_s: float) -> bool:
-        return bool(
-            (required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept) <= share * (1 + TIGHT)).all()
-        )
-
-    return earliest(fits, soonest_s)[1]
-
-
 @dataclass(frozen=True)
 class Equal(AimsAtDeadline):
     """Equal bandwidth; each device drops the least that meets the deadline."""
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(self.free(problem), self.policy, lambda p: (equal_share(p), 0.0), _least_equal)
+        return solve_under_policy(self.free(problem), self.policy, lambda p: (equal_share(p), 0.0), least_equal)
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ class CommonRatio(AimsAtDeadline):
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         problem = self.free(problem)
-        settled = settle(with_deadline(problem), self.policy, _least_equal)
+        settled = settle(with_deadline(problem), self.policy, least_equal)
         if not settled.admitted.any():
             return nobody(problem, settled)
         bandwidth_hz = equal_share(settled.feasible)
@@ -323,7 +326,7 @@ class Alternating:
         require(1 <= self.iterations <= 10_000, "iterations", self.iterations, "in 1..10000")
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
-        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, _least_equal)
+        return solve_under_policy(problem, as_policy(self.on_infeasible), self._alternate, least_equal)
 
     def _alternate(self, problem: Problem) -> tuple[Array, float]:
         bandwidth_hz = equal_share(problem)

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import Curves, best_response, curves_of, solve_p1
+from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.kkt import Curves, best_response, certify, curves_of, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import TOLERANCE, Problem, kept_on, required_bandwidth
+from fedprune_cli.allocate.policy import Policy, build_allocation, nobody, proven, settle, with_deadline
+from fedprune_cli.allocate.problem import TOLERANCE, Allocation, Problem, kept_on, most_kept, required_bandwidth
 from fedprune_cli.errors import InfeasibleError
 from fedprune_cli.store.state import Array
 
@@ -46,10 +48,10 @@ class Widths:
         """Returns the problem in which all devices have one width."""
         return self.at(np.full(len(self.problem.weight), width))
 
-    def fits(self, width: Array) -> bool:
-        """Whether the band has room for what every device must keep."""
+    def fits(self, width: Array, room: float = TOLERANCE) -> bool:
+        """Whether the band has room for what every device must keep, and the share `room` of it to spare."""
         at = self.at(width)
-        return bool(required_bandwidth(at, at.min_kept).sum() <= at.bandwidth_hz * (1 - TOLERANCE))
+        return bool(required_bandwidth(at, at.min_kept).sum() <= at.bandwidth_hz * (1 - room))
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def solve_widths(widths: Widths) -> Mixed:
 
     Raises InfeasibleError where not even the smallest payloads leave room for what the devices must keep.
     """
-    if not widths.fits(np.full(len(widths.problem.weight), int(widths.share.argmin()))):
+    fewest = np.full(len(widths.problem.weight), int(widths.share.argmin()))
+    if not widths.fits(fewest, -TOLERANCE):
         raise InfeasibleError(
             "bits per device: even the fewest bits leave no room for what the devices must keep; raise the deadline"
         )
@@ -81,7 +84,8 @@ def solve_widths(widths: Widths) -> Mixed:
     ends = ends[np.isfinite(ends)]
     low, high = (float(end) for end in (ends.min(initial=0.0) - 1, ends.max(initial=0.0) + 1))
     (few, _, bound), (many, used_hz, least) = (_at_price(widths, each, end) for end in (high, low))
-    bound = min(bound, least)
+    wanted = float(np.max([at.weight * most_kept(at) for at, _ in each], 0).sum())  # where no hertz costs anything
+    bound = min(bound, least, wanted)
     if used_hz <= widths.problem.bandwidth_hz:  # there is room for all that anybody wants
         few, high = many, low
     while high - low > CLOSE:
@@ -92,11 +96,9 @@ def solve_widths(widths: Widths) -> Mixed:
             low, many = log_price, width
         else:
             high, few = log_price, width
-    answers = [_answer(widths, width) for width in _between(few, many) if widths.fits(width)]
-    uniform = [
-        _answer(widths, np.full(len(few), q)) for q in range(len(widths.share)) if widths.fits(np.full(len(few), q))
-    ]
-    best = max((*answers, *uniform), key=lambda one: one.value)
+    uniform = [np.full(len(few), q) for q in range(len(widths.share))]
+    fitting = [width for width in (*_between(few, many), *uniform) if widths.fits(width)] or [fewest]
+    best = max((_answer(widths, width) for width in fitting), key=lambda one: one.value)
     return replace(best, bound=max(bound, best.value))
 
 
@@ -126,3 +128,45 @@ def _answer(widths: Widths, width: Array) -> Mixed:
     at = widths.at(width)
     bandwidth_hz, price = solve_p1(at)
     return Mixed(width, bandwidth_hz, price, float(at.weight @ kept_on(at, bandwidth_hz)), np.inf)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What a value may take on the uplink: bits [Q]; share: of the problem's payload that they make of it [Q];
+
+    omega: the relative square of what rounding to them changes [Q], which K devices' mean has 1 / K of.
+    """
+
+    bits: Array
+    share: Array
+    omega: Array
+
+
+def allocate_bits(problem: Problem, policy: Policy, menu: Menu) -> tuple[Problem, Allocation]:
+    """Returns the problem with the bits that were chosen for each device, and its allocation.
+
+    A round is infeasible where the fewest bits are too many: with them the policy says who is admitted and by when. The certificate is
+    that of P1 with the bits chosen; how far other bits might be better is the allocation's gap.
+    """
+    least = int(menu.share.argmin())
+    few = replace(problem, payload_bits=problem.payload_bits * menu.share[least])
+    settled = settle(with_deadline(few), policy, least_feasible)
+    chosen = np.full(len(problem.weight), least)
+    if not settled.admitted.any():
+        return few, replace(nobody(few, settled), bits=menu.bits[chosen])
+    places = np.flatnonzero(settled.admitted)
+    discount = 1 / (1 + menu.omega / len(places))
+    widths = Widths(replace(problem.take(places), deadline_s=settled.feasible.deadline_s), menu.share, discount)
+    mixed = solve_widths(widths)
+    at = widths.at(mixed.width)
+    kept, gap = kept_on(at, mixed.bandwidth_hz), mixed.gap(widths.problem.weight)
+    certificate = proven(certify(at, kept, mixed.bandwidth_hz, mixed.price_per_hz))
+    if settled.status == "feasible" and gap <= TOLERANCE:
+        settled = replace(settled, status="optimal")
+    chosen[places] = mixed.width
+    whole = Widths(problem, menu.share, discount).at(chosen)
+    answer = build_allocation(
+        whole, replace(settled, feasible=at), kept, mixed.bandwidth_hz, mixed.price_per_hz, certificate
+    )
+    objective = float(widths.problem.weight @ kept)
+    return whole, replace(answer, bits=menu.bits[chosen], objective=objective, gap=gap)

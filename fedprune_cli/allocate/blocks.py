@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -118,6 +119,7 @@ class LeastOnBlocks:
     """The smallest deadline at which the blocks of a grid suffice for what every device must keep; infinite when none is late enough."""
 
     grid: Grid
+    counts_hz: ClassVar[bool] = True
 
     def __call__(self, problem: Problem) -> float:
         # without whole blocks it is never later
@@ -128,6 +130,22 @@ class LeastOnBlocks:
             return high
         count = self.grid.least(replace(problem, deadline_s=high))
         return max(float(latency(problem, problem.min_kept, count * self.grid.block_hz).max()), low)
+
+    def has_room(self, problem: Problem) -> bool:
+        """Returns False: a status that says `stretched` is decided by the smallest deadline alone."""
+        return False
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether the blocks suffice at the problem's deadline."""
+        return self.grid.fits(problem)
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the blocks suffice for each device alone, bool [K]."""
+        return self.grid.least(problem) <= self.grid.most(problem)
+
+    def most(self, share: float) -> float:
+        """Returns the share, which may be above 1: what is left over in blocks may hold others than the next device."""
+        return share
 
 
 class _Device:

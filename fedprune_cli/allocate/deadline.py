@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
+from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import LATEST, Problem, latency, rate, required_bandwidth
+from fedprune_cli.allocate.problem import LATEST, TIGHT, TOLERANCE, Problem, kept_on, latency, rate, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
@@ -158,21 +160,83 @@ def _senders(problem: Problem, kept: Array, floor_hz: Array, most_hz: Array) -> 
     return _Senders(bits, problem.snr_hz, limit_s, latest_s - soonest_s, latest_s, floor_hz, most_hz, limited)
 
 
-def least_feasible(problem: Problem) -> float:
-    """Returns the smallest deadline at which every device can keep its least."""
-    if not problem.chooses:
-        return least_deadline(problem, problem.min_kept)[0]
+class Least(Protocol):
+    """The smallest deadline at which every device can keep its least, in the portions in which an allocator hands out the band.
 
-    def fits(deadline_s: float) -> bool:
-        return bool(
-            required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept).sum() <= problem.bandwidth_hz
-        )
+    counts_hz: whether the devices' least bandwidths say what a round lacks, and what room another choice of devices had.
+    """
 
-    return earliest(fits, least_deadline(without_budgets(problem), problem.min_kept)[0])[1]
+    counts_hz: ClassVar[bool]
+
+    def __call__(self, problem: Problem) -> float:
+        """Returns that deadline in seconds; infinite when none is late enough."""
+
+    def has_room(self, problem: Problem) -> bool:
+        """Whether the problem's deadline is late enough, where that is cheaper to know than the smallest one; else False."""
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether a deadline that is late enough in theory is so in digits, too."""
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Returns whether each device could take part if it were the only one, bool [K]; floor_hz: the least bandwidths [K]."""
+
+    def most(self, share: float) -> float:
+        """Returns how many more like the next device to be dropped may fit, where `share` of its least bandwidth is left."""
 
 
-def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
-    """Returns the smallest deadline from `low` on that fits, by bisection, after the largest that does not; infinite when none does."""
+@dataclass(frozen=True)
+class LeastOnAny:
+    """The smallest deadline where any bandwidth may be given."""
+
+    counts_hz: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> float:
+        if not problem.chooses:
+            return least_deadline(problem, problem.min_kept)[0]
+
+        def fits(deadline_s: float) -> bool:
+            return bool(
+                required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept).sum()
+                <= problem.bandwidth_hz
+            )
+
+        return earliest(fits, least_deadline(without_budgets(problem), problem.min_kept)[0])[1]
+
+    def has_room(self, problem: Problem) -> bool:
+        """Whether the devices' least bandwidths fit with room to spare."""
+        return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether the devices really keep their least, to a certificate's tolerance, on bandwidths that fit.
+
+        Where a deadline is many times what a device's upload may take of it, its last digit decides how much bandwidth that needs.
+        """
+        if problem.deadline_s == np.inf:
+            return True
+        if not np.isfinite(required_bandwidth(problem, problem.min_kept).sum()):
+            return False
+        if self.has_room(problem):
+            return True
+        bandwidth_hz, price = solve_p1(problem)
+        return certify(problem, kept_on(problem, bandwidth_hz), bandwidth_hz, price).holds
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the least bandwidths [K] are no more than may be given, bool [K]."""
+        return floor_hz <= problem.most_hz
+
+    def most(self, share: float) -> float:
+        """Returns the share: the next device alone is too much."""
+        return min(share, 1.0)
+
+
+least_feasible = LeastOnAny()
+
+
+def earliest(fits: Callable[[float], bool], low: float, close: float = 4e-16) -> tuple[float, float]:
+    """Returns the smallest deadline from `low` on that fits, by bisection, after the largest that does not; infinite when none does.
+
+    close: how near to each other they are at the end, relative.
+    """
     if low == np.inf or not fits(np.inf):
         return np.inf, np.inf
     low = max(low * (1 - 1e-9), SMALLEST)
@@ -181,7 +245,7 @@ def earliest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
         low, high = high, 2 * high
         if high > LATEST:
             return np.inf, np.inf
-    while high - low > 4e-16 * high and low < (middle := 0.5 * (low + high)) < high:
+    while high - low > close * high and low < (middle := 0.5 * (low + high)) < high:
         low, high = (low, middle) if fits(middle) else (middle, high)
     return low, high
 
@@ -192,6 +256,57 @@ def without_budgets(problem: Problem) -> Problem:
         return problem
     endless_j = np.full(len(problem.weight), np.inf)
     return replace(problem, limits=replace(problem.limits, energy_budget_j=endless_j))
+
+
+def equal_share(problem: Problem) -> Array:
+    """Returns B / K for every device, or what its limits make of it [K]."""
+    return np.clip(problem.bandwidth_hz / len(problem.weight), problem.least_hz, problem.most_hz)
+
+
+@dataclass(frozen=True)
+class LeastOnEqual:
+    """The smallest deadline where every device has an equal share; infinite when its limits forbid it."""
+
+    counts_hz: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> float:
+        share = equal_share(problem)
+        always = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
+        if problem.limits is not None and (
+            share.sum() > problem.bandwidth_hz * (1 + TIGHT) or (always > share * (1 + TIGHT)).any()
+        ):
+            return np.inf
+        soonest_s = float(latency(without_budgets(problem), problem.min_kept, share).max())
+        if not problem.chooses:
+            return soonest_s
+
+        def fits(deadline_s: float) -> bool:
+            return bool(
+                (
+                    required_bandwidth(replace(problem, deadline_s=deadline_s), problem.min_kept) <= share * (1 + TIGHT)
+                ).all()
+            )
+
+        return earliest(fits, soonest_s)[1]
+
+    def has_room(self, problem: Problem) -> bool:
+        """Returns False: the smallest deadline is as cheap to know."""
+        return False
+
+    def holds(self, problem: Problem) -> bool:
+        """Returns True: no bandwidth depends on the deadline's last digit."""
+        return True
+
+    def alone(self, problem: Problem, floor_hz: Array) -> Array:
+        """Whether the least bandwidths [K] are no more than may be given, bool [K]."""
+        return floor_hz <= problem.most_hz
+
+    def most(self, share: float) -> float:
+        """Returns the share."""
+        return share
+
+
+least_equal = LeastOnEqual()
 
 
 def dense_deadline(problem: Problem) -> tuple[float, Array]:

@@ -8,10 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from fedprune_cli.allocate.blocks import LeastOnBlocks
-from fedprune_cli.allocate.deadline import least_feasible
+from fedprune_cli.allocate.deadline import Least
 from fedprune_cli.allocate.freedom import Freedom
-from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.problem import (
     TIGHT,
     TOLERANCE,
@@ -33,7 +31,6 @@ from fedprune_cli.store.state import Array
 Policy = Literal["stretch", "drop", "fail"]
 POLICIES: tuple[Policy, ...] = ("stretch", "drop", "fail")
 Solve = Callable[[Problem], tuple[Array, float]]  # bandwidth [K] and price of a feasible problem
-Least = Callable[[Problem], float]  # the smallest deadline at which Solve can work
 Certify = Callable[[Problem, Array, Array, float], Certificate]  # of x [K], b [K] and a price
 
 
@@ -63,31 +60,9 @@ def as_freedom(clock: str, power: str) -> Freedom:
     return Freedom(clock == "chosen", power == "chosen")
 
 
-def has_room(problem: Problem) -> bool:
-    """Whether the devices' least bandwidths fit with room to spare: cheaper to know than the smallest feasible deadline."""
-    return bool(required_bandwidth(problem, problem.min_kept).sum() <= problem.bandwidth_hz * (1 - TOLERANCE))
-
-
-def keeps_least(problem: Problem) -> bool:
-    """Whether the devices really keep their least, to a certificate's tolerance, on bandwidths that fit.
-
-    Where a deadline is many times what a device's upload may take of it, its last digit decides how much bandwidth that needs.
-    """
-    if not np.isfinite(required_bandwidth(problem, problem.min_kept).sum()):
-        return False
-    if has_room(problem):
-        return True
-    bandwidth_hz, price = solve_p1(problem)
-    return certify(problem, kept_on(problem, bandwidth_hz), bandwidth_hz, price).holds
-
-
 def can_meet(problem: Problem, least_s: float, least: Least) -> bool:
     """Whether the problem's deadline is at least `least_s`, and that in digits and not only in theory."""
-    if least_s == np.inf or least_s > problem.deadline_s * (1 + TIGHT):
-        return False
-    if isinstance(least, LeastOnBlocks):
-        return least.grid.fits(problem)
-    return least is not least_feasible or problem.deadline_s == np.inf or keeps_least(problem)
+    return least_s < np.inf and least_s <= problem.deadline_s * (1 + TIGHT) and least.holds(problem)
 
 
 def _stretched(problem: Problem, least_s: float, least: Least) -> Problem:
@@ -111,12 +86,12 @@ def settle(problem: Problem, policy: Policy, least: Least) -> Settled:
     feasible one, and drops only those whom no deadline helps. `fail` raises InfeasibleError.
     """
     everyone = np.ones(len(problem.weight), dtype=bool)
-    if least is least_feasible and has_room(problem):
+    if least.has_room(problem):
         return Settled(problem, everyone, "feasible", "")
     feasible_s = least(problem)
     if can_meet(problem, feasible_s, least):
         return Settled(problem, everyone, "feasible", "")
-    missing = _missing(problem, feasible_s)
+    missing = _missing(problem, feasible_s, least)
     if policy == "fail":
         knobs = "the deadline, pruner.max_ratio or channel.bandwidth_mhz"
         if problem.limits is not None:
@@ -145,7 +120,7 @@ def leave_out(problem: Problem, gone: Array) -> Settled:
     return Settled(problem if gone.all() else problem.take(np.flatnonzero(~gone)), ~gone, "dropped", message)
 
 
-def _missing(problem: Problem, feasible_s: float) -> str:
+def _missing(problem: Problem, feasible_s: float, least: Least) -> str:
     """Says what an infeasible round lacks."""
     floor_hz = required_bandwidth(problem, problem.min_kept)
     hopeless = np.flatnonzero(np.isinf(floor_hz))
@@ -159,6 +134,8 @@ def _missing(problem: Problem, feasible_s: float) -> str:
         text += f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
     else:
         text += "no deadline is late enough"
+    if not hopeless.size and not least.counts_hz:
+        return text
     if not hopeless.size:
         return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
     return text if feasible_s < np.inf else text + f": no bandwidth helps devices {listed(problem.called[hopeless])}"
@@ -177,7 +154,7 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
     order = np.lexsort((np.where(np.isnan(cost), 0.0, cost), np.isinf(floor_hz)))
     if problem.waited is not None:
         turn = order[np.argsort(-problem.waited[order], kind="stable")]
-        turn = turn[_fits_alone(problem, floor_hz, least)[turn]]
+        turn = turn[least.alone(problem, floor_hz)[turn]]
         first = turn[: _longest_prefix(problem, turn, 0, least)]
         order = np.concatenate([first, order[~np.isin(order, first)]])
         fits = _longest_prefix(problem, order, len(first), least)
@@ -186,12 +163,13 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
     admitted = np.zeros(len(order), dtype=bool)
     admitted[order[:fits]] = True
     next_one = order[fits]
+    if not least.counts_hz:
+        return admitted, None
     if not 0 < floor_hz[next_one] < np.inf:
         return admitted, 0.0
     room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
     share = room_hz / floor_hz[next_one]
-    # without whole blocks the next one alone is too much; with them the room may be larger than it, and hold others
-    return admitted, float(problem.weight[next_one] * (min(share, 1.0) if least is least_feasible else share))
+    return admitted, float(problem.weight[next_one] * least.most(share))
 
 
 def _longest_prefix(problem: Problem, order: Array, fits: int, least: Least) -> int:
@@ -207,19 +185,9 @@ def _longest_prefix(problem: Problem, order: Array, fits: int, least: Least) -> 
     return fits
 
 
-def _fits_alone(problem: Problem, floor_hz: Array, least: Least) -> Array:
-    """Returns whether each device could take part if it were the only one, bool [K]."""
-    if isinstance(least, LeastOnBlocks):
-        return least.grid.least(problem) <= least.grid.most(problem)
-    return floor_hz <= problem.most_hz
-
-
 def _dropped(problem: Problem, admitted: Array, bound: float | None) -> str:
-    rule = (
-        f"no other choice admits more than {bound:.3g} more"
-        if bound is not None
-        else "those who waited longest came first"
-    )
+    others = "those who waited longest came first" if problem.waited is not None else "another choice may admit more"
+    rule = others if bound is None else f"no other choice admits more than {bound:.3g} more"
     return f"dropped devices {listed(problem.called[~admitted])} with {problem.weight[~admitted].sum():.3g} of the weight; {rule}"
 
 

@@ -35,8 +35,9 @@ class Problem:
     titles: what messages call them, str [K], their ids when None; limits: None when there are none; energies: the same figures of
     devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
     it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
-    first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio. A signal below NO_LINK of the
-    noise in the band is no link, and becomes s = 0.
+    first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio; block_gain: each device's gain
+    in each block relative to its own [K, N], None where all are alike; only an allocator that says which blocks asks. A signal below
+    NO_LINK of the noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     block_hz: float | None = None
     waited: Array | None = None
     freedom: Freedom = FIXED
+    block_gain: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -170,7 +172,9 @@ class Allocation:
     objective: sum w x over the admitted; certificate: None for allocators that claim no optimality;
     message: who was dropped, what was missing and which knob helps, or empty; block_hz: of which each bandwidth is a whole multiple,
     None where any bandwidth may be given; joules: of computing and sending [K], None for allocators that do not look at them;
-    clock, power: what of its full clock and of its full radiated power each device uses, in (0, 1] [K], None where they are not chosen.
+    clock, power: what of its full clock and of its full radiated power each device uses, in (0, 1] [K], None where they are not chosen;
+    bits: of each device's values, int [K], where each has its own; owner: the place of the device that has each block, int [N], -1 where
+    none has it, where it matters which; gap: of an answer that is not proven the best, how far from it a bound says it may be, relative.
     """
 
     prune_ratio: Array
@@ -189,6 +193,9 @@ class Allocation:
     joules: Array | None = None
     clock: Array | None = None
     power: Array | None = None
+    bits: Array | None = None
+    owner: Array | None = None
+    gap: float | None = None
 
 
 def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:

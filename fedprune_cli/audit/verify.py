@@ -43,7 +43,8 @@ class Findings:
 
     rounds: finished ones, of `planned`, the first `inherited` of them of the run that this one branches from;
     finished: whether the run is; metered: device-rounds whose figures were computed again, of
-    which `bounded` were held to bounds only; certified: rounds with a certificate.
+    which `bounded` were held to bounds only; certified: rounds with a certificate; open_gap: the largest gap to its bound of a round
+    that is not proven optimal, None where there is none.
     """
 
     rounds: int
@@ -59,6 +60,7 @@ class Findings:
     unsolved: int
     difference: float
     failures: tuple[str, ...]
+    open_gap: float | None = None
 
     def table(self) -> Table:
         """Returns the findings for the terminal."""
@@ -82,6 +84,11 @@ class Findings:
             ("rounds with a certificate, recomputed", str(self.certified)),
             ("largest KKT residual", f"{self.residual:.2e}"),
             ("largest duality gap", f"{self.gap:.2e}"),
+            *(
+                []
+                if self.open_gap is None
+                else [("largest gap to a bound, where none is proven the best", f"{self.open_gap:.2e}")]
+            ),
             (
                 "rounds solved again by cvxpy (Clarabel)",
                 f"{self.solved_again}, {self.unsolved} more it could not solve",
@@ -97,7 +104,7 @@ class RoundAudit:
     """What the audit of one round found. metered: device-rounds computed again, of which `bounded` were held to bounds only;
 
     proof: the certificate computed again, where there is one; difference: how far cvxpy's optimum is off, None where it was not asked
-    or, `unsolved`, had no answer.
+    or, `unsolved`, had no answer; open_gap: to the bound computed again, of an answer that is not proven the best.
     """
 
     failures: tuple[str, ...]
@@ -106,6 +113,7 @@ class RoundAudit:
     proof: Certificate | None = None
     difference: float | None = None
     unsolved: bool = False
+    open_gap: float | None = None
 
 
 def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
@@ -148,6 +156,7 @@ def verify_run(setup: Setup, run_dir: Path, every: int) -> Findings:
         unsolved=sum(audit.unsolved for audit in audits),
         difference=max(differences, default=0.0),
         failures=tuple(failures),
+        open_gap=max((audit.open_gap for audit in audits if audit.open_gap is not None), default=None),
     )
 
 
@@ -162,7 +171,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         after: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
-        again = metering_failures(setup, record, roster, 0)
+        again = metering_failures(setup, record, roster, None)
         return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
     after = next_slots(experiment, slots, outcome_of_record(record, slots))
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
@@ -181,12 +190,18 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
             or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
             for key, column in (("clock", record.devices.clock), ("power", record.devices.power))
         )
+        and (plan.bits is not None or record.bits is None)
+        and [*(record.devices.bits or [])][: len(plan.devices)] == ([] if plan.bits else plan.sent_bits.tolist())
+        and (None if record.devices.blocks is None else [*record.devices.blocks][: len(plan.devices)]) == plan.blocks
     )
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
-    wrong += metering_failures(setup, record, roster, len(plan.devices))
+    if (gap := plan.allocation.gap) is not None and not math.isclose(record.gap or 0.0, gap, rel_tol=METER_TOLERANCE):
+        wrong.append(f"gap is {record.gap!r}, the bound gives {gap!r}")
+    wrong += metering_failures(setup, record, roster, plan)
     count = len(record.devices.id)
-    audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
+    bounded = count if setup.blueprint.layout.slices else 0
+    audit = RoundAudit(tuple(wrong), metered=count, bounded=bounded, open_gap=plan.allocation.gap)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
         return audit, after
     given = Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0))
@@ -207,6 +222,8 @@ def _impossible(setup: Setup, record: RoundRecord) -> Iterator[str]:
         yield f"device {unknown[0]} is none of the {num_devices} that train"
     if record.bits is not None and record.bits not in bits:
         yield f"bits is {record.bits}, must be one of {', '.join(map(str, bits))}"
+    if odd := [of for of in record.devices.bits or () if of not in (0, *bits)]:
+        yield f"the bits of a device are {odd[0]}, must be one of {', '.join(map(str, bits))}"
     for key in ("rounding_error", "price_per_hz"):
         value = getattr(record, key)
         if value is not None and value < 0:
@@ -271,11 +288,12 @@ def sum_failures(record: RoundRecord, before_s: float, frozen: Array, *, waits: 
             yield f"{key} is {share!r}, must be in [0, 1]"
 
 
-def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, training: int) -> Iterator[str]:
+def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: Plan | None) -> Iterator[str]:
     """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes.
 
-    The first `training` devices of the record trained u, the others are frozen.
+    plan: what the record follows, None where all devices are frozen; else its devices stand first in the record.
     """
+    training = 0 if plan is None else len(plan.devices)
     experiment, size, slices = setup.experiment, setup.blueprint.cost.shared_params, setup.blueprint.layout.slices
     devices = np.array(record.devices.id, dtype=int)
     if not len(devices):
@@ -286,7 +304,8 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         experiment.faults.draw(moment).work, np.ones(len(devices) - training)
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
-    coded = np.where(stopped, 0, code_bytes(kept, record.bits or BITS_PER_PARAM))
+    bits = np.full(len(devices), record.bits or BITS_PER_PARAM) if record.devices.bits is None else record.devices.bits
+    coded = np.where(stopped, 0, code_bytes(kept, np.array(bits)))
     sent = setup.radio.sent_bytes(coded)
     if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong
@@ -318,9 +337,12 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
     load = replace(load, clock=clock, power=power)
     snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
     snr_hz = snr_hz if load.power is None else snr_hz * load.power
+    rate_bps = rate(np.array(record.devices.bandwidth_hz), snr_hz)
+    if plan is not None and plan.blocks is not None:  # which are those of the record
+        rate_bps[:training] = plan.allocation.rate_bps[plan.admitted_places]
     again = measure(
         load,
-        rate_bps=rate(np.array(record.devices.bandwidth_hz), snr_hz),
+        rate_bps=rate_bps,
         kept=kept / max(size, 1),
         payload_bytes=coded,  # what was sent agrees with it, or was cut short
         bits_down=0.0,
@@ -353,11 +375,10 @@ def _meter_failures(record: RoundRecord, again: Measurement) -> Iterator[str]:
         yield f"flops is {record.flops!r}, the meter gives {again.flops.sum()!r}"
 
 
-def code_bytes(kept: Array, bits: int) -> Array:
+def code_bytes(kept: Array, bits: int | Array) -> Array:
     """Returns how many bytes the code of `kept` values [K] has: of a value that is rounded, its bits and its block's scale."""
-    if bits == BITS_PER_PARAM:
-        return 4 * kept
-    return 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
+    rounded = 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
+    return np.where(np.equal(bits, BITS_PER_PARAM), 4 * kept, rounded)
 
 
 def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -> list[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fedprune_cli import plugins
-from fedprune_cli.allocate.baselines import Allocator
+from fedprune_cli.allocate.baselines import Allocator, ChoosesBits
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import Weights
 from fedprune_cli.allocate.whole import BLOCK_HZ
 from fedprune_cli.config.inputs import TABLES, Input, dataset_sha256, read_input
-from fedprune_cli.errors import require
+from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.execute import Execution
 from fedprune_cli.learn.client import EVALUATION_BATCH, Training
 from fedprune_cli.learn.models import ModelConfig
@@ -115,6 +115,17 @@ class Experiment:
         require(1 <= self.rounds <= 10**6, "rounds", self.rounds, "in 1..1000000")
         begun = self.branch.round if self.branch else 0
         require(self.rounds > begun, "rounds", self.rounds, f"more than the {begun} that the run branches from")
+        if self.payload.per_device and not isinstance(self.allocator, ChoosesBits):
+            raise ConfigError(
+                f"payload.per_device=true: not with allocator={self.allocator.name}, only with allocator=kkt"
+            )
+        beside = [
+            f"allocator.{key}={word}"
+            for key, word in (("clock", "chosen"), ("power", "chosen"), ("blocks", True))
+            if getattr(self.allocator, key, None) == word
+        ]
+        if self.payload.per_device and beside:
+            raise ConfigError(f"payload.per_device=true: not together with {beside[0].lower()}")
 
     @property
     def faulty(self) -> bool:

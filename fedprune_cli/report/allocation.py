@@ -19,6 +19,7 @@ from fedprune_cli.allocate.problem import Problem
 from fedprune_cli.allocate.variants import deadlines_at, frontier_answers, least_mean
 from fedprune_cli.report import figures
 from fedprune_cli.report.page import csv_text, seconds, write_files
+from fedprune_cli.report.tables import cell
 from fedprune_cli.round.first import FirstRound
 from fedprune_cli.terminal import Table
 
@@ -38,6 +39,7 @@ class _Named(TypedDict, total=False):
 
 class _Whole(TypedDict, total=False):
     blocks: int
+    block_ids: list[int]
 
 
 class _Spending(TypedDict, total=False):
@@ -55,8 +57,13 @@ class _Compressed(TypedDict, total=False):
     bits: int
 
 
+class _Bounded(TypedDict, total=False):
+    gap: float
+
+
 class DeviceAnswer(TypedDict):
-    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; binds: which limit holds it;
+    """What one device gets. name: what the table calls it, where it does; blocks: of whole ones; block_ids: which, where each has a gain
+    of its own; bits: of a value, where each device has its own; binds: which limit holds it;
     clock, power: where they are chosen, what of its full clock and radiated power it uses, and cpu_hz, tx_power_w where they are known;
     joules: of computing and sending, where the objective looks at them.
     """
@@ -66,6 +73,8 @@ class DeviceAnswer(TypedDict):
     prune_ratio: float
     bandwidth_hz: float
     blocks: NotRequired[int]
+    block_ids: NotRequired[list[int]]
+    bits: NotRequired[int]
     clock: NotRequired[float]
     cpu_hz: NotRequired[float]
     power: NotRequired[float]
@@ -78,7 +87,10 @@ class DeviceAnswer(TypedDict):
 
 
 class Answer(TypedDict):
-    """An allocation as one JSON object. objective: the weighted mean of what is kept; bits: of a value, where they were chosen."""
+    """An allocation as one JSON object. objective: the weighted mean of what is kept; bits: of a value, where they were chosen;
+
+    gap: where it is not proven to be the best, how far it may be from it, relative to the weights.
+    """
 
     status: str
     deadline_s: float
@@ -87,6 +99,7 @@ class Answer(TypedDict):
     certificate: Proof | None
     message: str
     bits: NotRequired[int]
+    gap: NotRequired[float]
     devices: list[DeviceAnswer]
 
 
@@ -96,7 +109,8 @@ def answer(first: FirstRound, *, of_several: bool) -> Answer:
     of_several: whether the bits were chosen, and are worth a word.
     """
     allocation, certificate = first.allocation, first.allocation.certificate
-    compressed: _Compressed = {"bits": first.bits} if of_several else {}
+    compressed: _Compressed = {"bits": first.bits} if of_several and first.bits is not None else {}
+    bounded: _Bounded = {} if allocation.gap is None else {"gap": allocation.gap}
     return {
         "status": allocation.status,
         "deadline_s": allocation.deadline_s,
@@ -107,6 +121,7 @@ def answer(first: FirstRound, *, of_several: bool) -> Answer:
         else {"residual": float(certificate.residual), "gap": float(certificate.gap)},
         "message": allocation.message,
         **compressed,
+        **bounded,
         "devices": [_device(first, at) for at in range(len(allocation.binds))],
     }
 
@@ -117,6 +132,9 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
     whole: _Whole = {}
     if allocation.block_hz is not None:
         whole = {"blocks": round(float(allocation.bandwidth_hz[at]) / allocation.block_hz)}
+    if allocation.owner is not None:
+        whole["block_ids"] = np.flatnonzero(allocation.owner == at).tolist()
+    of_device: _Compressed = {} if allocation.bits is None else {"bits": int(allocation.bits[at])}
     spending: _Spending = {} if allocation.joules is None else {"joules": float(allocation.joules[at])}
     return {
         "id": at,
@@ -124,6 +142,7 @@ def _device(first: FirstRound, at: int) -> DeviceAnswer:
         "prune_ratio": float(allocation.prune_ratio[at]),
         "bandwidth_hz": float(allocation.bandwidth_hz[at]),
         **whole,
+        **of_device,
         **_chosen(first, at),
         "rate_bps": float(allocation.rate_bps[at]),
         "latency_s": float(allocation.latency_s[at]),
@@ -222,6 +241,8 @@ def allocation_table(result: Answer) -> Table:
         else f"KKT residual {certificate['residual']:.1e}, gap {certificate['gap']:.1e}"
     )
     bits = f", {result['bits']} bits per value" if "bits" in result else ""
+    if "gap" in result:
+        proof = f"{proof}; at most {100 * result['gap']:.2g} % of the weight below the best"
     title = f"{result['status']}, deadline {seconds(result['deadline_s'])}{bits}; {proof}" + (
         f"\n{result['message']}" if result["message"] else ""
     )
@@ -231,6 +252,8 @@ def allocation_table(result: Answer) -> Table:
             f"{device['prune_ratio']:.3f}",
             f"{device['bandwidth_hz'] / 1e6:.4f}",
             *([str(device["blocks"])] if "blocks" in device else []),
+            *([ranges(device["block_ids"])] if "block_ids" in device else []),
+            *([str(device["bits"])] if "bits" in device else []),
             *([f"{100 * device['clock']:.1f}"] if "clock" in device else []),
             *([f"{100 * device['power']:.2g}"] if "power" in device else []),
             f"{device['latency_s']:.4g}",
@@ -240,11 +263,26 @@ def allocation_table(result: Answer) -> Table:
         ]
         for device in result["devices"]
     ]
-    titles = {"blocks": "blocks", "clock": "clock %", "power": "power %"}
+    titles = {"blocks": "blocks", "block_ids": "which", "bits": "bits", "clock": "clock %", "power": "power %"}
     has = {*result["devices"][0]} if result["devices"] else set[str]()
     extra, spent = [title for key, title in titles.items() if key in has], (["joules"] if "joules" in has else [])
     headers = ["device", "ratio", "MHz", *extra, "seconds", *spent, "binds", "Mbit/s"]
-    return Table.of(title, headers, rows, folding=["binds"], elsewhere="in --json")
+    return Table.of(title, headers, rows, folding=["which", "binds"], elsewhere="in --json")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers as ranges.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2 5 7-8'
+    """
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def ladder_table(rungs: Sequence[Rung]) -> Table:
@@ -266,7 +304,7 @@ def write_allocation(out: Path, result: Answer, frontier: Sequence[Mapping[str, 
     keys = [*devices[0]]
     columns = [*frontier[0]] if frontier else ["fraction", "deadline_s", "mean_ratio"]
     files = {
-        "allocation.csv": csv_text(keys, [[device[key] for key in keys] for device in devices]),
+        "allocation.csv": csv_text(keys, [[cell(device[key]) for key in keys] for device in devices]),
         "allocation.json": json.dumps(result, indent=1) + "\n",
         "frontier.csv": csv_text(
             columns, [["" if value != value else value for value in row.values()] for row in frontier]

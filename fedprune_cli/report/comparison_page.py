@@ -257,8 +257,9 @@ def _certificate_rows(comparison: Comparison) -> list[list[str]]:
     for method, runs in comparison.runs.items():
         records = [record for run in runs for record in run.rounds]
         status = [record.status for record in records]
-        proofs = [(abs(r.residual), abs(r.gap)) for r in records if r.residual is not None and r.gap is not None]
-        worst = [f"{max(found):.2e}" for found in zip(*proofs, strict=True)] or ["-", "-"]
+        proofs = [abs(r.residual) for r in records if r.residual is not None]
+        gaps = [abs(r.gap) for r in records if r.gap is not None]
+        worst = [f"{max(found):.2e}" if found else "-" for found in (proofs, gaps)]
         counts = ", ".join(f"{status.count(name)} {name}" for name in dict.fromkeys(status))
         rows.append([method, counts, str(len(proofs)), *worst])
     return rows

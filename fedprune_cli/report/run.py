@@ -154,6 +154,9 @@ def _certificate_facts(run: Run) -> list[list[str]]:
     if proofs:
         facts.append(["largest KKT residual", f"{max(residual for residual, _ in proofs):.2e}"])
         facts.append(["largest duality gap, relative", f"{max(gap for _, gap in proofs):.2e}"])
+    elif gaps := [r.gap for r in run.rounds if r.gap is not None]:
+        facts.append(["certificate", "a bound, and no optimality"])
+        facts.append(["largest gap to the bound, relative", f"{max(gaps):.2e}"])
     else:
         facts.append(["certificate", "none: this allocator claims no optimality of P1"])
     return facts

@@ -54,8 +54,13 @@ def device_table(run: Run) -> Rows:
     for record in run.rounds:
         columns = [getattr(record.devices, key) or [None] * len(record.devices.id) for key in keys]
         called = [[run.called(device) for device in record.devices.id] for _ in names]
-        rows += [[record.round, *row] for row in zip(*called, *columns, strict=True)]
+        rows += [[record.round, *map(cell, row)] for row in zip(*called, *columns, strict=True)]
     return ["round", *names, *keys], rows
+
+
+def cell(value: object) -> object:
+    """Returns a cell: of several numbers, such as a device's blocks, one text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def as_parquet(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,15 +13,16 @@ from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import DataError
+from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.round.memory import first_slots
-from fedprune_cli.round.plan import Beliefs, RoundProblems, choose, round_problems
+from fedprune_cli.round.plan import Beliefs, RoundProblems, decide, round_problems
 from fedprune_cli.round.setup import Blueprint, build_blueprint, prepare
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.channel import radio_of
+from fedprune_cli.world.band import Radio
+from fedprune_cli.world.channel import block_gain_of, radio_of
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
 from fedprune_cli.world.measured import MeasuredFleet
@@ -44,11 +46,11 @@ OWN_LIMITS = (
 class FirstRound:
     """The first round of an experiment, or of a table of devices, as the server would allocate it.
 
-    bits: of a value on the uplink, chosen out of `payload.bits`; problem: the one with these bits; allocation: its answer;
-    names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
+    bits: of a value on the uplink, chosen out of `payload.bits`, None where each device has its own; problem: the one with these bits;
+    allocation: its answer; names: what a table calls the devices; fleet: what they are, None for a table of the problem's own columns.
     """
 
-    bits: int
+    bits: int | None
     problem: Problem
     allocation: Allocation
     names: tuple[str, ...] | None = None
@@ -62,8 +64,8 @@ def allocate_first_round(experiment: Experiment, table: Path | None = None) -> F
     its pruning, the payload and the channel are the experiment's. Raises DataError naming the line of a bad row.
     """
     question = ask(experiment, table)
-    bits, allocation = choose(experiment, question.problems, 0, question.slots)
-    return FirstRound(bits, question.problems.by_bits[bits], allocation, question.names, question.fleet)
+    decision = decide(experiment, question.problems, 0, question.slots)
+    return FirstRound(decision.bits, decision.problem, decision.allocation, question.names, question.fleet)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Question:
 def ask(experiment: Experiment, table: Path | None = None) -> Question:
     """Returns the first round's question, before any allocator has answered it."""
     if table is not None and {"shared_compute_s", "snr_hz"} & {*read_header(str(table))}:
+        if experiment.payload.per_device:
+            raise ConfigError(
+                f"payload.per_device=true: column payload_bits of {table} says already what is sent; give physical columns"
+            )
         problem, names = _own_problem(table, experiment)
         deadline_s = experiment.deadline.at(0, experiment.rounds, 0.0, dense_deadline(problem)[0])
         problem = replace(problem, deadline_s=deadline_s)
@@ -98,8 +104,10 @@ def ask(experiment: Experiment, table: Path | None = None) -> Question:
 def _from_config(experiment: Experiment) -> tuple[Blueprint, Beliefs]:
     setup = prepare(experiment)
     ids, scenario = np.arange(setup.scenario.num_devices), setup.scenario
-    gain = scenario.at(0).gain_linear[ids]
-    return setup.blueprint, Beliefs(ids, scenario.fleet, gain, scenario.partition.train.sizes[ids])
+    conditions = scenario.at(0)
+    blocks = None if conditions.block_gain is None else conditions.block_gain[ids]
+    samples = scenario.partition.train.sizes[ids]
+    return setup.blueprint, Beliefs(ids, scenario.fleet, conditions.gain_linear[ids], samples, blocks)
 
 
 def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs]:
@@ -111,12 +119,19 @@ def _from_table(experiment: Experiment, table: Path) -> tuple[Blueprint, Beliefs
     model = build_model(experiment.model, shape, dataset.num_classes, experiment.seed)
     blueprint = build_blueprint(experiment, split_model(model, experiment.method.personal_part), shape)
     gain = experiment.channel.gain(experiment.seed, 0, fleet)
-    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples)
+    blocks = block_gain_of(experiment.channel, experiment.seed, 0, len(samples))
+    return blueprint, Beliefs(np.arange(len(samples)), fleet, gain, samples, blocks)
 
 
 def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str, ...] | None]:
-    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS), named=True)
+    radio = radio_of(experiment.channel)
+    gains = _gain_columns(file, radio)
+    rows = read_table(str(file), OWN_COLUMNS, optional=("max_ratio", *OWN_LIMITS, *gains), named=True)
     size = len(rows["weight"])
+    if not gains and block_gain_of(experiment.channel, experiment.seed, 0, 1) is not None:
+        raise DataError(
+            f"{file}: channel.coherence_mhz draws no gains for snr_hz; give columns gain_0, gain_1 and so on, one for each block"
+        )
     limits = None
     if given := [name for name in OWN_LIMITS if name in rows]:
         energy = ("energy_budget_j", "shared_energy_j", "tx_power_w")
@@ -126,7 +141,6 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    radio = radio_of(experiment.channel)
     problem = Problem(
         shared_compute_s=rows["shared_compute_s"],
         payload_bits=rows["payload_bits"],
@@ -139,8 +153,22 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         deadline_s=math.inf,
         limits=limits,
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
+        block_gain=np.stack([rows[name] for name in gains], 1) if gains else None,
     )
     return problem, rows.names
+
+
+def _gain_columns(file: Path, radio: Radio) -> list[str]:
+    """Returns the columns gain_0, gain_1, ... of a table: gains in each block relative to the device's own; raises DataError."""
+    count = sum(bool(re.fullmatch(r"gain_\d+", name)) for name in read_header(str(file)))
+    if count and radio.block_hz is not None and count != round(radio.band_hz / radio.block_hz):
+        raise DataError(
+            f"{file}, line 1: {count} columns gain_0, gain_1 ... for the channel's {round(radio.band_hz / radio.block_hz)} blocks"
+        )
+    names = [f"gain_{block}" for block in range(count)]
+    if missing := [name for name in names if name not in read_header(str(file))]:
+        raise DataError(f"{file}, line 1: column {missing[0]} is missing beside the other gains of blocks")
+    return names
 
 
 def _as_table(devices: Devices, file: Path) -> FleetTable:

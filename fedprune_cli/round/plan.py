@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.baselines import ChoosesBits
+from fedprune_cli.allocate.bits import Menu
 from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import Allocation, Problem, rate
+from fedprune_cli.allocate.problem import Allocation, Problem
+from fedprune_cli.allocate.selective import rates_at
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
 from fedprune_cli.round.roster import Roster
@@ -23,12 +26,16 @@ from fedprune_cli.world.fleet import Fleet
 
 @dataclass(frozen=True)
 class Beliefs:
-    """What the server takes the devices of a round to be: their ids [K], the fleet [N] that they are of, gains and samples D_k [K]."""
+    """What the server takes the devices of a round to be: their ids [K], the fleet [N] that they are of, gains and samples D_k [K];
+
+    block_gain: the gain in each block relative to that [K, blocks], where blocks differ.
+    """
 
     ids: Array
     fleet: Fleet
     gain_linear: Array
     samples: Array
+    block_gain: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,24 @@ class RoundProblems:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What the allocation of a round is. bits: of a value on the uplink, None where each device has its own; problem: the one solved."""
+
+    bits: int | None
+    problem: Problem
+    allocation: Allocation
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the server decided.
 
-    bits: of a value on the uplink; problem: the one that was solved, by what the server believes; allocation: its answer, with the
-    rates that the bandwidths really give; reference: the round's problem at the true clocks and gains, without compression;
-    devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
+    bits: of a value on the uplink, None where each device has its own; problem: the one that was solved, by what the server believes;
+    allocation: its answer, with the rates that the bandwidths really give; reference: the round's problem at the true clocks and gains,
+    without compression; devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
     """
 
-    bits: int
+    bits: int | None
     problem: Problem
     allocation: Allocation
     reference: Problem
@@ -70,6 +86,18 @@ class Plan:
         return {key: values[self.admitted_places] for key, values in columns.items() if values is not None}
 
     @property
+    def sent_bits(self) -> Array:
+        """The bits of a value of each admitted device, int [A]."""
+        of_each = self.allocation.bits
+        return np.full(len(self.devices), self.bits) if of_each is None else of_each[self.admitted_places]
+
+    @property
+    def blocks(self) -> list[list[int]] | None:
+        """Which blocks each admitted device has [A], ascending, where that matters."""
+        owner = self.allocation.owner
+        return None if owner is None else [np.flatnonzero(owner == place).tolist() for place in self.admitted_places]
+
+    @property
     def admitted_places(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
         return np.flatnonzero(self.allocation.admitted)
@@ -84,20 +112,20 @@ def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
         cpu_hz, gain = faults.estimate(setup.experiment.seed, roster.number, truth.fleet.cpu_hz, roster.gain_linear)
         believed = replace(truth, fleet=replace(truth.fleet, cpu_hz=cpu_hz), gain_linear=gain[truth.ids])
     problems = round_problems(blueprint, believed, roster.number, slots)
-    bits, allocation = choose(setup.experiment, problems, roster.number, slots)
-    reference = problems.reference
+    decision = decide(setup.experiment, problems, roster.number, slots)
+    allocation, reference = decision.allocation, problems.reference
     if faults.misjudges:
         reference = round_problems(blueprint, truth, roster.number, slots).reference
-        power = 1.0 if allocation.power is None else allocation.power
-        allocation = replace(allocation, rate_bps=rate(allocation.bandwidth_hz, reference.snr_hz * power))
+        allocation = replace(allocation, rate_bps=rates_at(reference, allocation))
     devices, ratios = roster.training[allocation.admitted], slots["prune_ratio"].copy()
     ratios[devices] = allocation.prune_ratio[allocation.admitted]
-    return Plan(bits, problems.by_bits[bits], allocation, reference, devices, ratios)
+    return Plan(decision.bits, decision.problem, allocation, reference, devices, ratios)
 
 
 def _truth(setup: Setup, roster: Roster) -> Beliefs:
     ids, scenario = roster.training, setup.scenario
-    return Beliefs(ids, scenario.fleet, roster.gain_linear[ids], scenario.partition.train.sizes[ids])
+    blocks = None if roster.block_gain is None else roster.block_gain[ids]
+    return Beliefs(ids, scenario.fleet, roster.gain_linear[ids], scenario.partition.train.sizes[ids], blocks)
 
 
 def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: Slots) -> RoundProblems:
@@ -119,11 +147,25 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     names = beliefs.fleet.names
     titles = None if names is None else np.array(names, dtype=object)[ids]
     waited = slots["waited"][ids] if "waited" in slots else None
-    problem = replace(problem, deadline_s=deadline_s, ids=ids, titles=titles, waited=waited)
+    problem = replace(
+        problem, deadline_s=deadline_s, ids=ids, titles=titles, waited=waited, block_gain=beliefs.block_gain
+    )
     widths = experiment.payload.bits
     return RoundProblems(
         problem, {bits: with_margins(compress(problem, bits_per_value(bits)), slots) for bits in widths}
     )
+
+
+def decide(experiment: Experiment, problems: RoundProblems, number: int, slots: Slots) -> Decision:
+    """Returns bits and allocation of a round, the bits of all devices together or, where `payload` asks for it, of each."""
+    if not (experiment.payload.per_device and isinstance(experiment.allocator, ChoosesBits)):
+        bits, allocation = choose(experiment, problems, number, slots)
+        return Decision(bits, problems.by_bits[bits], allocation)
+    widths = [*problems.by_bits]
+    share = np.array([bits_per_value(bits) for bits in widths]) / bits_per_value(widths[0])
+    omega = np.array([experiment.payload.noise(bits, 1, slots) for bits in widths])
+    menu = Menu(np.array(widths), share, omega)
+    return Decision(None, *experiment.allocator.solve_bits(problems.by_bits[widths[0]], menu))
 
 
 def choose(experiment: Experiment, problems: RoundProblems, number: int, slots: Slots) -> tuple[int, Allocation]:

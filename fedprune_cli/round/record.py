@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,8 @@ class Finished:
         return Outcome(
             number=state.round,
             simulated_s=float(state.slots["simulated_s"] + self.latency_s),
-            bits=plan.bits,
+            bits=plan.bits or 0,
+            device_bits=None if plan.bits is not None else plan.sent_bits,
             rounding_error=float(np.mean(rounding)) if rounding else None,
             devices=plan.devices,
             prune_ratio=plan.ratios[plan.devices],
@@ -66,6 +68,7 @@ def outcome_of_record(record: RoundRecord, slots: Slots) -> Outcome:
         number=record.round - 1,
         simulated_s=record.simulated_s,
         bits=record.bits or 0,
+        device_bits=None if rows.bits is None else np.array(rows.bits[:training], dtype=int),
         rounding_error=None if record.rounding_error is None else float(record.rounding_error),
         devices=np.array(rows.id[:training], dtype=int),
         prune_ratio=np.array(rows.prune_ratio[:training]),
@@ -85,8 +88,10 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
     weights = samples[ids] / max(samples[ids].sum(), 1)
     certificate, gradient = allocation.certificate, np.zeros(0) if outcome.gradient is None else outcome.gradient
     frozen = len(results.personal_updates)
-    given = {"bandwidth_hz": allocation.bandwidth_hz[admitted].tolist() + [0.0] * frozen}
+    given: dict[str, list[Any]] = {"bandwidth_hz": allocation.bandwidth_hz[admitted].tolist() + [0.0] * frozen}
     given |= {key: values.tolist() + [1.0] * frozen for key, values in plan.chosen.items()}
+    given |= {} if plan.bits is not None else {"bits": plan.sent_bits.tolist() + [0] * frozen}
+    given |= {} if plan.blocks is None else {"blocks": plan.blocks + [[] for _ in range(frozen)]}
     return RoundRecord(
         round=new.round,
         simulated_s=float(new.slots["simulated_s"]),
@@ -108,7 +113,7 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         equal_dense_latency_s=equal_dense_latency(problem),
         price_per_hz=allocation.price_per_hz,
         residual=certificate.residual if certificate else None,
-        gap=certificate.gap if certificate else None,
+        gap=allocation.gap if allocation.gap is not None else certificate.gap if certificate else None,
         status=allocation.status,
         message=allocation.message,
         frozen=count_frozen(new),
@@ -118,7 +123,7 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
 
 
 def device_rows(
-    new: State, updates: Sequence[Update], given: Mapping[str, Sequence[float]], measured: Measurement, errors: Array, scores: Scores
+    new: State, updates: Sequence[Update], given: Mapping[str, Sequence[Any]], measured: Measurement, errors: Array, scores: Scores
 ) -> DeviceRows:  # fmt: skip
     """Returns the figures by device, all in the order of the updates; given: what the allocation gave them, bandwidth_hz and more."""
     ids = [update.device for update in updates]

@@ -19,7 +19,8 @@ class Roster:
 
     number: of the round, from 0; gain_linear: every device's channel gain, float64 [N]; here: the training devices that are not in
     outage; quarantined: those that the server shuts out; training: those that are to train the shared part, whom the allocation may
-    still turn away; frozen: those that train their personalized part only. All ids ascend, int64.
+    still turn away; frozen: those that train their personalized part only. All ids ascend, int64. block_gain: every device's gain in
+    each block relative to its own, float64 [N, blocks], where blocks differ.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Roster:
     quarantined: Array
     training: Array
     frozen: Array
+    block_gain: Array | None = None
 
 
 def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
@@ -44,7 +46,8 @@ def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
     wanted = setup.experiment.devices.per_round
     if wanted is not None and wanted < len(able):
         able = np.sort(stream(setup.experiment.seed, "participants", number).choice(able, wanted, replace=False))
-    return Roster(number, conditions.gain_linear, here, away, able, _frozen(setup, here, slots))
+    frozen = _frozen(setup, here, slots)
+    return Roster(number, conditions.gain_linear, here, away, able, frozen, conditions.block_gain)
 
 
 def _frozen(setup: Setup, here: Array, slots: Slots) -> Array:

@@ -55,7 +55,7 @@ def assign(setup: Setup, state: State, roster: Roster, plan: Plan) -> Work:
     moment = Moment(experiment.seed, state.round, experiment.rounds, setup.scenario.num_devices, devices)
     return Work(
         masks,
-        [training_task(setup, state, masks, device, plan.bits) for device in devices.tolist()],
+        [training_task(setup, state, masks, *of) for of in zip(devices.tolist(), plan.sent_bits.tolist(), strict=True)],
         personal_tasks(setup, state, masks, roster.frozen),
         moment,
         experiment.faults.draw(moment),

@@ -51,7 +51,8 @@ class DeviceRows:
     """A record's figures by device, columns aligned with `id`: first those that trained the shared part, then the frozen.
 
     bandwidth_hz is 0 for the frozen, which send nothing; accuracy is None in a round that was not tested; clock, power: what of its full
-    clock and of its full radiated power a device used, None where they are not chosen.
+    clock and of its full radiated power a device used, None where they are not chosen; bits: of each device's values on the uplink, 0 for
+    the frozen, None where all have the record's; blocks: the numbers of the blocks that each had, None where any are alike.
     """
 
     id: Sequence[int] = ()
@@ -68,9 +69,11 @@ class DeviceRows:
     accuracy: Sequence[float | None] | None = None
     clock: Sequence[float] | None = None
     power: Sequence[float] | None = None
+    bits: Sequence[int] | None = None
+    blocks: Sequence[Sequence[int]] | None = None
 
     def columns(self) -> dict[str, object]:
-        """Returns the columns in their order; clock and power only where they exist."""
+        """Returns the columns in their order; what is not always chosen only where it exists."""
         return {key: values for key, values in asdict(self).items() if values is not None or key not in _CHOSEN}
 
 
@@ -79,10 +82,10 @@ class RoundRecord:
     """One finished round. None stands where a figure does not exist: accuracies of an untested round, ratios of a round at rest.
 
     round: from 1; simulated_s: the clock after it; latency_s: of the round; deadline_s: T as given or stretched; the accuracies: over
-    devices, weighted by D_k, unweighted and their 10th percentile, and of devices that never trained; bits: of a value on the uplink;
-    dense_latency_s, equal_dense_latency_s: what the round would take unpruned, on its optimal and on equal bandwidth; price_per_hz,
-    residual, gap: the allocation's dual price and certificate; frozen: devices that stopped training the shared part, where any may;
-    faults: where anything may go wrong.
+    devices, weighted by D_k, unweighted and their 10th percentile, and of devices that never trained; bits: of a value on the uplink,
+    None where each device has its own; dense_latency_s, equal_dense_latency_s: what the round would take unpruned, on its optimal and on
+    equal bandwidth; price_per_hz, residual, gap: the allocation's dual price and certificate, or how far it may be from the best one;
+    frozen: devices that stopped training the shared part, where any may; faults: where anything may go wrong.
     """
 
     round: int
@@ -161,7 +164,7 @@ RESTED_ORDER = (
 
 _FORMS: Mapping[object, object] = {
     int: int, float: float, str: str, int | None: (int, None), float | None: (float, None), Sequence[int]: [int],
-    Sequence[float]: [float], Sequence[float] | None: [float],
+    Sequence[float]: [float], Sequence[float] | None: [float], Sequence[int] | None: [int], Sequence[Sequence[int]] | None: [[int]],
     Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
 }  # fmt: skip
 
@@ -172,7 +175,7 @@ def _form(of: type) -> dict[str, object]:
 
 _ROUND, _DEVICES, _LOG = _form(RoundRecord), _form(DeviceRows), _form(FaultLog)
 _OPTIONAL = ("frozen", "faults")
-_CHOSEN = ("clock", "power")
+_CHOSEN = ("clock", "power", "bits", "blocks")
 
 
 def parse_record(value: object) -> RoundRecord | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune_cli.errors import require
+from fedprune_cli.sections import LATER
 from fedprune_cli.store.memory import Outcome, Sizes, Slots
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, QUANTIZED_BITS, levels
 
@@ -19,10 +20,11 @@ class Payload:
 
     Of several, a round takes those that go with the allocation that learns most: sum w_k x_k / (1 + omega_q / K), since the rounding
     errors of K devices, of relative square omega_q, are independent and average out. omega_q L^2, about the same for all bits, is
-    remembered as `rounding` from the last round in which any value was rounded.
+    remembered as `rounding` from the last round in which any value was rounded. per_device: whether each device has bits of its own.
     """
 
     bits: list[int]
+    per_device: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         allowed = (*QUANTIZED_BITS, BITS_PER_PARAM)
@@ -40,4 +42,11 @@ class Payload:
     def next_slots(self, slots: Slots, outcome: Outcome) -> Slots:
         if "rounding" not in slots or outcome.rounding_error is None:
             return {}
-        return {"rounding": np.array(outcome.rounding_error * levels(outcome.bits) ** 2)}
+        bits = [outcome.bits]
+        if outcome.device_bits is not None:  # of those whose rounding was measured
+            trained = [loss is not None for loss in outcome.train_loss]
+            bits = outcome.device_bits[trained & (outcome.device_bits != BITS_PER_PARAM)].tolist() or bits
+        squares = [levels(one) ** 2 for one in bits]
+        if len({*squares}) > 1:  # omega_q L^2 is about the same for all
+            return {"rounding": np.array(outcome.rounding_error / np.mean([1 / square for square in squares]))}
+        return {"rounding": np.array(outcome.rounding_error * squares[0])}

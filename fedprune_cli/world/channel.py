@@ -16,6 +16,7 @@ from fedprune_cli.store.state import Array
 from fedprune_cli.world.band import Radio, RadioBand, check_band, without_outage
 from fedprune_cli.world.fleet import Fleet
 from fedprune_cli.world.recorded import Trace, UplinkTrace
+from fedprune_cli.world.selective import block_fading
 
 LIGHT_M_PER_S = 299_792_458.0
 
@@ -55,14 +56,29 @@ def radio_of(channel: Channel) -> Radio:
     return channel.radio if isinstance(channel, Gridded) else Radio(channel.bandwidth_hz)
 
 
+@runtime_checkable
+class Selective(Protocol):
+    """A channel whose blocks may have gains of their own."""
+
+    def block_gain(self, seed: int, number: int, num_devices: int) -> Array | None:
+        """Returns the gain of every device in each block in round `number` relative to `gain` [N, blocks]; None where all are alike."""
+
+
+def block_gain_of(channel: Channel, seed: int, number: int, num_devices: int) -> Array | None:
+    """Returns a channel's gains by block relative to the devices' own [N, blocks]; None where all blocks are alike."""
+    return channel.block_gain(seed, number, num_devices) if isinstance(channel, Selective) else None
+
+
 @dataclass(frozen=True)
 class _Fading(RadioBand, ABC):
     """Path loss and log-normal shadowing, fixed for a device, times block fading, redrawn each round.
 
-    A fleet's own `path_gain_linear` stands in for path loss and shadowing where it is given.
+    A fleet's own `path_gain_linear` stands in for path loss and shadowing where it is given. coherence_hz: the bandwidth over which the
+    correlation of two blocks' gains falls to 1/2, None where all blocks fade alike; a device's own gain is then its mean over the blocks.
     """
 
     fading: str
+    coherence_hz: float | None = field(default=None, kw_only=True, metadata=LATER)
 
     @abstractmethod
     def loss_db(self, seed: int, distance_m: Array) -> Array:
@@ -81,7 +97,23 @@ class _Fading(RadioBand, ABC):
         path_gain = self.path_gain(seed, fleet)
         if self.fading == "none":
             return path_gain
+        if self.coherence_hz is not None:
+            mean: Array = self._fading_of_blocks(seed, number, len(path_gain)).mean(1)
+            return path_gain * mean
         return path_gain * stream(seed, "fading", number).exponential(size=len(path_gain))
+
+    def block_gain(self, seed: int, number: int, num_devices: int) -> Array | None:
+        """Returns the gain of every device in each block relative to its own [N, blocks]; None where all blocks fade alike."""
+        if self.coherence_hz is None:
+            return None
+        gain = self._fading_of_blocks(seed, number, num_devices)
+        return gain / gain.mean(1)[:, None]
+
+    def _fading_of_blocks(self, seed: int, number: int, num_devices: int) -> Array:
+        radio = self.radio
+        block_hz = radio.block_hz or radio.band_hz
+        blocks = round(radio.band_hz / block_hz)
+        return block_fading(seed, number, (num_devices, blocks), (self.coherence_hz or math.inf) / block_hz)
 
     def available(self, seed: int, rounds: int, num_devices: int) -> Array:
         return without_outage(self, seed, rounds, num_devices)
@@ -89,6 +121,17 @@ class _Fading(RadioBand, ABC):
 
 def _check_fading(channel: _Fading) -> None:
     require(channel.fading in ("rayleigh", "none"), "fading", channel.fading, "'rayleigh' or 'none'")
+    coherence_hz = channel.coherence_hz
+    require(
+        coherence_hz is None or 0 < coherence_hz < math.inf, "coherence_hz", coherence_hz, "> 0 and finite, or null"
+    )
+    fades = channel.numerology is not None and channel.fading == "rayleigh"
+    require(
+        coherence_hz is None or fades,
+        "coherence_hz",
+        coherence_hz,
+        "null, unless channel.numerology says how wide a block is and channel.fading=rayleigh",
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.channel import Channel
+from fedprune_cli.world.channel import Channel, block_gain_of
 from fedprune_cli.world.datasets import Dataset, DatasetConfig
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import Fleet
@@ -26,10 +26,14 @@ class World:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a round meets: the devices' power gains, gain_linear [N], and who can be reached, available, bool [N]."""
+    """What a round meets: the devices' power gains, gain_linear [N], and who can be reached, available, bool [N];
+
+    block_gain: the gain in each block relative to that [N, blocks], where blocks differ.
+    """
 
     gain_linear: Array
     available: Array
+    block_gain: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Scenario:
 
     def at(self, number: int) -> Conditions:
         """Returns the conditions of a round, 0 <= number < rounds; the same for the same seed, whichever rounds were asked before."""
-        return Conditions(self.channel.gain(self.seed, number, self.fleet), self.available[number])
+        gain_linear = self.channel.gain(self.seed, number, self.fleet)
+        return Conditions(
+            gain_linear, self.available[number], block_gain_of(self.channel, self.seed, number, len(gain_linear))
+        )
 
 
 def build_scenario(world: World, seed: int, rounds: int) -> Scenario:

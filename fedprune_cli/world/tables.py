@@ -43,6 +43,7 @@ RANGES = {
     "payload_bits": (0, 1e18),
     "fixed_s": (0, 1e12),
     "snr_hz": (0, 1e30),
+    "gain_n": (0, 1e6),  # of a block, relative to the device's own
     "weight": (0, 1e12),
     "max_ratio": (0, 1),
     "min_bandwidth_mhz": (0, 1e6),
@@ -231,7 +232,7 @@ def _number(name: str, cell: str, *, may_be_empty: bool) -> float:
     if not text and (name in UNLIMITED or may_be_empty):
         return UNLIMITED.get(name, math.nan)
     value = float(text) if NUMBER.fullmatch(text) else math.nan
-    least, most = RANGES[name]
+    least, most = RANGES[re.sub(r"^gain_\d+$", "gain_n", name)]
     whole = name in WHOLE
     if least <= value <= most and (not whole or value.is_integer()) and not 0 < abs(value) < TINY:
         return value + 0.0  # never -0.0

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from fedprune_cli.allocate.blocks import Table, solve_table
-from fedprune_cli.allocate.problem import Problem
+from fedprune_cli.allocate.picked import LeastOnPicked, Selective
+from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.allocate.selective import Rates, rates_of, relax, select
 from fedprune_cli.contracts.problems import literature
-from fedprune_cli.errors import ConfigError
+from fedprune_cli.errors import ConfigError, InfeasibleError
 
 
 def drawn(seed: int, count: int, blocks: int, fraction: float = 0.5) -> tuple[Problem, np.ndarray]:
@@ -117,3 +118,110 @@ def test_what_is_not_offered_is_refused_by_name() -> None:
         select(problem, np.array([[1.0, 1.0], [1.0, -1.0]]))
     with pytest.raises(ConfigError, match="not with a gain for every block"):
         select(replace(problem, limits=problem.energies), gain)
+
+
+# --- the allocator --------------------------------------------------------------------------------------------------
+
+
+def given_to(problem: Problem, found: Allocation) -> np.ndarray:
+    """Returns the rates [K] by hand: of each block with its own gain, at the same power density on all."""
+    assert found.owner is not None
+    assert problem.block_gain is not None
+    block_hz, total = problem.bandwidth_hz / len(found.owner), np.zeros(len(problem.weight))
+    for block, place in enumerate(found.owner.tolist()):
+        if place >= 0:
+            snr = problem.snr_hz[place] * problem.block_gain[place, block] / problem.bandwidth_hz
+            total[place] += block_hz * np.log2(1 + snr)
+    return total
+
+
+def check_answer(problem: Problem, found: Allocation) -> None:
+    kept, admitted = 1 - found.prune_ratio, found.admitted
+    rate_bps = given_to(problem, found)
+    np.testing.assert_allclose(found.rate_bps[admitted], rate_bps[admitted], rtol=1e-12)
+    sent = kept * problem.payload_bits
+    took_s = kept * problem.shared_compute_s + sent / np.maximum(rate_bps, 1e-300) + problem.fixed_s
+    np.testing.assert_allclose(found.latency_s[admitted], took_s[admitted], rtol=1e-9)
+    assert (took_s[admitted] <= found.deadline_s * (1 + 1e-9)).all()
+    assert (kept[admitted] >= problem.min_kept[admitted] - 1e-9).all()
+    assert not rate_bps[~admitted].any()
+    assert (found.gap or 0.0) >= 0
+    assert (found.gap is None) == (not admitted.any())
+    assert found.certificate is None
+    assert (found.status == "optimal") <= ((found.gap or 0.0) <= 1e-9)
+
+
+def test_no_choice_of_blocks_is_above_the_stated_gap() -> None:
+    """Brute force over all owners, with a least that everybody must keep."""
+    for seed in range(6):
+        count, blocks = (2, 7) if seed % 2 else (3, 6)
+        problem, gain = drawn(seed, count, blocks, fraction=0.9)
+        problem = replace(problem, max_ratio=np.full(count, 0.9), block_gain=gain)
+        found = Selective("selective", "stretch").solve(problem, 0, 0)
+        check_answer(problem, found)
+        at = rates_of(replace(problem, deadline_s=found.deadline_s), gain)
+        best = -np.inf
+        for owners in itertools.product(range(count), repeat=blocks):
+            kept = at.kept(((np.arange(count)[:, None] == np.array(owners)) * at.block_bps).sum(1))
+            if (kept >= 0.1).all():
+                best = max(best, float(problem.weight @ kept))
+        assert found.objective <= best + 1e-9
+        assert found.gap is not None
+        assert best <= found.objective + found.gap * problem.weight.sum() + 1e-9
+
+
+@pytest.mark.parametrize("policy", ["stretch", "drop"])
+def test_a_round_that_blocks_do_not_suffice_for(policy: str) -> None:
+    for seed in range(4):
+        problem, gain = drawn(seed, 6, 12, fraction=0.6)
+        problem = replace(problem, max_ratio=np.full(6, 0.3), block_gain=gain)
+        found = Selective("selective", policy).solve(problem, 0, 0)
+        check_answer(problem, found)
+        late = replace(problem, deadline_s=0.999 * found.deadline_s)
+        if policy == "stretch":
+            assert found.status == "stretched"
+            assert found.admitted.all()
+            assert "too early: stretched to" in found.message
+            assert not LeastOnPicked().holds(late)
+        else:
+            assert found.status == "dropped"
+            assert found.admitted.any()
+            assert found.deadline_s == problem.deadline_s
+            assert found.message.endswith("another choice may admit more")
+    with pytest.raises(InfeasibleError, match=r"s too early: raise the deadline"):
+        Selective("selective", "fail").solve(problem, 0, 0)
+
+
+def test_who_has_no_link_is_dropped_and_gets_no_block() -> None:
+    problem, gain = drawn(1, 3, 8)
+    problem = replace(problem, max_ratio=np.full(3, 0.9), snr_hz=problem.snr_hz * [1, 0, 1], block_gain=gain)
+    found = Selective("selective", "stretch").solve(problem, 0, 0)
+    check_answer(problem, found)
+    assert found.admitted.tolist() == [True, False, True]
+    assert found.owner is not None
+    assert 1 not in found.owner
+    nobody = Selective("selective", "drop").solve(replace(problem, deadline_s=1e-6), 0, 0)
+    assert nobody.owner is not None
+    assert (nobody.owner == -1).all()
+
+
+def test_blocks_that_are_alike_are_as_many_as_the_band_holds() -> None:
+    problem = literature(0.6, 2)
+    found = Selective("selective", "stretch").solve(problem, 0, 0)
+    assert found.owner is not None
+    assert len(found.owner) == 111
+    assert found.block_hz == 180e3
+    grid = Selective("selective", "stretch").solve(replace(problem, bandwidth_hz=36e5, block_hz=36e4), 0, 0)
+    assert grid.owner is not None
+    assert len(grid.owner) == 10
+
+
+def test_the_order_of_devices_changes_nothing_but_digits() -> None:
+    problem, gain = drawn(7, 6, 24)
+    problem = replace(problem, block_gain=gain, max_ratio=np.full(6, 0.95))
+    turned = np.array([3, 1, 5, 0, 2, 4])
+    one, other = (Selective("selective", "stretch").solve(p, 0, 0) for p in (problem, problem.take(turned)))
+    assert other.objective == pytest.approx(one.objective, rel=1e-9)
+    assert one.owner is not None
+    assert other.owner is not None
+    np.testing.assert_array_equal(turned[other.owner], one.owner)
