@@ -111,6 +111,7 @@ def crew(address: str | None, workers: int | None, start: Callable[[], object]) 
         hired = Crew(functools.partial(hire, plugins.given(), here, [ray.put(start)]))
         for _ in range(count):
             hired.hire_one()
+        hired.gather(time.monotonic() + BEGIN_S)
         yield hired
 
 
@@ -123,6 +124,9 @@ def _connected(address: str | None, workers: int | None) -> Iterator[None]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+    sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = (
+        False  # it prints what befalls nodes to stdout
+    )
     connected, done, refused = threading.Event(), threading.Event(), list[BaseException]()
 
     def stay(options: Mapping[str, object]) -> None:
@@ -201,16 +205,34 @@ class Crew:
         actor = self.hire()
         self.coming[actor.begin.remote()] = actor
 
+    def gather(self, until: float) -> None:
+        """Waits for all who are coming, until a moment of the clock; those who come later take part from then on."""
+        while self.coming and time.monotonic() < until:
+            self._welcome_one()
+        if not self.idle:
+            raise DeviceError(f"no worker began within {BEGIN_S:.0f} s: the Ray cluster has no processor free for it")
+        if self.coming:
+            late = f"{len(self.coming)} of {len(self.coming) + len(self.idle)} workers have not begun"
+            _say_once(f"{late}: the Ray cluster has no processor free for them; the others work")
+
+    def _welcome_one(self) -> None:
+        """Gives one of those who are coming a place, if any begins soon."""
+        import ray
+
+        for begun in ray.wait([*self.coming], timeout=LOOK_S)[0]:
+            self.idle.append(_welcome(self.coming.pop(begun), begun))
+
     def _finished(self) -> Iterator[tuple[int | None, bytes | None]]:
         """Waits; yields the task that is done and its pickled result, None where its worker died; no task for who just came."""
         import ray
 
-        since = time.monotonic()
+        if not self.busy:  # all have died
+            self.gather(time.monotonic() + BEGIN_S)
+            return
         while not (ended := ray.wait([*self.coming, *self.busy], timeout=LOOK_S)[0]):
-            if not self.busy and time.monotonic() - since > BEGIN_S:
-                raise DeviceError(f"no worker began within {BEGIN_S:.0f} s: the Ray cluster has no processor free")
+            pass
         if ended[0] in self.coming:
-            self.idle.append(_welcome(self.coming.pop(ended[0]), ended[0]))
+            self._welcome_one()
             return
         hand, at = self.busy.pop(ended[0])
         try:
@@ -239,9 +261,7 @@ class Crew:
         times = Counter(number for _, arrays in pickles for number in arrays)
         large = {number: array for _, arrays in pickles for number, array in arrays.items()}
         shared = [number for number in large if times[number] > 1 or number in self.placed]
-        self.placed = {
-            number: self.placed.get(number) or (large[number], ray.put(large[number])) for number in shared
-        }
+        self.placed = {number: self.placed.get(number) or (large[number], ray.put(large[number])) for number in shared}
         return [
             (
                 data,
@@ -261,8 +281,10 @@ def _welcome(actor: Actor, begun: Ref) -> _Hand:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        last = str(error).strip().splitlines()[-1].strip()
-        raise DeviceError(f"a worker cannot begin on a node of the Ray cluster: {last[:MAX_TEXT]}") from None
+        last = str(error).strip().splitlines()[-1].strip()[:MAX_TEXT]
+        raise DeviceError(
+            f"a worker cannot begin on a node of the Ray cluster, which needs this fedprune: {last}"
+        ) from None
     for name, here in versions().items():
         if about[name] != here:
             raise DeviceError(f"node {about['node']} has {name} {about[name]}, this machine {here}: install the same")
