@@ -211,7 +211,7 @@ def test_two_nodes_of_which_one_is_lost_give_the_bytes_of_serial(
     life.create(setup, compose_config([*TINY, *overrides]), tmp_path / "ray")
     for record in life.run(setup, tmp_path / "ray"):
         if record.round == 3:
-            cluster.remove_node(list(cluster.worker_nodes)[0], allow_graceful=False)
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     assert results(tmp_path / "ray") == results(tmp_path / "serial")
     assert "died; the work of its task is done again" in capfd.readouterr().err
 
