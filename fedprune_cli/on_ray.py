@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -35,11 +35,13 @@ from fedprune_cli.errors import MAX_TEXT, ConfigError, DeviceError
 from fedprune_cli.processor import processor
 from fedprune_cli.store.state import Array
 
+if TYPE_CHECKING:
+    from ray import ObjectRef as Ref
+    from ray.actor import ActorHandle as Actor  # of a _Worker
+
 Context = TypeVar("Context")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Ref = Any  # a reference to an object in Ray's store
-Actor = Any  # a handle of a _Worker
 
 ATTEMPTS = 3  # of the same task, before it is taken to be what kills its workers
 CONNECT_S = 15.0  # for a cluster to answer: Ray itself waits for minutes
@@ -124,9 +126,8 @@ def _connected(address: str | None, workers: int | None) -> Iterator[None]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
-    sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = (
-        False  # it prints what befalls nodes to stdout
-    )
+    # Else it prints what befalls nodes to stdout.
+    sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = False
     connected, done, refused = threading.Event(), threading.Event(), list[BaseException]()
 
     def stay(options: Mapping[str, object]) -> None:
@@ -138,7 +139,8 @@ def _connected(address: str | None, workers: int | None) -> Iterator[None]:
         done.wait()
         ray.shutdown()
 
-    with tempfile.TemporaryDirectory(prefix="fedprune-ray-", ignore_cleanup_errors=True) as folder:
+    scratch = functools.partial(tempfile.TemporaryDirectory, prefix="fedprune-ray-", ignore_cleanup_errors=True)
+    with contextlib.nullcontext("") if address else scratch() as folder:
         local = {"address": "local", "num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
         thread = threading.Thread(target=stay, args=({"address": address} if address else local,), daemon=True)
         thread.start()
@@ -277,7 +279,7 @@ def _welcome(actor: Actor, begun: Ref) -> _Hand:
     import ray
 
     try:
-        about: dict[str, str] = ray.get(begun)
+        about = cast(dict[str, str], ray.get(begun))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:

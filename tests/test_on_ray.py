@@ -196,7 +196,8 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[[str], Any]]:
         return made[0]
 
     yield make
-    made[0].shutdown()
+    for cluster in made:
+        cluster.shutdown()
 
 
 @needs_ray
