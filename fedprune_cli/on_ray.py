@@ -167,13 +167,14 @@ class _Hand:
 
 @dataclass
 class Crew:
-    """Workers of a cluster. What changes here: who is coming, who is idle, who does which task, what is placed in the object store."""
+    """Workers of a cluster. What changes here: who is coming, idle or busy with which task, how many died before, what is placed."""
 
     hire: Callable[[], Actor]
     coming: dict[Ref, Actor] = field(default_factory=dict)
     idle: list[_Hand] = field(default_factory=list)
     busy: dict[Ref, tuple[_Hand, int | None]] = field(default_factory=dict)
     placed: dict[int, tuple[Array, Ref]] = field(default_factory=dict)
+    unbegun: int = 0
 
     def map(
         self, f: Callable[[Context, Task], Result], tasks: Iterable[Task], cost: Callable[[Task], float] = _same
@@ -222,7 +223,21 @@ class Crew:
         import ray
 
         for begun in ray.wait([*self.coming], timeout=LOOK_S)[0]:
-            self.idle.append(_welcome(self.coming.pop(begun), begun))
+            actor = self.coming.pop(begun)
+            try:
+                about = cast(dict[str, str], ray.get(begun))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                self.unbegun += 1
+                if self.unbegun == ATTEMPTS:
+                    last = str(error).strip().splitlines()[-1].strip()[:MAX_TEXT]
+                    raise DeviceError(
+                        f"workers cannot begin on the Ray cluster, which needs this fedprune: {last}"
+                    ) from None
+                self.hire_one()
+            else:
+                self.idle.append(_welcome(actor, about))
 
     def _finished(self) -> Iterator[tuple[int | None, bytes | None]]:
         """Waits; yields the task that is done and its pickled result, None where its worker died; no task for who just came."""
@@ -274,19 +289,8 @@ class Crew:
         ]
 
 
-def _welcome(actor: Actor, begun: Ref) -> _Hand:
-    """Returns a worker that has begun; raises what it could not begin for, and DeviceError where its code is not the code here."""
-    import ray
-
-    try:
-        about = cast(dict[str, str], ray.get(begun))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        last = str(error).strip().splitlines()[-1].strip()[:MAX_TEXT]
-        raise DeviceError(
-            f"a worker cannot begin on a node of the Ray cluster, which needs this fedprune: {last}"
-        ) from None
+def _welcome(actor: Actor, about: Mapping[str, str]) -> _Hand:
+    """Returns a worker that has begun, by what it says about itself; raises DeviceError where its code is not the code here."""
     for name, here in versions().items():
         if about[name] != here:
             raise DeviceError(f"node {about['node']} has {name} {about[name]}, this machine {here}: install the same")

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,19 +163,18 @@ def test_nobody_or_somebody_else_at_the_address_is_one_line_in_time(monkeypatch:
         assert time.monotonic() - since < 8
 
 
-def test_a_node_with_other_code_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class RayError(Exception): ...
-
+def test_a_node_with_other_code_is_named_and_another_processor_is_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
     about = {"node": "10.0.0.2", "pid": "7", "processor": on_ray.processor(), **on_ray.versions()}
-    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=type("RayTaskError", (RayError,), {}))
-    answer: dict[str, Any] = {}
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: about | answer, exceptions=exceptions))
-    assert on_ray._welcome(None, None).name == "worker process 7 on node 10.0.0.2"
-    for name, here in on_ray.versions().items():
-        answer = {name: "another"}
-        with pytest.raises(DeviceError, match=rf"^node 10.0.0.2 has {name} another, this machine "):
-            on_ray._welcome(None, None)
-        assert here
+    assert on_ray._welcome(None, about).name == "worker process 7 on node 10.0.0.2"
+    for name in on_ray.versions():
+        with pytest.raises(
+            DeviceError, match=rf"^node 10.0.0.2 has {name} another, this machine .*: install the same$"
+        ):
+            on_ray._welcome(None, about | {name: "another"})
+    assert not capfd.readouterr().err
+    for _ in range(2):
+        on_ray._welcome(None, about | {"processor": "abacus"})
+    assert capfd.readouterr().err.count("10.0.0.2 has another processor (abacus, here ") == 1
 
 
 # --- two nodes ----------------------------------------------------------------------------------------------------------------
