@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,30 @@ def test_a_node_with_other_code_is_named_and_another_processor_is_a_warning(capf
     for _ in range(2):
         on_ray._welcome(None, about | {"processor": "abacus"})
     assert capfd.readouterr().err.count("10.0.0.2 has another processor (abacus, here ") == 1
+
+
+def test_a_worker_that_dies_before_it_began_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RayError(Exception): ...
+
+    about = {"node": "10.0.0.2", "pid": "7", "processor": on_ray.processor(), **on_ray.versions()}
+    begins = iter([RayError("lost"), RayError("lost"), about, RayError("lost\nModuleNotFoundError: No module named 'x'")])
+
+    def get(ref: object) -> dict[str, str]:
+        begun = next(begins)
+        if isinstance(begun, RayError):
+            raise begun
+        return begun
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=type("RayTaskError", (RayError,), {}))
+    ray = SimpleNamespace(wait=lambda refs, timeout: (refs[:1], refs[1:]), get=get, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    crew = on_ray.Crew(lambda: SimpleNamespace(begin=SimpleNamespace(remote=object)))
+    crew.hire_one()
+    crew.gather(time.monotonic() + 60)
+    assert [hand.name for hand in crew.idle] == ["worker process 7 on node 10.0.0.2"]
+    crew.hire_one()
+    with pytest.raises(DeviceError, match="which needs this fedprune: ModuleNotFoundError: No module named 'x'$"):
+        crew.gather(time.monotonic() + 60)
 
 
 # --- two nodes ----------------------------------------------------------------------------------------------------------------
