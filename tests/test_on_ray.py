@@ -198,7 +198,7 @@ def test_a_worker_that_dies_before_it_began_is_asked_for_again(monkeypatch: pyte
     crew.gather(time.monotonic() + 60)
     assert [hand.name for hand in crew.idle] == ["worker process 7 on node 10.0.0.2"]
     crew.hire_one()
-    with pytest.raises(DeviceError, match="which needs this fedprune: ModuleNotFoundError: No module named 'x'$"):
+    with pytest.raises(DeviceError, match=r"which needs this fedprune: ModuleNotFoundError: No module named 'x'$"):
         crew.gather(time.monotonic() + 60)
 
 
