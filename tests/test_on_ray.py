@@ -182,7 +182,9 @@ def test_a_worker_that_dies_before_it_began_is_asked_for_again(monkeypatch: pyte
     class RayError(Exception): ...
 
     about = {"node": "10.0.0.2", "pid": "7", "processor": on_ray.processor(), **on_ray.versions()}
-    begins = iter([RayError("lost"), RayError("lost"), about, RayError("lost\nModuleNotFoundError: No module named 'x'")])
+    begins = iter(
+        [RayError("lost"), RayError("lost"), about, RayError("lost\nModuleNotFoundError: No module named 'x'")]
+    )
 
     def get(ref: object) -> dict[str, str]:
         begun = next(begins)
