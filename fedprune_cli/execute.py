@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -18,14 +19,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
 
-from fedprune_cli import plugins
+from fedprune_cli import on_ray, plugins
 from fedprune_cli.errors import DeviceError, OutputError, require
+from fedprune_cli.sections import LATER
 
 Context = TypeVar("Context")
 Task = TypeVar("Task")
@@ -46,13 +48,19 @@ _context: object = None  # what a worker process built once, at its start
 
 @dataclass(frozen=True)
 class Execution:
-    """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core)."""
+    """Where devices' work runs: `serial` in this process, else in single-threaded workers (null: one a core).
+
+    kind: `processes` of this machine, or actors on the `ray` cluster at `address`: null starts one on this machine.
+    """
 
     kind: str
     workers: int | None
+    address: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        require(self.kind in ("serial", "processes"), "kind", self.kind, "'serial' or 'processes'")
+        require(self.kind in ("serial", "processes", "ray"), "kind", self.kind, "'serial', 'processes' or 'ray'")
+        good = self.address in (None, "auto") or re.fullmatch(r"[\w.:\[\]-]+:\d{1,5}", str(self.address), re.ASCII)
+        require(bool(good), "address", self.address, "HOST:PORT of a Ray cluster's head, auto or null")
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
 
 
@@ -295,6 +303,9 @@ def ready(execution: Execution, build: Callable[[], object]) -> None:
     """Raises DeviceError or OutputError when what the executor needs cannot be had: asked before anything is written."""
     if execution.kind == "serial":
         return
+    if execution.kind == "ray":
+        on_ray.reachable(execution.address)
+        return
     _prepare()
     with starting(SEMAPHORES):
         multiprocessing.get_context("forkserver").Lock()
@@ -312,6 +323,14 @@ def executor(execution: Execution, build: Callable[[], object], preload: Sequenc
     workers = execution.workers or usable_cores()
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
+        return
+    if execution.kind == "ray":
+        with on_ray.crew(
+            execution.address,
+            execution.workers if execution.address else workers,
+            functools.partial(_single_threaded, build),
+        ) as crew:
+            yield crew
         return
     shared = _share(build)
     context = forkserver(preload)

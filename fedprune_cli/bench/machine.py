@@ -18,7 +18,7 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.plain import plain
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.runs.machine import processor
+from fedprune_cli.processor import processor
 from fedprune_cli.store.files import Plain
 from fedprune_cli.terminal import Table
 from fedprune_cli.world.devices import FLEETS

@@ -19,10 +19,11 @@ from fedprune_cli.config.inputs import ROOT
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
 from fedprune_cli.execute import executor, ready
 from fedprune_cli.plugins import PluginFile
+from fedprune_cli.processor import processor
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
 from fedprune_cli.runs.inputs import check_dataset, read_config
-from fedprune_cli.runs.machine import another_processor, processor
+from fedprune_cli.runs.machine import another_processor
 from fedprune_cli.runs.manifest import build_manifest, summarise
 from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import read_json

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-import re
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError
+from fedprune_cli.processor import processor
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import MAX_JSON_BYTES, parse_json, read_bytes
-
-
-@functools.cache
-def processor() -> str:
-    """Returns this machine's kind of processor: its architecture, its name, and the instructions that PyTorch chose for it."""
-    import torch
-
-    try:
-        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
-    name = named[1].strip() if named else platform.processor()
-    return ", ".join(filter(None, (platform.machine(), name, torch.backends.cpu.get_cpu_capability())))
 
 
 def last_processor(run_dir: Path) -> str | None:

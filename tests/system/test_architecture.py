@@ -13,10 +13,11 @@ import fedprune_cli
 
 ROOT = Path(fedprune_cli.__file__).parent
 LAYERS = (  # from the ground up: a part imports from lower rows only, never from its own row
-    ("errors", "forked", "interrupt", "rng", "sections"),
+    ("errors", "forked", "interrupt", "processor", "rng", "sections"),
     ("store",),
     ("plugins", "wire"),
     ("world", "allocate", "learn"),
+    ("on_ray",),
     ("execute", "meter", "serve", "track", "terminal"),
     ("config",),
     ("round",),
