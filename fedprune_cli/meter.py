@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.limits import Limits
-from fedprune_cli.allocate.problem import NO_LINK, Problem, rate
+from fedprune_cli.allocate.problem import NO_LINK, Problem
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost

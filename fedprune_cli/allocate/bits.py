@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import Curves, best_response, curves_of, solve_p1
+from fedprune_cli.allocate.kkt import best_response, curves_of, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.problem import TOLERANCE, Problem, kept_on, required_bandwidth
+from fedprune_cli.allocate.stretches import Curves
 from fedprune_cli.errors import InfeasibleError
 from fedprune_cli.store.state import Array
 

@@ -141,6 +141,7 @@ class _Device:
         ]
         self.snr_hz, self.weight = problem.snr_hz.tolist(), problem.weight.tolist()
         self.least_kept, self.block_hz = problem.min_kept.tolist(), block_hz
+        self.log_cap = [math.inf] * len(self.weight) if problem.log_cap is None else problem.log_cap.tolist()
 
     def worth(self, device: int, count: int) -> float:
         """Returns w x(n) of one device."""
@@ -148,7 +149,7 @@ class _Device:
             alone = self.problem.take(np.array([device]))
             return float((alone.weight * kept_at(alone, self.block_hz, np.array([count])))[0])
         b, s = count * self.block_hz, self.snr_hz[device]
-        r = b * math.log1p(s / b) / LN2 if b > 0 and s > 0 else 0.0
+        r = b * min(math.log1p(s / b), self.log_cap[device]) / LN2 if b > 0 and s > 0 else 0.0
         x = 1.0
         for budget in self.budgets:
             left, work, transfer = budget[device]

@@ -11,6 +11,7 @@ import numpy as np
 from fedprune_cli.allocate.blocks import LeastOnBlocks
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.freedom import Freedom
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.problem import (
     TIGHT,
@@ -22,7 +23,6 @@ from fedprune_cli.allocate.problem import (
     kept_on,
     latency,
     pace,
-    rate,
     required_bandwidth,
     resources,
     short_of,
@@ -277,7 +277,7 @@ def build_allocation(
     x[admitted], b[admitted] = kept, bandwidth_hz
     at = replace(problem, deadline_s=deadline_s)
     clock, power = pace(at, x)
-    rate_bps = rate(b, problem.snr_hz * power)
+    rate_bps = rate(b, problem.snr_hz * power, problem.log_cap)
     binds = np.full(len(admitted), "deadline", dtype=object)
     binds[problem.payload_bits == 0] = "compute"
     if problem.chooses:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Certifying, Referenced
-from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
+from fedprune_cli.allocate.inverse import rate
+from fedprune_cli.allocate.problem import TOLERANCE, Certificate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
 from fedprune_cli.round.memory import next_slots

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.limits import Limits
-from fedprune_cli.allocate.problem import Problem, rate
+from fedprune_cli.allocate.problem import Problem
 
 
 def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem:

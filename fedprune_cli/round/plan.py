@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import Allocation, Problem, rate
+from fedprune_cli.allocate.inverse import rate
+from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
 from fedprune_cli.round.roster import Roster

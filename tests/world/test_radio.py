@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY, make_experiment, make_setup, run_to_end
 from omegaconf import open_dict
 
-from fedprune_cli.allocate.problem import latency, rate
+from fedprune_cli.allocate.inverse import rate
+from fedprune_cli.allocate.problem import latency
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.build import GROUPS, build_experiment
