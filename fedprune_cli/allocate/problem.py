@@ -36,8 +36,8 @@ class Problem:
     devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
     it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
     first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio; max_snr S: the signal-to-noise
-    ratio, linear, that a device does not exceed or makes no use of, infinite where it has no such cap, None where nobody has. A signal below
-    NO_LINK of the noise in the band is no link, and becomes s = 0.
+    ratio, linear, that a device does not exceed or makes no use of, infinite where it has no such cap, None where nobody has.
+    A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 

@@ -12,7 +12,7 @@ from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import DataError
+from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.round.memory import first_slots
@@ -24,6 +24,7 @@ from fedprune_cli.world.channel import radio_of
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
 from fedprune_cli.world.measured import MeasuredFleet
+from fedprune_cli.world.power import Capped, snr_of
 from fedprune_cli.world.rows import FleetTable, build_fleet, read_rows
 from fedprune_cli.world.tables import read_header, read_table
 
@@ -126,7 +127,12 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    radio = radio_of(experiment.channel)
+    radio, caps = radio_of(experiment.channel), experiment.channel
+    modem = caps.max_bits_per_hz if isinstance(caps, Capped) else None
+    if isinstance(caps, Capped) and caps.control is not None:
+        raise ConfigError(
+            f"channel.p0_dbm: must be null, for {file} gives signals and no path loss to control the power by"
+        )
     problem = Problem(
         shared_compute_s=rows["shared_compute_s"],
         payload_bits=rows["payload_bits"],
@@ -138,6 +144,7 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         block_hz=radio.block_hz,
         deadline_s=math.inf,
         limits=limits,
+        max_snr=None if modem is None else np.full(size, snr_of(modem)),
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
     )
     return problem, rows.names
