@@ -97,8 +97,8 @@ class Curves:
         bottoms = self.log_bottom[part] >= log_price
         bound = tops | bottoms
         L = np.clip(start, low, high)
-        if self.cap is not None and (linear := np.isfinite(self.cap[part])).any():
-            L = np.where(linear, np.clip(self._log_snr_of_linear(log_price, part), low, high), L)
+        if self.cap is not None and (linear := np.isfinite(cap := self.cap[part])).any():
+            L = np.where(linear, np.clip(self._log_snr_of_linear(log_price, cap, part), low, high), L)
             bound |= linear
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for turn in range(200):
@@ -118,12 +118,12 @@ class Curves:
                 L = np.where(open_, step, L)
         return np.where(tops, narrowest, np.where(bottoms, widest, L))
 
-    def _log_snr_of_linear(self, log_price: float, part: slice) -> Array:
+    def _log_snr_of_linear(self, log_price: float, cap: Array, part: slice) -> Array:
         """Returns L where the marginal value of a stretch in proportion to its bandwidth is the price: (1 + A g)^(2 - alpha) g^alpha = K.
 
         Any L where it is the price all along.
         """
-        cap, A = (np.full(1, np.inf) if self.cap is None else self.cap)[part], self.A[part]
+        A = self.A[part]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             log_K = np.clip(self.log_m[part] + np.log(cap) - log_price, -MAX_LOG_SNR, MAX_LOG_SNR)
             if self.alpha == 0:
