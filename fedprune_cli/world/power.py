@@ -79,7 +79,7 @@ def max_snr_of(channel: object, seed: int, fleet: Fleet, ids: Array, gain: Array
 
     The lower one of power control's and the modem's; infinite for a device without a gain, None where the channel has neither.
     """
-    if not isinstance(channel, Capped) or channel.control is None is channel.max_bits_per_hz:
+    if not isinstance(channel, Capped) or (channel.control is None and channel.max_bits_per_hz is None):
         return None
     modem = np.inf if channel.max_bits_per_hz is None else snr_of(channel.max_bits_per_hz)
     if channel.control is None:
