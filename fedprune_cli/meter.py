@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.limits import Limits
-from fedprune_cli.allocate.problem import NO_LINK, Problem, rate
+from fedprune_cli.allocate.problem import NO_LINK, Problem
 from fedprune_cli.errors import require
 from fedprune_cli.learn.client import Score
 from fedprune_cli.learn.cost import ModelCost
@@ -141,18 +142,23 @@ def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float)
 
 @dataclass(frozen=True)
 class Uplink:
-    """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning."""
+    """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning.
+
+    max_snr: the signal-to-noise ratio [K] that they do not exceed or make no use of, None where nothing caps it.
+    """
 
     channel: Channel
     gain_linear: Array
     shared_params: int
+    max_snr: Array | None = None
 
 
 def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
     """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI.
 
     c is in bits that r_k would carry in the time that the upload takes: q U, more where blocks are sent again and where the uplink has
-    only a share of the time; the radio then sends in this share only, and draws so much less on average.
+    only a share of the time; the radio then sends in this share only, and draws so much less on average. Under power control the joules
+    that are planned are those of full power, which are never too few: what a device then really draws would not keep P1 concave.
     """
     fleet, channel = load.fleet, uplink.channel
     radio = radio_of(channel)
@@ -175,6 +181,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
         max_ratio=ones * max_ratio,
         limits=limits if fleet.limited else None,
         energies=limits,
+        max_snr=uplink.max_snr,
     )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from fedprune_cli.allocate.bits import Menu, allocate_bits
+from fedprune_cli.allocate.certificate import Certificate
 from fedprune_cli.allocate.deadline import equal_share, least_deadline, least_equal, least_feasible
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.policy import (
@@ -27,7 +28,6 @@ from fedprune_cli.allocate.policy import (
 from fedprune_cli.allocate.problem import (
     TIGHT,
     Allocation,
-    Certificate,
     Problem,
     energy,
     fit_band,

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import TOLERANCE
 from fedprune_cli.allocate.deadline import least_feasible
-from fedprune_cli.allocate.kkt import Curves, best_response, certify, curves_of, solve_p1
+from fedprune_cli.allocate.kkt import best_response, certify, curves_of, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.policy import Policy, build_allocation, nobody, proven, settle, with_deadline
-from fedprune_cli.allocate.problem import TOLERANCE, Allocation, Problem, kept_on, most_kept, required_bandwidth
+from fedprune_cli.allocate.problem import Allocation, Problem, kept_on, most_kept, required_bandwidth
+from fedprune_cli.allocate.stretches import Curves
 from fedprune_cli.errors import InfeasibleError
 from fedprune_cli.store.state import Array
 

@@ -15,19 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import Certificate
 from fedprune_cli.allocate.deadline import earliest, least_feasible
 from fedprune_cli.allocate.inverse import LN2
 from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import (
-    Certificate,
-    Problem,
-    kept_fraction,
-    latency,
-    possible,
-    required_bandwidth,
-    resources,
-)
+from fedprune_cli.allocate.problem import Problem, kept_fraction, latency, possible, required_bandwidth, resources
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
@@ -159,6 +152,7 @@ class _Device:
         ]
         self.snr_hz, self.weight = problem.snr_hz.tolist(), problem.weight.tolist()
         self.least_kept, self.block_hz = problem.min_kept.tolist(), block_hz
+        self.log_cap = [math.inf] * len(self.weight) if problem.log_cap is None else problem.log_cap.tolist()
 
     def worth(self, device: int, count: int) -> float:
         """Returns w x(n) of one device."""
@@ -166,7 +160,7 @@ class _Device:
             alone = self.problem.take(np.array([device]))
             return float((alone.weight * kept_at(alone, self.block_hz, np.array([count])))[0])
         b, s = count * self.block_hz, self.snr_hz[device]
-        r = b * math.log1p(s / b) / LN2 if b > 0 and s > 0 else 0.0
+        r = b * min(math.log1p(s / b), self.log_cap[device]) / LN2 if b > 0 and s > 0 else 0.0
         x = 1.0
         for budget in self.budgets:
             left, work, transfer = budget[device]

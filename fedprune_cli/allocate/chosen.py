@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fedprune_cli.allocate.curve import Choice, Curve
-from fedprune_cli.allocate.inverse import BLOCK
-from fedprune_cli.allocate.problem import SAMPLE, Problem, curve_of, rate
+from fedprune_cli.allocate.inverse import BLOCK, rate
+from fedprune_cli.allocate.problem import SAMPLE, Problem, curve_of
 from fedprune_cli.allocate.roots import increasing_roots
 from fedprune_cli.store.state import Array
 

@@ -9,10 +9,11 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate_slope
+from fedprune_cli.allocate.certificate import TOLERANCE
+from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_log_ratio, rate, rate_slope
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import LATEST, TIGHT, TOLERANCE, Problem, kept_on, latency, rate, required_bandwidth
+from fedprune_cli.allocate.problem import LATEST, TIGHT, Problem, kept_on, latency, required_bandwidth
 from fedprune_cli.errors import ConfigError, InfeasibleError, require
 from fedprune_cli.store.state import Array
 
@@ -80,15 +81,16 @@ class _Senders:
     floor_hz: Array
     most_hz: Array
     limited: bool
+    log_cap: Array | None
 
     def used(self, beyond_s: float) -> tuple[float, float, Array]:
         """Returns the total bandwidth of devices that end `beyond_s` later than latest_s, its derivative, and the bandwidths [n]."""
         late_s = beyond_s + self.behind_s
-        L = log_snr_for_log_ratio(np.log1p(late_s / self.limit_s))
+        L = log_snr_for_log_ratio(np.log1p(late_s / self.limit_s), self.log_cap)
         b = bandwidth_of(L, self.snr_hz)
         # db/dT = (dr/dT) / r'(b), dr/dT = -r / time, r'(b) = h(L) / ln 2
         with np.errstate(divide="ignore", invalid="ignore"):
-            slope = -self.bits * LN2 / ((late_s + self.limit_s) ** 2 * rate_slope(L))
+            slope = -self.bits * LN2 / ((late_s + self.limit_s) ** 2 * rate_slope(L, self.log_cap))
         if self.limited:
             slope = np.where((b > self.floor_hz) & (b < self.most_hz), slope, 0.0)
             b = np.clip(b, self.floor_hz, self.most_hz)
@@ -96,7 +98,10 @@ class _Senders:
 
     def end_together(self, budget_hz: float, first_hz: Array) -> tuple[float, Array]:
         """Returns the least `beyond_s` that the budget allows and its bandwidths [n]: Newton from those of `first_hz`, guarded."""
-        low, high = 0.0, float(np.max(self.bits / rate(first_hz, self.snr_hz) - self.limit_s - self.behind_s))
+        low, high = (
+            0.0,
+            float(np.max(self.bits / rate(first_hz, self.snr_hz, self.log_cap) - self.limit_s - self.behind_s)),
+        )
         beyond_s = high = max(high, np.finfo(float).tiny)
         if self.limited and self.used(0.0)[0] <= budget_hz:  # limits, not the band, make the slowest device
             beyond_s = high = 0.0
@@ -154,10 +159,12 @@ def _senders(problem: Problem, kept: Array, floor_hz: Array, most_hz: Array) -> 
     soonest_s = work_s + limit_s
     latest_s = float(soonest_s.max())
     if np.isfinite(most_hz).any():
-        fastest_bps = rate(np.minimum(most_hz, 1e300), problem.snr_hz)
+        fastest_bps = rate(np.minimum(most_hz, 1e300), problem.snr_hz, problem.log_cap)
         latest_s = max(latest_s, float((work_s + bits / fastest_bps).max()))
     limited = problem.limits is not None
-    return _Senders(bits, problem.snr_hz, limit_s, latest_s - soonest_s, latest_s, floor_hz, most_hz, limited)
+    return _Senders(
+        bits, problem.snr_hz, limit_s, latest_s - soonest_s, latest_s, floor_hz, most_hz, limited, problem.log_cap
+    )
 
 
 class Least(Protocol):

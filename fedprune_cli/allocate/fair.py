@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedprune_cli.allocate.kkt import Curves, certify_on, curves_of, share_out
-from fedprune_cli.allocate.problem import Certificate, Problem
+from fedprune_cli.allocate.certificate import Certificate
+from fedprune_cli.allocate.kkt import certify_on, curves_of, share_out
+from fedprune_cli.allocate.problem import Problem
+from fedprune_cli.allocate.stretches import Curves
 from fedprune_cli.store.state import Array
 
 

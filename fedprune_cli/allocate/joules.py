@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
 from fedprune_cli.allocate.deadline import least_feasible
-from fedprune_cli.allocate.inverse import LN2, MAX_LOG_SNR, rate_slope
-from fedprune_cli.allocate.kkt import Curves, primal_residual, share_out
+from fedprune_cli.allocate.inverse import LN2, MAX_LOG_SNR
+from fedprune_cli.allocate.kkt import primal_residual, share_out
 from fedprune_cli.allocate.limits import SMALLEST, Limits
 from fedprune_cli.allocate.policy import settle
 from fedprune_cli.allocate.problem import (
-    TOLERANCE,
-    Certificate,
     Problem,
     energy,
     latency,
@@ -32,6 +31,7 @@ from fedprune_cli.allocate.problem import (
     resources,
     upload_s,
 )
+from fedprune_cli.allocate.stretches import Curves
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
@@ -70,7 +70,8 @@ def energy_curves(problem: Problem, kept: Array) -> Curves:
         narrow = np.minimum(np.log1p(snr_hz / floor_hz[index]), MAX_LOG_SNR)
     wide = np.minimum(np.log1p(snr_hz / most_hz), narrow)
     log_m = np.log(spends_of(problem).tx_power_w[index]) + np.log(bits[index] * LN2) - 2 * np.log(snr_hz)
-    return Curves(index, snr_hz, log_m, nothing, wide, narrow, nothing, log_m, log_m, alpha=2.0).ended()
+    curves = Curves(index, snr_hz, log_m, nothing, wide, narrow, nothing, log_m, log_m, alpha=2.0)
+    return curves.capped(problem.log_cap).ended()
 
 
 def solve_energy(problem: Problem, kept: Array) -> tuple[Array, float]:
@@ -105,7 +106,8 @@ def _response(problem: Problem, curves: Curves, price_per_hz: float) -> Array:
     if len(curves.index):
         log_price = float(np.log(max(price_per_hz, np.finfo(float).tiny)))
         L = curves.log_snr_at(log_price, np.sqrt(curves.wide * curves.narrow))
-        bandwidth_hz[curves.index] = curves.bandwidth(L)
+        bandwidth_hz[curves.index] = 0.0
+        bandwidth_hz += curves.per_device(curves.bandwidth(L), len(bandwidth_hz))
     return bandwidth_hz
 
 
@@ -131,8 +133,8 @@ def _certificate(
 
 
 def _ends(curves: Curves, bandwidth_hz: Array) -> tuple[Array, Array]:
-    """Returns who has the most, and who has the least that there is for it [n]."""
-    most_hz, least_hz = curves.ends()
+    """Returns which stretches are used up, and which are not begun [n]."""
+    most_hz, least_hz = (end + curves.base_hz for end in curves.ends())
     b = bandwidth_hz[curves.index]
     return b >= most_hz * (1 - TOLERANCE), b <= least_hz * (1 + TOLERANCE)
 
@@ -178,8 +180,9 @@ class Timed:
             faster = needed_bps / (time.left - self.problem.min_kept * time.work)  # bits per second and second
         held = (needed_bps == everything_bps) & (required_bandwidth(problem, self.problem.min_kept) > problem.least_hz)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            slope = faster[curves.index] * LN2 / rate_slope(curves.narrow)
-        return curves, np.where(held[curves.index] & np.isfinite(slope), slope, 0.0)
+            slope = faster[curves.index] * LN2 / curves.rate_slope(curves.narrow)
+        begins = held[curves.index] & (curves.base_hz == 0)
+        return curves, np.where(begins & np.isfinite(slope), slope, 0.0)
 
 
 def solve_timed(timed: Timed) -> tuple[float, Array, float]:

@@ -8,170 +8,19 @@ At the optimum x_k = min(1, phi_k(b_k)), and w_k phi_k'(b_k) = price wherever no
 which increases with L, so each device's L follows from the price by a one-dimensional root, and the price from the budget by another.
 With another worth of x, of slope w x^-alpha, it is m h(L) / ((1 + A g(L))^(2 - alpha) g(L)^alpha), which increases with L too.
 Where an energy budget binds too, x_k = min(1, phi_k, psi_k) with psi of phi's form: two stretches of bandwidth, each with its m and A.
+Where the signal-to-noise ratio is capped, a stretch has two parts, as `stretches` says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-
 import numpy as np
 
-from fedprune_cli.allocate.chosen import ChosenCurves, Conditions, chosen_curves
-from fedprune_cli.allocate.inverse import (
-    BLOCK,
-    LN2,
-    MAX_LOG_SNR,
-    bandwidth_of,
-    log_ratio_slope,
-    log_snr_for_rate,
-    rate_slope,
-)
-from fedprune_cli.allocate.limits import SMALLEST
-from fedprune_cli.allocate.problem import (
-    SAMPLE,
-    TIGHT,
-    Certificate,
-    Problem,
-    kept_fraction,
-    most_kept,
-    possible,
-    required_rate,
-    resources,
-)
+from fedprune_cli.allocate.certificate import Certificate
+from fedprune_cli.allocate.chosen import ChosenCurves, chosen_curves
+from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
+from fedprune_cli.allocate.problem import Problem, kept_fraction, most_kept, possible, required_rate, resources
+from fedprune_cli.allocate.stretches import ARRAYS, Curves
 from fedprune_cli.store.state import Array
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The stretches of bandwidth over which devices compete, and their marginal value as a function of L.
-
-    A device has one, or two where its energy budget takes over from its deadline or the other way round: the first runs from
-    its least bandwidth to the crossing, the second on from there. Both share the device's L.
-    index: the device, log_m, A: [n]; wide, narrow: L at the most and at the least bandwidth of the stretch;
-    base_hz: what the stretches before it hold; log_bottom, log_top: ln(w x') at wide and narrow; alpha: 0 for w x, 1 for w ln x,
-    2 for -w / x, of which m has the constants.
-    """
-
-    index: Array
-    snr_hz: Array
-    log_m: Array
-    A: Array
-    wide: Array
-    narrow: Array
-    base_hz: Array
-    log_bottom: Array
-    log_top: Array
-    alpha: float = field(default=0.0, kw_only=True)
-
-    def bandwidth(self, L: Array) -> Array:
-        """Returns the bandwidth [n] that each stretch adds to its device."""
-        return bandwidth_of(L, self.snr_hz) - self.base_hz
-
-    def worth(self, kept: Array) -> Array:
-        """Returns what x [K] is worth, per weight: x, or ln x, which begins at that of SMALLEST."""
-        return np.log(np.maximum(kept, SMALLEST)) if self.alpha else kept
-
-    def per_device(self, values: Array, count: int) -> Array:
-        """Returns the sum of `values` [n] over each device's stretches [count]."""
-        return np.bincount(self.index, values, count)
-
-    def value_and_slope(self, L: Array, part: slice = slice(None)) -> tuple[Array, Array]:
-        """Returns ln(w phi'), increasing in L, and its derivative, for the devices of `part`."""
-        log_m, A = self.log_m[part], self.A[part]
-        tail, q = np.exp(-L), -np.expm1(-L)  # e^-L and 1 - e^-L
-        h = L - q
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bend = 1 / q - 1 / L
-            if (small := L < 0.02).any():  # where the differences above lose their digits
-                h = np.where(small, rate_slope(L), h)
-                bend = np.where(small, log_ratio_slope(L), bend)
-            Ag, steep = A * L * tail / q, 2 - self.alpha
-            value, slope = log_m + np.log(h) - steep * np.log1p(Ag), q / h + steep * Ag / (1 + Ag) * bend
-            if self.alpha:  # bend is -d ln g / dL
-                value, slope = value - self.alpha * np.log(L * tail / q), slope + self.alpha * bend
-            return value, slope
-
-    def log_value(self, L: Array) -> Array:
-        """Returns ln(w phi') [n]."""
-        return self.value_and_slope(L)[0]
-
-    def log_snr_at(self, log_price: float, start: Array) -> Array:
-        """Returns L [n] at which each device's marginal value is the price, within its bounds.
-
-        Newton in ln L, in which the curve is nearly straight; bisection of ln L where a step leaves the bracket or gets nowhere.
-        """
-        parts = [slice(at, at + BLOCK) for at in range(0, len(start), BLOCK)]
-        return np.concatenate([self._log_snr_at(log_price, start[part], part) for part in parts])
-
-    def _log_snr_at(self, log_price: float, start: Array, part: slice) -> Array:
-        low, high = self.wide[part], self.narrow[part]
-        widest, narrowest = low, high
-        tops = self.log_top[part] <= log_price
-        bottoms = self.log_bottom[part] >= log_price
-        bound = tops | bottoms
-        L = np.clip(start, low, high)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            for turn in range(200):
-                value, slope = self.value_and_slope(L, part)
-                error = value - log_price
-                open_ = ~(bound | (np.abs(error) <= 1e-13))
-                if not open_.any():
-                    break
-                if turn < 6:  # mostly that is all it takes
-                    L = np.clip(L * np.exp(-error / (L * slope)), low, high)
-                    continue
-                low, high = np.where(error < 0, L, low), np.where(error > 0, L, high)
-                step = L * np.exp(-error / (L * slope))
-                halve = (step <= low) | (step >= high) | ((turn % 3 == 2) & (np.abs(error) > 0.1))
-                if halve.any():
-                    step = np.where(halve, np.sqrt(low * high), step)
-                L = np.where(open_, step, L)
-        return np.where(tops, narrowest, np.where(bottoms, widest, L))
-
-    @property
-    def counts(self) -> Array:
-        """Which stretches [n] are worth anything."""
-        return np.isfinite(self.log_m)
-
-    def ends(self) -> tuple[Array, Array]:
-        """Returns the most and the least bandwidth of each stretch [n]."""
-        return self.bandwidth(self.wide), self.bandwidth(self.narrow)
-
-    def dearest(self) -> float:
-        """Returns the least price at which nobody takes more than its least."""
-        return float(np.exp(min(self.log_top[self.counts].max(initial=-np.inf), MAX_LOG_SNR)))
-
-    def fill(self, budget_hz: float) -> tuple[Array, float]:
-        """Returns the bandwidth [n] and the price at which the stretches use the budget up."""
-        return _fill(self, budget_hz)
-
-    def response(self, price_per_hz: float) -> Array:
-        """Returns the bandwidth [n] that is best at a price, each device on its own."""
-        return self.bandwidth(self.log_snr_at(float(np.log(price_per_hz)), np.sqrt(self.wide * self.narrow)))
-
-    def conditions(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Conditions:
-        """Returns how far x = `kept` [K] on b [K] are from the conditions of optimality."""
-        return self.conditions_at(bandwidth_hz, price_per_hz, _ends(problem, self, kept[self.index]))
-
-    def conditions_at(self, bandwidth_hz: Array, price_per_hz: float, ends: tuple[Array, Array]) -> Conditions:
-        """Returns the same; ends: which stretches [n] are used up, and which are not begun."""
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            L = np.log1p(self.snr_hz / bandwidth_hz[self.index])
-            L = np.clip(L, self.wide, np.minimum(self.narrow, MAX_LOG_SNR))
-            log_ratio = self.log_value(L) - np.log(price_per_hz)
-        error = np.where(self.counts, np.expm1(np.minimum(log_ratio, 700.0)), -1.0)
-        return Conditions(error, -error, *ends)
-
-    def take(self, index: Array | slice) -> Curves:
-        """Returns the curves of some of the devices."""
-        return replace(self, **{name: getattr(self, name)[index] for name in ARRAYS})
-
-    def ended(self) -> Curves:
-        """Returns the curves with the marginal values at their ends."""
-        return replace(self, log_bottom=self.log_value(self.wide), log_top=self.log_value(self.narrow))
-
-
-ARRAYS = tuple(one.name for one in fields(Curves) if one.name != "alpha")
 
 
 def curves_of(problem: Problem) -> Curves:
@@ -189,8 +38,8 @@ def curves_of(problem: Problem) -> Curves:
     with np.errstate(divide="ignore"):
         everything = np.log1p(p.snr_hz / (2 * p.bandwidth_hz if p.limits is None else p.limits.max_bandwidth_hz))
         everything = np.maximum(everything, np.log1p(p.snr_hz / (2 * p.bandwidth_hz)))
-    wide = np.where(dense_bps < R, np.maximum(log_snr_for_rate(dense_bps, p.snr_hz), everything), everything)
-    narrow = np.maximum(np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz), everything), wide)
+    wide = np.where(dense_bps < R, np.maximum(log_snr_for_rate(dense_bps, p.snr_hz, p.log_cap), everything), everything)
+    narrow = np.maximum(np.where(least_bps < R, log_snr_for_rate(least_bps, p.snr_hz, p.log_cap), everything), wide)
     if p.limits is not None:
         with np.errstate(divide="ignore"):
             narrow = np.minimum(narrow, np.log1p(p.snr_hz / p.limits.min_bandwidth_hz))
@@ -210,7 +59,9 @@ def curves_of(problem: Problem) -> Curves:
             )
             finite = np.isfinite(energy.left)
             L = np.where(
-                finite & (crossing_bps > 0) & (crossing_bps < R), log_snr_for_rate(crossing_bps, p.snr_hz), 0.0
+                finite & (crossing_bps > 0) & (crossing_bps < R),
+                log_snr_for_rate(crossing_bps, p.snr_hz, p.log_cap),
+                0.0,
             )
         crossing = np.clip(L, wide, narrow)
         first = _pick(energy_first & finite, (log_m_energy, A_energy), (log_m, A))
@@ -224,7 +75,7 @@ def curves_of(problem: Problem) -> Curves:
         curves = Curves(*(np.concatenate([getattr(stretch, name) for stretch in stretches]) for name in ARRAYS))
     else:
         curves = Curves(index, p.snr_hz, log_m, A, wide, narrow, np.zeros(len(index)), log_m, log_m)
-    return curves.ended()
+    return curves.capped(problem.log_cap).ended()
 
 
 def _pick(which: Array, yes: tuple[Array, Array], no: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -263,41 +114,6 @@ def share_out(problem: Problem, curves: Curves | ChosenCurves) -> tuple[Array, f
         return bandwidth_hz, curves.dearest()
     b, price = curves.fill(budget_hz)
     return bandwidth_hz + curves.per_device(b, count), price
-
-
-def _fill(curves: Curves, budget_hz: float) -> tuple[Array, float]:
-    """Returns the bandwidth [n] and the price at which the stretches use the budget up: Newton on ln(sum b) in ln(price), guarded.
-
-    The budget closes to 1e-13. Scaling the rest away would be worse: where floors take nearly the whole band, it is large for the others.
-    """
-    count = len(curves.index)
-    worth = curves.counts
-    low, high = float(curves.log_bottom[worth].min()), float(curves.log_top[worth].max())
-    L = np.clip(np.log1p(curves.snr_hz * count / budget_hz), curves.wide, curves.narrow)
-    log_price = np.median(curves.log_value(L)[worth])
-    if count > 2 * SAMPLE:  # what a sample of the devices would pay is a good place to start
-        sample = curves.take(slice(None, None, count // SAMPLE))
-        share_hz = budget_hz * len(sample.index) / count
-        least_hz, most_hz = (float(sample.bandwidth(end).sum()) for end in (sample.narrow, sample.wide))
-        if least_hz < share_hz < most_hz and np.isfinite(sample.log_m).any():
-            log_price = np.log(_fill(sample, share_hz)[1])
-    log_price = float(np.clip(log_price, low, high))
-    for _ in range(200):
-        L = curves.log_snr_at(log_price, L)
-        b = curves.bandwidth(L)
-        excess = float(b.sum()) / budget_hz - 1
-        if abs(excess) <= 1e-13 or high - low <= 1e-15 * max(abs(low), abs(high)):
-            break
-        low, high = (log_price, high) if excess > 0 else (low, log_price)
-        free = (curves.wide < L) & (curves.narrow > L)
-        # d ln b / dL = -1 / (1 - e^-L)
-        steepness = curves.value_and_slope(L)[1]
-        slope = -float(((b + curves.base_hz) / -np.expm1(-L) / steepness)[free].sum()) / b.sum()
-        step = log_price - np.log1p(excess) / slope if slope < 0 and excess > -1 else np.nan
-        step = step if low < step < high else 0.5 * (low + high)
-        L = np.where(free, L + (step - log_price) / steepness, L)  # where each device is about to be
-        log_price = step
-    return b, float(np.exp(log_price))
 
 
 def certify(problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
@@ -343,18 +159,6 @@ def certify_on(
     gap = (bound - float(problem.weight @ curves.worth(kept))) / scale
     primal = primal_residual(problem, kept, bandwidth_hz)
     return Certificate(primal, stationarity, dual, slackness, gap)
-
-
-def _ends(problem: Problem, curves: Curves, kept: Array) -> tuple[Array, Array]:
-    """Returns which stretches [n] are used up and which are not begun, for the devices' x = `kept` [n]."""
-    most, least = np.ones(len(kept)), problem.min_kept[curves.index]
-    if problem.limits is not None and len(kept):
-        p = problem.take(curves.index)
-        most, least = (
-            np.clip(kept_fraction(p, bandwidth_of(end, p.snr_hz)), p.min_kept, 1.0)
-            for end in (curves.wide, curves.narrow)
-        )
-    return kept >= most - TIGHT, kept <= least + TIGHT
 
 
 def best_response(problem: Problem, curves: Curves | ChosenCurves, price_per_hz: float) -> tuple[Array, Array]:

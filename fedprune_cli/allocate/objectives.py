@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import Certificate
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.fair import certify_fair, solve_fair
 from fedprune_cli.allocate.joules import (
@@ -31,7 +32,7 @@ from fedprune_cli.allocate.policy import (
     solve_under_policy,
     with_deadline,
 )
-from fedprune_cli.allocate.problem import TIGHT, Allocation, Certificate, Problem
+from fedprune_cli.allocate.problem import TIGHT, Allocation, Problem
 from fedprune_cli.allocate.variants import common_kept
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.store.state import Array

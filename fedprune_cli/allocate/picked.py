@@ -8,9 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from fedprune_cli.allocate.blocks import grid_of
+from fedprune_cli.allocate.certificate import TOLERANCE
 from fedprune_cli.allocate.deadline import earliest
 from fedprune_cli.allocate.policy import as_policy, build_allocation, nobody, settle, with_deadline
-from fedprune_cli.allocate.problem import TIGHT, TOLERANCE, Allocation, Problem
+from fedprune_cli.allocate.problem import TIGHT, Allocation, Problem
 from fedprune_cli.allocate.selective import hand_out, rates_at, rates_of, select
 from fedprune_cli.allocate.whole import BLOCK_HZ
 from fedprune_cli.errors import ConfigError

@@ -8,19 +8,18 @@ from typing import Literal
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
 from fedprune_cli.allocate.deadline import Least
 from fedprune_cli.allocate.freedom import Freedom
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.problem import (
     TIGHT,
-    TOLERANCE,
     Allocation,
-    Certificate,
     Problem,
     Status,
     kept_on,
     latency,
     pace,
-    rate,
     required_bandwidth,
     resources,
     short_of,
@@ -245,7 +244,7 @@ def build_allocation(
     x[admitted], b[admitted] = kept, bandwidth_hz
     at = replace(problem, deadline_s=deadline_s)
     clock, power = pace(at, x)
-    rate_bps = rate(b, problem.snr_hz * power)
+    rate_bps = rate(b, problem.snr_hz * power, problem.log_cap)
     binds = np.full(len(admitted), "deadline", dtype=object)
     binds[problem.payload_bits == 0] = "compute"
     if problem.chooses:

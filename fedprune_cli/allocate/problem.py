@@ -1,7 +1,7 @@
 """The allocation problem, its equations, and what an answer consists of (model.md, sections 3 and 4).
 
 t_k = x_k (a_k + c_k / r_k(b_k)) + d_k        x_k = 1 - rho_k
-r_k(b) = b log2(1 + s_k / b)
+r_k(b) = b log2(1 + min(S_k, s_k / b))
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
+from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
 from fedprune_cli.allocate.curve import LEAST, Choice, Curve, curve_of_means
 from fedprune_cli.allocate.freedom import FIXED, Freedom, Means
-from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
+from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate, rate
 from fedprune_cli.allocate.limits import IN_RANGE, LARGEST, SMALLEST, Limits, in_range, refuse_first
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
 TIGHT = 1e-12  # relative slack within which a bound counts as met
-TOLERANCE = 1e-9  # of a certificate: largest relative KKT residual and relative duality gap
 SAMPLE = 4_096  # devices that guess the price for a much larger number
 LATEST = 1e100  # seconds: what the largest payload takes at the least rate
 NO_LINK = 1e-9  # a signal below this share of the noise in the whole band (-90 dB) carries nothing
@@ -36,8 +36,10 @@ class Problem:
     devices that nothing limits, None where they are not known; block_hz: of the resource blocks that the band consists of, None where
     it has none; only an allocator of whole blocks asks; waited: rounds for which each has been left out [K], so that `drop` takes those
     first who waited longest, None where it does not ask; freedom: what devices choose beside the ratio; block_gain: each device's gain
-    in each block relative to its own [K, N], None where all are alike; only an allocator that says which blocks asks. A signal below
-    NO_LINK of the noise in the band is no link, and becomes s = 0.
+    in each block relative to its own [K, N], None where all are alike; only an allocator that says which blocks asks; max_snr S: the
+    signal-to-noise ratio, linear, that a device does not exceed or makes no use of, infinite where it has no such cap, None where
+    nobody has.
+    A signal below NO_LINK of the noise in the band is no link, and becomes s = 0.
     Raises ConfigError naming the first bad entry.
     """
 
@@ -57,6 +59,7 @@ class Problem:
     waited: Array | None = None
     freedom: Freedom = FIXED
     block_gain: Array | None = None
+    max_snr: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.weight)
@@ -77,6 +80,14 @@ class Problem:
         refuse_first("snr_hz", self.snr_hz, (self.snr_hz >= 0) & (self.snr_hz <= LARGEST), amount, self.called)
         good = (self.max_ratio >= 0) & (self.max_ratio <= 1)
         refuse_first("max_ratio", self.max_ratio, good, "in [0, 1]", self.called)
+        if self.max_snr is not None:
+            good = in_range(self.max_snr) & (self.max_snr > 0) | (self.max_snr == np.inf)
+            refuse_first("max_snr", self.max_snr, good, f"> 0 ({SMALLEST:g} to {LARGEST:g}, or infinite)", self.called)
+            if self.chooses and self.log_cap is not None:
+                raise ConfigError(
+                    "allocator.clock and allocator.power are not chosen under a cap on the signal-to-noise ratio: fix both, or choose "
+                    "channel.max_bits_per_hz=null and channel.p0_dbm=null"
+                )
         weak = (self.snr_hz > 0) & (self.snr_hz < NO_LINK * self.bandwidth_hz)
         if weak.any():
             object.__setattr__(self, "snr_hz", np.where(weak, 0.0, self.snr_hz))
@@ -98,6 +109,11 @@ class Problem:
     def chooses(self) -> bool:
         """Whether clock or power are worth a choice: without an energy budget both stay at their tops."""
         return bool(self.freedom) and self.limits is not None and bool(np.isfinite(self.limits.energy_budget_j).any())
+
+    @property
+    def log_cap(self) -> Array | None:
+        """C = ln(1 + S) [K], infinite where a device has no cap; None where nobody has."""
+        return None if self.max_snr is None or np.isinf(self.max_snr).all() else np.log1p(self.max_snr)
 
     @property
     def linked(self) -> Array:
@@ -129,32 +145,6 @@ class Problem:
     def least_hz(self) -> Array:
         """The least bandwidth each device must be given, whatever it does with it [K]."""
         return np.zeros(len(self.weight)) if self.limits is None else self.limits.min_bandwidth_hz
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How far an allocation is from the KKT conditions of P1, each as its largest relative residual.
-
-    primal: the budget, the deadline and the bounds; stationarity: w phi' = price where neither bound holds;
-    dual: the price's sign, and w phi' on the right side of it where a bound holds; slackness: price times unused bandwidth;
-    gap: (g(price) - sum w x) / (sum w + price B), the distance from an upper bound that follows from the price alone.
-    """
-
-    primal: float
-    stationarity: float
-    dual: float
-    slackness: float
-    gap: float
-
-    @property
-    def residual(self) -> float:
-        """The largest of the four residuals."""
-        return max(self.primal, self.stationarity, self.dual, self.slackness)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the residuals and the gap are within the tolerance; False where one is NaN."""
-        return max(self.residual, abs(self.gap)) <= TOLERANCE
 
 
 Status = Literal["optimal", "feasible", "stretched", "dropped"]
@@ -198,23 +188,13 @@ class Allocation:
     gap: float | None = None
 
 
-def rate(bandwidth_hz: Array, snr_hz: Array) -> Array:
-    """Returns r = b log2(1 + s/b), bits/s; 0 for b = 0."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = snr_hz / bandwidth_hz
-        bits = np.where(
-            ratio > 1e300,
-            bandwidth_hz * (np.log2(snr_hz) - np.log2(bandwidth_hz)),
-            bandwidth_hz * np.log1p(ratio) / LN2,
-        )
-    return np.where((bandwidth_hz > 0) & (snr_hz > 0), bits, 0.0)
-
-
 def upload_s(problem: Problem, kept: Array, bandwidth_hz: Array) -> Array:
     """Returns x c / r(b) [K], seconds; 0 for a device that keeps nothing to send, infinite where a device must send and has no rate."""
     bits = kept * problem.payload_bits
     with np.errstate(divide="ignore"):
-        return np.where(bits > 0, bits / np.where(bits > 0, rate(bandwidth_hz, problem.snr_hz), 1.0), 0.0)
+        return np.where(
+            bits > 0, bits / np.where(bits > 0, rate(bandwidth_hz, problem.snr_hz, problem.log_cap), 1.0), 0.0
+        )
 
 
 def latency(problem: Problem, kept: Array, bandwidth_hz: Array) -> Array:
@@ -331,7 +311,7 @@ def kept_fraction(problem: Problem, bandwidth_hz: Array) -> Array:
 
     At most 1 where a clock or a power is chosen.
     """
-    rate_bps = rate(bandwidth_hz, problem.snr_hz)
+    rate_bps = rate(bandwidth_hz, problem.snr_hz, problem.log_cap)
     if problem.chooses:
         curve = curve_of(problem)
         kept = curve.share(curve.kept(bandwidth_hz, rate_bps))
@@ -388,7 +368,7 @@ def required_bandwidth(problem: Problem, kept: Array) -> Array:
 def _least_fixed(problem: Problem, kept: Array) -> Array:
     needed = required_rate(problem, kept)
     reachable = needed < problem.snr_hz / LN2
-    bandwidth_hz = bandwidth_of(log_snr_for_rate(needed, problem.snr_hz), problem.snr_hz)
+    bandwidth_hz = bandwidth_of(log_snr_for_rate(needed, problem.snr_hz, problem.log_cap), problem.snr_hz)
     silent = (needed == 0) & ((kept * problem.payload_bits == 0) | (problem.snr_hz > 0))
     return np.where(silent, 0.0, np.where(reachable, bandwidth_hz, np.inf))
 

@@ -66,8 +66,10 @@ def dcp_p1(p: Problem, unit_hz: float, *, fair: bool = False) -> tuple[cp.Proble
         a, c = resource.work / resource.left, resource.transfer / unit_hz / resource.left
         for k in np.flatnonzero(np.isfinite(resource.left)):
             # b log2(1 + s/b) = -rel_entr(b, b + s) / ln 2, divided by c so that the numbers stay near 1
-            bps = -cp.rel_entr(b[k], b[k] + s[k]) / (LN2 * c[k])
-            constraints.append(x[k] <= (bps if a[k] == 0 else (1 - cp.inv_pos(1 + a[k] * bps)) / a[k]))
+            shannon = -cp.rel_entr(b[k], b[k] + s[k]) / (LN2 * c[k])
+            capped = [] if p.log_cap is None or np.isinf(p.log_cap[k]) else [b[k] * (p.log_cap[k] / (LN2 * c[k]))]
+            for bps in (shannon, *capped):
+                constraints.append(x[k] <= (bps if a[k] == 0 else (1 - cp.inv_pos(1 + a[k] * bps)) / a[k]))
     solution = (
         cp.Problem(cp.Maximize(p.weight @ (cp.log(x) if fair else x) / p.weight.max()), constraints)
         if p.weight.max() > 0
@@ -94,7 +96,10 @@ def solve_energy_cvxpy(problem: Problem, kept: Array, theta: float | None = None
     cost_j = []
     for at, k in enumerate(sends):
         # in units of what it sends in the unit of time
-        bps = -cp.rel_entr(b[at], b[at] + problem.snr_hz[k] / unit_hz) / (LN2 * bits[k] / unit_hz / unit_s)
+        unit = LN2 * bits[k] / unit_hz / unit_s
+        bps = -cp.rel_entr(b[at], b[at] + problem.snr_hz[k] / unit_hz) / unit
+        if problem.log_cap is not None and np.isfinite(problem.log_cap[k]):
+            bps = cp.minimum(bps, b[at] * (problem.log_cap[k] / unit))
         constraints.append(bps >= cp.inv_pos(T - work_s[k] / unit_s))
         left_j = spends.energy_budget_j[k] - spends.fixed_energy_j[k] - kept[k] * spends.shared_energy_j[k]
         if np.isfinite(left_j):

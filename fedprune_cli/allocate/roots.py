@@ -22,8 +22,9 @@ def increasing_roots(
     """Returns where each function [n] is 0 within its bounds, or the bound beyond which it would be, by Newton from `start` [n].
 
     values(index [m], points [m]) gives values and derivatives of some of the functions; where these are not exact, they are taken
-    for the first step only, and from the last two points after that; near: the value from which the next step is the last. A step that leaves the bracket ends at a bound that was not tried
-    yet, or is replaced by bisection, and where Newton has had its time every other one is.
+    for the first step only, and from the last two points after that; near: the value from which the next step is the last. A step
+    that leaves the bracket ends at a bound that was not tried yet, or is replaced by bisection, and where Newton has had its time
+    every other one is.
     """
     low, high, at = low.copy(), high.copy(), np.clip(start, low, high)
     index = np.flatnonzero(low < high)

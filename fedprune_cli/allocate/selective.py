@@ -20,9 +20,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from fedprune_cli.allocate.inverse import LN2
+from fedprune_cli.allocate.inverse import LN2, rate
 from fedprune_cli.allocate.limits import SMALLEST, refuse_first
-from fedprune_cli.allocate.problem import LATEST, TIGHT, Allocation, Problem, rate, resources
+from fedprune_cli.allocate.problem import LATEST, TIGHT, Allocation, Problem, resources
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
@@ -99,6 +99,8 @@ def rates_of(problem: Problem, block_gain: Array) -> Rates:
     """Returns the rates of blocks whose gains are `block_gain` [K, N] times a device's own; raises ConfigError for what is not offered."""
     if problem.limits is not None:
         raise ConfigError("devices.energy_budget_j and devices.max_bandwidth_mhz: not with a gain for every block")
+    if problem.max_snr is not None:
+        raise ConfigError("channel.p0_dbm and channel.max_bits_per_hz: not with a gain for every block")
     if block_gain.ndim != 2 or len(block_gain) != len(problem.weight) or not block_gain.shape[1]:
         raise ConfigError(f"block_gain: {block_gain.shape} entries for {len(problem.weight)} devices")
     refuse_first(
@@ -134,7 +136,8 @@ def _block_rates(snr_hz: Array, block_gain: Array, band_hz: float) -> Array:
 def rates_at(problem: Problem, allocation: Allocation) -> Array:
     """Returns the rates [K] that an allocation's bandwidths, blocks and powers give at a problem's own signals, bits per second."""
     if allocation.owner is None:
-        return rate(allocation.bandwidth_hz, problem.snr_hz * (1.0 if allocation.power is None else allocation.power))
+        power = 1.0 if allocation.power is None else allocation.power
+        return rate(allocation.bandwidth_hz, problem.snr_hz * power, problem.log_cap)
     count, blocks = len(problem.weight), len(allocation.owner)
     gain = np.ones((count, blocks)) if problem.block_gain is None else problem.block_gain
     carried = _block_rates(problem.snr_hz, gain, blocks * (allocation.block_hz or 0.0))

@@ -18,9 +18,10 @@ from fedprune_cli.allocate.blocks import (
     solve_table,
     table_of,
 )
+from fedprune_cli.allocate.certificate import Certificate
 from fedprune_cli.allocate.limits import SMALLEST
 from fedprune_cli.allocate.policy import as_freedom, as_policy, solve_under_policy
-from fedprune_cli.allocate.problem import Allocation, Certificate, Problem
+from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.errors import require
 from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.allocate.baselines import Certifying, Referenced
-from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
+from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
+from fedprune_cli.round.bill import radiated
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import Plan, plan_round
 from fedprune_cli.round.record import outcome_of_record
@@ -31,6 +33,7 @@ from fedprune_cli.terminal import Table
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
 from fedprune_cli.world.faults import Moment
+from fedprune_cli.world.power import max_snr_of
 
 CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
 METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
@@ -334,10 +337,12 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: P
     costs = [setup.blueprint.cost] * len(devices)
     clock, power = (None if of is None else np.array(of) for of in (record.devices.clock, record.devices.power))
     load = build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio)
-    load = replace(load, clock=clock, power=power)
-    snr_hz = load.fleet.tx_power_w * roster.gain_linear[devices] / experiment.channel.noise_w_per_hz
-    snr_hz = snr_hz if load.power is None else snr_hz * load.power
-    rate_bps = rate(np.array(record.devices.bandwidth_hz), snr_hz)
+    bandwidth_hz, gain = np.array(record.devices.bandwidth_hz), roster.gain_linear[devices]
+    load = replace(load, clock=clock, power=radiated(setup, devices, bandwidth_hz, power))
+    snr_hz = load.fleet.tx_power_w * gain / experiment.channel.noise_w_per_hz
+    snr_hz = snr_hz if power is None else snr_hz * power
+    caps = max_snr_of(experiment.channel, experiment.seed, setup.scenario.fleet, devices, gain)
+    rate_bps = rate(bandwidth_hz, snr_hz, None if caps is None else np.log1p(caps))
     if plan is not None and plan.blocks is not None:  # which are those of the record
         rate_bps[:training] = plan.allocation.rate_bps[plan.admitted_places]
     again = measure(

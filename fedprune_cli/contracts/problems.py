@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.limits import Limits
-from fedprune_cli.allocate.problem import Problem, rate
+from fedprune_cli.allocate.problem import Problem
 
 
-def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem:
+def draw(rng: np.random.Generator, count: int, limited: bool = False, capped: bool = False) -> Problem:
     """Returns a random feasible problem: gains over up to 12 decades, deadlines from barely feasible to slack, and degenerate devices.
 
-    limited: with bandwidth limits and energy budgets, some of which bind.
+    limited: with bandwidth limits and energy budgets, some of which bind; capped: with caps on signal-to-noise ratios.
     """
     wild = rng.random() < 0.5
     snr_hz = 10 ** rng.uniform(3, 15, count) if wild else 10 ** rng.uniform(6, 9, count)
@@ -35,6 +36,8 @@ def draw(rng: np.random.Generator, count: int, limited: bool = False) -> Problem
     problem = with_energies(problem)
     if limited:
         problem = with_limits(rng, problem)
+    if capped:
+        problem = with_caps(rng, problem)
     low = least_feasible(problem)
     high = max(dense_deadline(problem)[0], 1.5 * low if limited else 0.0)
     return replace(problem, deadline_s=low + (high - low) * rng.choice([1e-6, 1e-3, 0.1, 0.3, 0.5, 0.9, 1.1]))
@@ -66,6 +69,20 @@ def with_limits(rng: np.random.Generator, problem: Problem) -> Problem:
         if np.isfinite(least_feasible(limited)):
             return limited
         budget_j = budget_j * 1.5
+
+
+def with_caps(rng: np.random.Generator, problem: Problem) -> Problem:
+    """Returns the problem with caps on the ratios of signal to noise, one for all or of each device's own, that some deadline allows."""
+    count = len(problem.weight)
+    alone = rng.random() < 0.7
+    usual = problem.snr_hz / (problem.bandwidth_hz / count) * 10 ** rng.uniform(-2, 2, count)
+    snr = np.maximum(usual, 1e-6) if alone else np.full(count, 10 ** rng.uniform(-2, 1))
+    snr = np.where(rng.random(count) < 0.8, snr, np.inf)
+    while True:
+        capped = replace(problem, max_snr=snr)
+        if np.isfinite(least_feasible(capped)):
+            return capped
+        snr = snr * 10
 
 
 def literature(fraction: float, seed: int, count: int = 10) -> Problem:

@@ -17,6 +17,7 @@ from fedprune_cli.round.work import Results, Work
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
+from fedprune_cli.world.power import power_share_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
     heard = roster.gain_linear[roster.training]
     training = _charge_training(setup, plan, work, results, heard)
-    drawn_w = setup.scenario.fleet.take(plan.devices).drawn_w(plan.chosen.get("power"))
+    drawn_w = setup.scenario.fleet.take(plan.devices).drawn_w(_power(setup, plan))
     training = training.cut_short(work.fates.work, setup.radio.uplink_share * drawn_w)
     if not results.personal_updates:
         return Bill(training, None)
@@ -74,13 +75,25 @@ def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, hea
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     return measure(
-        replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power")),
+        replace(load, clock=plan.chosen.get("clock"), power=_power(setup, plan)),
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
         bits_down=bits_down,
         t_down_s=np.full(len(devices), downlink_s(experiment.meter, experiment.channel, heard, bits_down)),
     )
+
+
+def _power(setup: Setup, plan: Plan) -> Array | None:
+    bandwidth_hz = plan.allocation.bandwidth_hz[plan.admitted_places]
+    return radiated(setup, plan.devices, bandwidth_hz, plan.chosen.get("power"))
+
+
+def radiated(setup: Setup, devices: Array, bandwidth_hz: Array, chosen: Array | None) -> Array | None:
+    """Returns what of its full power each device radiates on b [K]: as it chose, and no more than power control says; None: all of it."""
+    scenario = setup.scenario
+    controlled = power_share_of(scenario.channel, scenario.seed, scenario.fleet, devices, bandwidth_hz)
+    return chosen if controlled is None else controlled if chosen is None else np.minimum(chosen, controlled)
 
 
 def charge_frozen(setup: Setup, masks: Masks, frozen: Array, listeners_gain: Array, bytes_down: float) -> Measurement:

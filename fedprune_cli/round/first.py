@@ -26,6 +26,7 @@ from fedprune_cli.world.channel import block_gain_of, radio_of
 from fedprune_cli.world.devices import Devices
 from fedprune_cli.world.fleet import LIMIT_FIELDS, Fleet
 from fedprune_cli.world.measured import MeasuredFleet
+from fedprune_cli.world.power import Capped, snr_of
 from fedprune_cli.world.rows import FleetTable, build_fleet, read_rows
 from fedprune_cli.world.tables import read_header, read_table
 
@@ -141,6 +142,12 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
+    radio, caps = radio_of(experiment.channel), experiment.channel
+    modem = caps.max_bits_per_hz if isinstance(caps, Capped) else None
+    if isinstance(caps, Capped) and caps.control is not None:
+        raise ConfigError(
+            f"channel.p0_dbm: must be null, for {file} gives signals and no path loss to control the power by"
+        )
     problem = Problem(
         shared_compute_s=rows["shared_compute_s"],
         payload_bits=rows["payload_bits"],
@@ -152,6 +159,7 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
         block_hz=radio.block_hz,
         deadline_s=math.inf,
         limits=limits,
+        max_snr=None if modem is None else np.full(size, snr_of(modem)),
         titles=None if rows.names is None else np.array(rows.names, dtype=object),
         block_gain=np.stack([rows[name] for name in gains], 1) if gains else None,
     )

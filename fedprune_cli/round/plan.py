@@ -22,6 +22,7 @@ from fedprune_cli.store.state import Array
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM, bits_per_value
 from fedprune_cli.world.fleet import Fleet
+from fedprune_cli.world.power import max_snr_of
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     gain = beliefs.gain_linear
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits)
     weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
-    problem = build_problem(load, Uplink(experiment.channel, gain, size), weight, t_down_s, blueprint.max_ratio)
+    max_snr = max_snr_of(experiment.channel, experiment.seed, beliefs.fleet, ids, gain)
+    uplink = Uplink(experiment.channel, gain, size, max_snr)
+    problem = build_problem(load, uplink, weight, t_down_s, blueprint.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     names = beliefs.fleet.names

@@ -12,8 +12,10 @@ from fedprune_cli.errors import ConfigError, require
 from fedprune_cli.rng import stream
 from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
+from fedprune_cli.world.power import PowerControl
 
 MAX_OUTAGES = 10**10
+MAX_BITS_PER_HZ = 60.0  # no link carries so much
 SUBCARRIERS = 12  # of a resource block
 # 3GPP TS 38.101-1, table 5.3.2-1 (FR1): resource blocks that fit between the guard bands of a carrier, by numerology and MHz.
 BLOCKS: Mapping[int, Mapping[int, int]] = {
@@ -62,7 +64,9 @@ class RadioBand:
     bandwidth_hz B; noise_w_per_hz N0; bs_power_w: the base station's, for the downlink;
     outage_enter, outage_leave: Gilbert-Elliott probabilities per round of losing and of regaining a device, 0 to enter: never.
     numerology: of 5G, subcarriers of 15 kHz times 2^numerology, None without resource blocks; blocks: of the carrier, None: as many as
-    3GPP's table has for 5G; uplink_share: of the time; block_error: the share of blocks that are sent again.
+    3GPP's table has for 5G; uplink_share: of the time; block_error: the share of blocks that are sent again;
+    p0_w, path_loss_alpha: P0 and alpha of `PowerControl`, None: every device radiates its full power; max_bits_per_hz: what a modem sends
+    per second and Hz at most, None: as much as Shannon says.
     """
 
     name: str
@@ -75,6 +79,14 @@ class RadioBand:
     blocks: int | None = field(default=None, kw_only=True, metadata=LATER)
     uplink_share: float = field(default=1.0, kw_only=True, metadata=LATER)
     block_error: float = field(default=0.0, kw_only=True, metadata=LATER)
+    p0_w: float | None = field(default=None, kw_only=True, metadata=LATER)
+    path_loss_alpha: float = field(default=1.0, kw_only=True, metadata=LATER)
+    max_bits_per_hz: float | None = field(default=None, kw_only=True, metadata=LATER)
+
+    @property
+    def control(self) -> PowerControl | None:
+        """How devices control their power; None where they do not."""
+        return None if self.p0_w is None else PowerControl(self.p0_w, self.path_loss_alpha)
 
     @property
     def radio(self) -> Radio:
@@ -104,6 +116,15 @@ def check_band(band: RadioBand) -> None:
     share = band.uplink_share
     require(0.001 <= share <= 0.999 or share == 1, "uplink_share", share, "in [0.001, 0.999], or 1")
     require(0 <= band.block_error <= 0.99, "block_error", band.block_error, "in [0, 0.99]")
+    if band.control is None:
+        require(band.path_loss_alpha == 1, "path_loss_alpha", band.path_loss_alpha, "1.0, unless p0_dbm is given")
+    most = band.max_bits_per_hz
+    require(
+        most is None or 0.001 <= most <= MAX_BITS_PER_HZ,
+        "max_bits_per_hz",
+        most,
+        f"in [0.001, {MAX_BITS_PER_HZ:g}], or null",
+    )
     number, count = band.numerology, band.blocks
     require(number is None or number in BLOCKS, "numerology", number, "0, 1 or 2 (15, 30 or 60 kHz), or null")
     if number is None:

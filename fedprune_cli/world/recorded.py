@@ -14,12 +14,11 @@ import numpy as np
 from fedprune_cli.errors import DataError, require
 from fedprune_cli.sections import LATER
 from fedprune_cli.store.state import Array
-from fedprune_cli.world.band import RadioBand, check_band, without_outage
+from fedprune_cli.world.band import MAX_BITS_PER_HZ, RadioBand, check_band, without_outage
 from fedprune_cli.world.fleet import Fleet
 from fedprune_cli.world.tables import read_table
 
 MAX_FILLED = 2 * 10**7  # gains of a trace with gaps; without gaps its bytes are the bound
-MAX_BITS_PER_HZ = 60.0  # no link carries so much; beyond, its gain would have no meaning
 COLUMNS: Mapping[str, Callable[[Array], Array]] = {  # to SI units
     "gain_db": lambda gain_db: 10 ** (gain_db / 10),
     "uplink_mbps": lambda uplink_mbps: uplink_mbps * 1e6,
@@ -89,7 +88,7 @@ class UplinkTrace(_Recorded):
 
     A rate R over the bandwidth W becomes the gain h at which the model's device has it, with its own power p, in the uplink's share of
     the time and with retransmissions: share (1 - block_error) W log2(1 + p h / (N0 W)) = R. What keeps a modem from Shannon's rate, and
-    interference, become part of h. Ignored: that a power-controlled device may radiate less than p.
+    interference, become part of h. Ignored: that a power-controlled device may radiate less than p; so its power is not controlled again.
     measured_hz: W; None: the channel's own usable band.
     """
 
@@ -98,16 +97,20 @@ class UplinkTrace(_Recorded):
 
     def __post_init__(self) -> None:
         _check_recorded(self)
+        require(self.p0_w is None, "p0_w", self.p0_w, "null: what was measured has the power control in it")
         measured = self.measured_hz
         require(measured is None or 1 <= measured < np.inf, "measured_hz", measured, "at least 1e-6 MHz, or null")
 
     def as_gain(self, recorded: Array, fleet: Fleet) -> Array:
         measured_hz = self.radio.band_hz if self.measured_hz is None else self.measured_hz
         bits_per_hz = recorded * self.radio.attempts / (self.radio.uplink_share * measured_hz)
-        if (most := float(bits_per_hz.max())) > MAX_BITS_PER_HZ:
+        allowed = (
+            MAX_BITS_PER_HZ if self.max_bits_per_hz is None else self.max_bits_per_hz
+        )  # beyond, a gain would have no meaning
+        if (most := float(bits_per_hz.max())) > allowed:
             raise DataError(
                 f"{self.file}: uplink_mbps={float(recorded.max()) / 1e6:.9g} over {measured_hz / 1e6:.9g} MHz are {most:.4g} bits per "
-                f"second and Hz: must be at most {MAX_BITS_PER_HZ:g}; channel.measured_mhz is the band of the measurement"
+                f"second and Hz: must be at most {allowed:g}; channel.measured_mhz is the band of the measurement"
             )
         gain: Array = np.expm1(bits_per_hz * np.log(2)) * measured_hz * self.noise_w_per_hz / fleet.tx_power_w
         return gain

@@ -10,7 +10,7 @@ from scipy.special import lambertw
 
 from fedprune_cli.allocate.baselines import Dense
 from fedprune_cli.allocate.deadline import dense_deadline, least_feasible
-from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate
+from fedprune_cli.allocate.inverse import LN2, bandwidth_of, log_snr_for_rate, rate
 from fedprune_cli.allocate.kkt import certify, solve_p1
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.policy import solve_under_policy
@@ -20,7 +20,6 @@ from fedprune_cli.allocate.problem import (
     energy,
     kept_fraction,
     kept_on,
-    rate,
     required_bandwidth,
     upload_s,
 )

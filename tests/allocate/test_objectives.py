@@ -13,9 +13,10 @@ from conftest import make_setup, run_to_end
 from fedprune_cli.allocate.baselines import Allocator, Fixed, MinMax
 from fedprune_cli.allocate.deadline import dense_deadline, least_deadline, least_feasible
 from fedprune_cli.allocate.fair import certify_fair, solve_fair
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.joules import Timed, certify_energy, falling_root, joules, sending, solve_energy, solve_timed
 from fedprune_cli.allocate.objectives import LeastEnergy, Proportional, Weighted
-from fedprune_cli.allocate.problem import Problem, kept_on, rate, required_bandwidth
+from fedprune_cli.allocate.problem import Problem, kept_on, required_bandwidth
 from fedprune_cli.allocate.reference import solve_energy_cvxpy, solve_fair_cvxpy
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.contracts.problems import draw, literature, with_limits

@@ -11,7 +11,7 @@ import pytest
 from conftest import Step, make_setup, steps_of
 
 from fedprune_cli.allocate.deadline import dense_deadline
-from fedprune_cli.allocate.problem import rate
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.execute import executor
 from fedprune_cli.round.bill import Bill, charge
 from fedprune_cli.round.plan import Plan, choose, plan_round, round_problems

@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY, make_experiment, make_setup, run_to_end
 from omegaconf import open_dict
 
-from fedprune_cli.allocate.problem import latency, rate
+from fedprune_cli.allocate.inverse import rate
+from fedprune_cli.allocate.problem import latency
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.config.build import GROUPS, build_experiment
@@ -263,6 +264,83 @@ def test_peaks_of_modems_as_a_cap_on_the_ratio_of_signal_to_noise(name: str, ful
     snr = snr_of(full_kbps * 1e3 / radio.band_hz)
     peak_bps = radio.uplink_share * rate(np.array(radio.band_hz), np.array(snr * radio.band_hz))
     assert np.isclose(peak_bps, kbps * 1e3)
+
+
+@pytest.mark.parametrize("name", ["lte_m", "nb_iot"])
+@pytest.mark.parametrize("allocator", ["kkt", "blocks", "dense_equal"])
+def test_no_device_exceeds_its_modems_peak(name: str, allocator: str) -> None:
+    blocks = ["allocator.block_khz=15"] if allocator == "blocks" else []
+    experiment = make_experiment(f"channel={name}", f"allocator={allocator}", "devices.radius_km=0.1", *blocks)
+    first, peak = allocate_first_round(experiment), {"lte_m": 0.926, "nb_iot": 1.389}[name]
+    b, r = first.allocation.bandwidth_hz, first.allocation.rate_bps
+    assert (r <= peak * b * (1 + 1e-12)).all()
+    assert (r >= peak * b * (1 - 1e-12)).any()  # so near, Shannon's rate would be more
+
+
+def test_a_controlled_device_sends_and_draws_as_its_power_says(tmp_path: Path) -> None:
+    overrides = ("channel.p0_dbm=-92", "channel.path_loss_alpha=0.9", "devices=measured", "rounds=1")
+    line = run_to_end(tmp_path / "run", *overrides)[0]
+    setup, rows = make_setup(*overrides), line["devices"]
+    ids, b = np.array(rows["id"]), np.array(rows["bandwidth_hz"])
+    fleet, channel = setup.scenario.fleet, setup.scenario.channel
+    assert isinstance(channel, Urban)
+    control = PowerControl(10 ** (-92 / 10 - 3), 0.9)
+    assert channel.control == control
+    full_w, gain = fleet.tx_power_w[ids], setup.scenario.at(0).gain_linear[ids]
+    watts = control.radiated_w(channel.path_gain(0, fleet)[ids], b, full_w)
+    assert len({*(watts < full_w).tolist()}) == 2  # both kinds
+    uplink_s = 8 * np.array(rows["bytes_up"]) / rate(b, watts * gain / channel.noise_w_per_hz)
+    np.testing.assert_allclose(rows["uplink_s"], uplink_s, rtol=1e-9)
+    assert not verify_run(setup, tmp_path / "run", 0).failures
+    drawn_w = fleet.drawn_w(np.ones(len(fleet.cpu_hz)))[ids] - fleet.drawn_w(np.zeros(len(fleet.cpu_hz)))[ids]
+    spent_j = np.array(rows["joules"]) - fleet.energy_coefficient[ids] * fleet.cpu_hz[ids] ** 3 * np.array(
+        rows["compute_s"]
+    )
+    np.testing.assert_allclose(spent_j, (fleet.radio_circuit_w[ids] + drawn_w * watts / full_w) * uplink_s, rtol=1e-6)
+
+
+def test_keys_at_their_defaults_are_no_part_of_a_configuration() -> None:
+    given = make_experiment("channel.p0_dbm=null", "channel.path_loss_alpha=1.0", "channel.max_bits_per_hz=null")
+    assert given.config_hash == make_experiment().config_hash
+    assert not {"p0_w", "path_loss_alpha", "max_bits_per_hz"} & {*given.identity["channel"]}
+    assert allocate_first_round(make_experiment()).problem.max_snr is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["channel.p0_dbm=40"], r"channel.p0_dbm=40: must be in -202..24 dBm"),
+        (["channel.p0_dbm=-90", "channel.path_loss_alpha=1.2"], r"channel.path_loss_alpha=1.2: must be in \[0, 1\]"),
+        (["channel.path_loss_alpha=0.8"], r"channel.path_loss_alpha=0.8: must be 1.0, unless p0_dbm is given"),
+        (["channel.max_bits_per_hz=0"], r"channel.max_bits_per_hz=0: must be in \[0.001, 60\], or null"),
+        (
+            ["channel=uplink", "channel.file=up.csv", "channel.p0_dbm=-90"],
+            r"channel.p0_dbm=-90: must be null: what was measured",
+        ),
+    ],
+)
+def test_caps_that_are_none_are_refused_by_name(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_experiment(*overrides)
+
+
+def test_a_table_of_signals_has_a_peak_and_no_power_control(tmp_path: Path) -> None:
+    table = tmp_path / "own.csv"
+    table.write_text("shared_compute_s,payload_bits,fixed_s,snr_hz,weight\n0.01,4e5,0,3e9,1\n0.01,4e5,0,4e7,1\n")
+    first = allocate_first_round(make_experiment("channel.max_bits_per_hz=2"), table)
+    assert (first.allocation.rate_bps <= 2 * first.allocation.bandwidth_hz * (1 + 1e-12)).all()
+    with pytest.raises(
+        ConfigError, match=r"channel.p0_dbm: must be null, for .*own.csv gives signals and no path loss"
+    ):
+        allocate_first_round(make_experiment("channel.p0_dbm=-90"), table)
+
+
+def test_a_measured_uplink_is_no_faster_than_its_modem(tmp_path: Path) -> None:
+    file = tmp_path / "up.csv"
+    file.write_text("round,device,uplink_mbps\n" + "".join(f"0,{device},30\n" for device in range(3)))
+    channel = channel_of("uplink", f"channel.file={file}", "channel.max_bits_per_hz=1.4")
+    with pytest.raises(DataError, match=r"1.5 bits per second and Hz: must be at most 1.4"):
+        channel.gain(0, 0, fleet_of(3))
 
 
 # --- selective fading -----------------------------------------------------------------------------------------------

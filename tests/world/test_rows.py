@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_setup
 
-from fedprune_cli.allocate.problem import rate
+from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
