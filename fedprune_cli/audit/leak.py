@@ -30,7 +30,7 @@ MAX_ORIGINALS = 64  # of a device's own round, that are looked for
 MAX_DUMMIES = 8
 MAX_DEVICES = 200  # whose models are asked who trained them
 BUDGET_FLOPS = 2e10  # of one gradient matching
-LEAST_ITERATIONS, MOST_ITERATIONS = 30, 300
+LEAST_ITERATIONS, MOST_ITERATIONS = 30, 200
 PASSES = 3  # forward and backward is counted; differentiating it again costs about twice that
 SHOWN = 4  # pictures of a cell
 
@@ -105,6 +105,7 @@ class Row:
     ssim: float | None = None
     guess_ssim: float | None = None
     mse: float | None = None
+    others_mse: float | None = None
     guess_mse: float | None = None
     jaccard: float | None = None
     chance_jaccard: float | None = None
@@ -153,8 +154,8 @@ def _cell(scene: Scene, frame: Frame, seen_as: tuple[View, Masks], case: Case, t
         originals, strangers = frame.shown(dataset.inputs[which]), frame.shown(dataset.inputs[absent])
         for name, guesses in _reconstruct(scene, frame, seen, (case, trial)).items():
             chosen, errors = best_match(originals, guesses)
-            figures.setdefault(name, []).append(_compared(frame, originals, guesses[chosen], errors)
-                | ({"others_psnr_db": float(psnr_db(best_match(strangers, guesses)[1], 1.0).mean())} if len(strangers) else {}))  # fmt: skip
+            not_there = best_match(strangers, guesses)[1]
+            figures.setdefault(name, []).append(_compared(frame, originals, guesses[chosen], errors) | _unseen(not_there))
             pictures.setdefault(name, (originals[:SHOWN], guesses[chosen][:SHOWN]))
         labels = dataset.labels[seen.everybody]
         for name, found in _labels(seen, dataset.num_classes).items():
@@ -188,6 +189,13 @@ def _compared(frame: Frame, originals: Array, guesses: Array, errors: Array) -> 
     return found
 
 
+def _unseen(errors: Array) -> dict[str, float]:
+    """Returns the figures of the same guesses for samples that were not in the update."""
+    if not len(errors):
+        return {}
+    return {"others_psnr_db": float(psnr_db(errors, 1.0).mean()), "others_mse": float(errors.mean())}
+
+
 def _reconstruct(scene: Scene, frame: Frame, seen: Seen, which: tuple[Case, int]) -> dict[str, Array]:
     """Returns by attack the samples that it makes of an update, in the range 0 to 1 [m, C, H, W]; nothing where inputs are tokens."""
     if any(isinstance(module, nn.Embedding) for module in seen.parts.model.modules()):
@@ -200,7 +208,10 @@ def _reconstruct(scene: Scene, frame: Frame, seen: Seen, which: tuple[Case, int]
         found = {"quotient": attacks.strongest(layer, fill), "completion": attacks.completed(layer, fill)}
     else:
         found = {"quotient": attacks.quotients(layer, fill)}
-    return {name: frame.back(guesses if len(guesses) else fill[None]) for name, guesses in found.items()}
+    shown = {name: frame.back(guesses if len(guesses) else fill[None]) for name, guesses in found.items()}
+    if which[0].samples and 1 < len(seen.everybody) == len(seen.samples):  # of one device: what was dropped hides from quotients
+        shown["matching"] = _match(scene, frame, seen, *which)
+    return shown
 
 
 def pieces(seen: Seen, values: Array) -> dict[str, Array]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Task, train
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import Parts, split_model
@@ -125,6 +127,19 @@ class Seen:
     samples: Array
     everybody: Array
     steps: int
+
+
+def find_trained(setup: Setup, asked: str) -> int:
+    """Returns the training device of a name, where devices have names, or of a number; raises ConfigError with what there is."""
+    count = setup.scenario.num_devices
+    names = (setup.scenario.fleet.names or ())[:count]
+    if asked in names:
+        return names.index(asked)
+    if asked.isascii() and asked.isdigit() and len(asked) < 10 and int(asked) < count:
+        return int(asked)
+    near = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"--device {asked}: no device of this name or number sends an update.{hint} Allowed: 0..{count - 1}")
 
 
 def views_of(scene: Scene) -> tuple[View, ...]:

@@ -29,7 +29,8 @@ def psnr_db(mse: Array, peak: float) -> Array:
 def squared_errors(originals: Array, guesses: Array) -> Array:
     """Returns the mean squared error of every original [n, ...] and guess [m, ...], float64 [n, m]."""
     a, b = (np.asarray(of, dtype=np.float64).reshape(len(of), -1) for of in (originals, guesses))
-    return np.stack([np.square(b - one).mean(1) for one in a])  # no expansion of the square: it would lose the last digits
+    rows = [np.square(b - one).mean(1) for one in a]
+    return np.stack(rows) if rows else np.zeros((0, len(b)))  # no expansion of the square: it would lose the last digits
 
 
 def best_match(originals: Array, guesses: Array) -> tuple[Array, Array]:

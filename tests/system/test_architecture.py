@@ -16,6 +16,7 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("errors", "forked", "interrupt", "rng", "sections"),
     ("store",),
     ("plugins", "wire"),
+    ("privacy",),
     ("world", "allocate", "learn"),
     ("execute", "meter", "serve", "track", "terminal"),
     ("config",),
