@@ -30,7 +30,7 @@ MAX_ORIGINALS = 64  # of a device's own round, that are looked for
 MAX_DUMMIES = 8
 MAX_DEVICES = 200  # whose models are asked who trained them
 BUDGET_FLOPS = 2e10  # of one gradient matching
-LEAST_ITERATIONS, MOST_ITERATIONS = 30, 200
+LEAST_ITERATIONS, MOST_ITERATIONS = 30, 300
 PASSES = 3  # forward and backward is counted; differentiating it again costs about twice that
 SHOWN = 4  # pictures of a cell
 
@@ -125,14 +125,18 @@ class Cell:
     @property
     def best(self) -> Row | None:
         """The row of the attack that rebuilds best, None where none can."""
-        return max((row for row in self.rows if row.psnr_db is not None), key=lambda row: row.psnr_db or 0.0, default=None)
+        return max(
+            (row for row in self.rows if row.psnr_db is not None), key=lambda row: row.psnr_db or 0.0, default=None
+        )
 
 
 def attack_all(scene: Scene, views: Sequence[View], cases: Sequence[Case], trials: int) -> Iterator[Cell]:
     """Yields the cells, view by view; raises ConfigError where nothing is shared."""
     if not len(scene.state.shared):
         method = scene.setup.experiment.method
-        raise ConfigError(f"method={method.name} personalizes {method.personal_part}: nothing is sent, so nothing leaks")
+        raise ConfigError(
+            f"method={method.name} personalizes {method.personal_part}: nothing is sent, so nothing leaks"
+        )
     frame = Frame.of(scene.setup.scenario.dataset)
     for view in views:
         masks = scene.masks(view)
@@ -148,14 +152,20 @@ def _cell(scene: Scene, frame: Frame, seen_as: tuple[View, Masks], case: Case, t
     for trial in range(trials):
         seen = observe(scene, view, masks, case, trial)
         rng = stream(scene.seed, "leak_chance", trial, *case.key)
-        which = seen.samples if len(seen.samples) <= MAX_ORIGINALS else rng.choice(seen.samples, MAX_ORIGINALS, replace=False)
+        which = (
+            seen.samples
+            if len(seen.samples) <= MAX_ORIGINALS
+            else rng.choice(seen.samples, MAX_ORIGINALS, replace=False)
+        )
         elsewhere = np.setdiff1d(np.arange(len(dataset.labels)), seen.everybody)
         absent = rng.choice(elsewhere, min(len(which), len(elsewhere)), replace=False)
         originals, strangers = frame.shown(dataset.inputs[which]), frame.shown(dataset.inputs[absent])
         for name, guesses in _reconstruct(scene, frame, seen, (case, trial)).items():
             chosen, errors = best_match(originals, guesses)
             not_there = best_match(strangers, guesses)[1]
-            figures.setdefault(name, []).append(_compared(frame, originals, guesses[chosen], errors) | _unseen(not_there))
+            figures.setdefault(name, []).append(
+                _compared(frame, originals, guesses[chosen], errors) | _unseen(not_there)
+            )
             pictures.setdefault(name, (originals[:SHOWN], guesses[chosen][:SHOWN]))
         labels = dataset.labels[seen.everybody]
         for name, found in _labels(seen, dataset.num_classes).items():
@@ -208,10 +218,7 @@ def _reconstruct(scene: Scene, frame: Frame, seen: Seen, which: tuple[Case, int]
         found = {"quotient": attacks.strongest(layer, fill), "completion": attacks.completed(layer, fill)}
     else:
         found = {"quotient": attacks.quotients(layer, fill)}
-    shown = {name: frame.back(guesses if len(guesses) else fill[None]) for name, guesses in found.items()}
-    if which[0].samples and 1 < len(seen.everybody) == len(seen.samples):  # of one device: what was dropped hides from quotients
-        shown["matching"] = _match(scene, frame, seen, *which)
-    return shown
+    return {name: frame.back(guesses if len(guesses) else fill[None]) for name, guesses in found.items()}
 
 
 def pieces(seen: Seen, values: Array) -> dict[str, Array]:
@@ -230,7 +237,9 @@ def first_layer(seen: Seen, inputs: int) -> attacks.FirstLayer | None:
     if not isinstance(layer, nn.Linear) or layer.in_features != inputs or not {weight, bias} <= gradient.keys():
         return None
     shape = (-1, inputs)
-    return attacks.FirstLayer(gradient[weight].reshape(shape), gradient[bias], known[weight].reshape(shape), known[bias])
+    return attacks.FirstLayer(
+        gradient[weight].reshape(shape), gradient[bias], known[weight].reshape(shape), known[bias]
+    )
 
 
 def _head_bias(seen: Seen, classes: int) -> Array | None:

@@ -141,7 +141,7 @@ def files(found: Leakage) -> dict[str, str]:
 
 
 def _cell(value: object) -> object:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    return "" if value is None else float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write(found: Leakage, out: Path) -> Path:
@@ -181,8 +181,11 @@ def _section(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _everything(found: Leakage) -> str:
-    headers = ["view", "samples", "steps", "attack", "PSNR dB", "others", "guess", "SSIM", "guess", "MSE", "guess", "Jaccard", "chance", "AUC"]  # fmt: skip
-    kinds = ("psnr_db", "others_psnr_db", "guess_psnr_db", "ssim", "guess_ssim", "mse", "guess_mse", "jaccard", "chance_jaccard", "auc")  # fmt: skip
+    kinds = {
+        "psnr_db": "PSNR dB", "others_psnr_db": "others", "guess_psnr_db": "guess", "ssim": "SSIM", "guess_ssim": "guess", "mse": "MSE",
+        "others_mse": "others", "guess_mse": "guess", "jaccard": "Jaccard", "chance_jaccard": "chance", "auc": "AUC",
+    }  # fmt: skip
+    headers = ["view", "samples", "steps", "attack", *kinds.values()]
     rows = [
         [row.view, str(row.samples or "own"), str(row.steps or "own"), row.attack]
         + ["-" if (value := getattr(row, kind)) is None else f"{value:.3g}" for kind in kinds]

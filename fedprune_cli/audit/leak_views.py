@@ -139,7 +139,9 @@ def find_trained(setup: Setup, asked: str) -> int:
         return int(asked)
     near = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"--device {asked}: no device of this name or number sends an update.{hint} Allowed: 0..{count - 1}")
+    raise ConfigError(
+        f"--device {asked}: no device of this name or number sends an update.{hint} Allowed: 0..{count - 1}"
+    )
 
 
 def views_of(scene: Scene) -> tuple[View, ...]:

@@ -33,17 +33,19 @@ def leak(
     """
     from fedprune_cli.config.words import parse_numbers
 
-    sizes, lengths = (
-        tuple(
-            map(int, parse_numbers(text, option, lambda v, most=most: 1 <= v <= most and v == int(v), f"that is whole, in 1..{most}"))
+    def whole(text: str, option: str, most: int) -> tuple[int, ...]:
+        allowed = f"that is whole, in 1..{most}"
+        return tuple(
+            map(int, parse_numbers(text, option, lambda value: 1 <= value <= most and value % 1 == 0, allowed))
         )
-        for text, option, most in ((samples, "--samples", MOST_SAMPLES), (steps, "--steps", MOST_STEPS))
-    )  # fmt: skip
+
+    sizes, lengths = whole(samples, "--samples", MOST_SAMPLES), whole(steps, "--steps", MOST_STEPS)
 
     import torch
 
     from fedprune_cli.audit.leak import Cell, attack_all, cases_of, membership
-    from fedprune_cli.audit.leak_page import Leakage, as_json as facts, sentence, tables, write
+    from fedprune_cli.audit.leak_page import Leakage, sentence, tables, write
+    from fedprune_cli.audit.leak_page import as_json as facts
     from fedprune_cli.audit.leak_views import Scene, find_trained, views_of
     from fedprune_cli.store import folder
     from fedprune_cli.take_home.take import open_run

@@ -71,7 +71,7 @@ def completed(layer: FirstLayer, fill: Array) -> Array:
 
 
 def signed_labels(bias: Array) -> Array:
-    """Returns the labels whose entry of the head's bias gradient [classes] is negative, int: it is mean softmax minus share of the label."""
+    """Returns the labels whose entry of the head's bias gradient [classes], mean softmax minus share of the label, is negative, int."""
     return np.flatnonzero(bias < 0)
 
 

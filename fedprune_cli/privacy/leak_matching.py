@@ -84,7 +84,9 @@ def _moved(seen: Steps, personal: Tensors, inputs: Tensor, target: Tensor) -> Te
     total: Sequence[Tensor] = ()
     for step in range(seen.steps):
         loss = torch.nn.functional.cross_entropy(seen.logits(current, personal, inputs), target)
-        grads = [g * keep for g, keep in zip(torch.autograd.grad(loss, current, create_graph=True), seen.keep, strict=True)]
+        grads = [
+            g * keep for g, keep in zip(torch.autograd.grad(loss, current, create_graph=True), seen.keep, strict=True)
+        ]
         total = [a + b for a, b in zip(total, grads, strict=True)] if step else grads
         if step + 1 < seen.steps:
             current = tuple(value - seen.lr * g for value, g in zip(current, grads, strict=True))

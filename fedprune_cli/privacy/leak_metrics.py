@@ -12,8 +12,8 @@ from scipy.stats import rankdata
 from fedprune_cli.store.state import Array
 
 MAX_DB = 150.0  # of a PSNR: what equals to the last digit of a float32 and what is equal are the same to an eye
-WINDOW = 7  # pixels of a side of SSIM's window, as in Wang et al., IEEE Trans. Image Processing 2004, with equal weights
-K1, K2 = 0.01, 0.03  # SSIM's constants, of the same paper
+WINDOW = 7  # pixels of a side of SSIM's window, all of equal weight
+K1, K2 = 0.01, 0.03  # SSIM's constants (Wang et al., IEEE Trans. Image Processing 2004)
 
 
 def psnr_db(mse: Array, peak: float) -> Array:
@@ -29,8 +29,8 @@ def psnr_db(mse: Array, peak: float) -> Array:
 def squared_errors(originals: Array, guesses: Array) -> Array:
     """Returns the mean squared error of every original [n, ...] and guess [m, ...], float64 [n, m]."""
     a, b = (np.asarray(of, dtype=np.float64).reshape(len(of), -1) for of in (originals, guesses))
-    rows = [np.square(b - one).mean(1) for one in a]
-    return np.stack(rows) if rows else np.zeros((0, len(b)))  # no expansion of the square: it would lose the last digits
+    rows = [np.square(b - one).mean(1) for one in a]  # not by expanding the square, which would lose the last digits
+    return np.stack(rows) if rows else np.zeros((0, len(b)))
 
 
 def best_match(originals: Array, guesses: Array) -> tuple[Array, Array]:
@@ -61,7 +61,9 @@ def ssim(a: Array, b: Array, peak: float) -> float:
 
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     mean_a, mean_b, c1, c2 = mean(a), mean(b), (K1 * peak) ** 2, (K2 * peak) ** 2
-    var_a, var_b, cov = (mean(x * y) - m * n for x, y, m, n in ((a, a, mean_a, mean_a), (b, b, mean_b, mean_b), (a, b, mean_a, mean_b)))
+    var_a, var_b, cov = (
+        mean(x * y) - m * n for x, y, m, n in ((a, a, mean_a, mean_a), (b, b, mean_b, mean_b), (a, b, mean_a, mean_b))
+    )
     similar = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return float(similar.mean())
 
