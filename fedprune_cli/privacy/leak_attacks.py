@@ -13,6 +13,11 @@ import numpy as np
 from fedprune_cli.store.state import Array
 
 SWEEPS = 60  # of the completion, over a layer of any size
+MERGES = 3  # of units that agree, each with more to agree on than the one before
+LEAST_COMMON, AGREEMENT = (
+    8,
+    0.01,
+)  # inputs that two units must both know, and how far apart they may be, of the largest value
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,31 @@ class FirstLayer:
 
 
 def quotients(layer: FirstLayer, fill: Array) -> Array:
-    """Returns a sample for each unit whose bias was seen to change, float64 [at most units, inputs]: dW_ij / db_i.
+    """Returns a sample for each unit whose bias was seen to change, dW_ij / db_i, and again merged: float64 [at most 2 units, inputs].
 
-    fill [inputs]: what stands for the inputs of which a unit's weight was not seen.
+    Units that agree in all inputs which both know are active for the same sample: each then tells the other what it has not seen.
+    fill [inputs]: what stands for inputs that remain unknown.
     """
     units = np.flatnonzero(layer.bias_known & (layer.bias != 0))
     with np.errstate(over="ignore", invalid="ignore"):
         found = layer.weight[units] / layer.bias[units, None]
-    return np.where(layer.weight_known[units] & np.isfinite(found), found, fill)
+    known = layer.weight_known[units] & np.isfinite(found)
+    found = np.where(known, found, 0.0)
+    alone = np.where(known, found, fill)
+    for _ in range(MERGES if not known.all() else 0):
+        merged, joined = found.copy(), known.copy()
+        for at, (values, mine) in enumerate(zip(found, known, strict=True)):
+            common = known & mine
+            apart = np.abs(np.where(common, found - values, 0.0)).max(1)
+            same = (common.sum(1) >= LEAST_COMMON) & (apart <= AGREEMENT * np.abs(values).max())
+            same[at] = True
+            count = known[same].sum(0)
+            merged[at] = np.divide(found[same].sum(0), count, out=np.zeros(len(count)), where=count > 0)
+            joined[at] = count > 0
+        found, known = merged, joined
+    return (
+        alone if known.all() and np.array_equal(alone, found) else np.concatenate([alone, np.where(known, found, fill)])
+    )
 
 
 def strongest(layer: FirstLayer, fill: Array) -> Array:

@@ -128,6 +128,18 @@ def test_of_a_sum_only_units_active_for_one_sample_tell_it() -> None:
     assert best_match(x, attacks.quotients(layer(x, together), FILL))[1].min() > 0.05
 
 
+def test_units_that_agree_tell_each_other_what_was_dropped() -> None:
+    x = RNG.normal(size=(3, 30))
+    apart = np.zeros((3, 60))
+    apart[np.arange(60) % 3, np.arange(60)] = RNG.normal(size=60)
+    pruned = layer(x, apart, kept=0.6)
+    assert best_match(x, attacks.quotients(pruned, FILL))[1].max() < 1e-20
+    alone = [np.square(attacks.quotients(FirstLayer(*(part[at : at + 1] for part in (
+        pruned.weight, pruned.bias, pruned.weight_known, pruned.bias_known))), FILL) - x[at % 3]).mean() for at in range(60)
+        if pruned.bias_known[at]]  # fmt: skip
+    assert min(alone) > 1
+
+
 # --- labels ---------------------------------------------------------------------------------------------------------
 
 
