@@ -31,6 +31,7 @@ MAX_DUMMIES = 8
 MAX_DEVICES = 200  # whose models are asked who trained them
 BUDGET_FLOPS = 2e10  # of one gradient matching
 LEAST_ITERATIONS, MOST_ITERATIONS = 30, 300
+MOST_STEPS = 1000  # that are differentiated in one: small models cost time, and no FLOPs to speak of
 PASSES = 3  # forward and backward is counted; differentiating it again costs about twice that
 SHOWN = 4  # pictures of a cell
 
@@ -270,8 +271,9 @@ def _match(scene: Scene, frame: Frame, seen: Seen, case: Case, trial: int) -> Ar
         return functional_call(parts.model, dict(zip(names, (*shared, *personal), strict=True)), (x,))
 
     flops = PASSES * sum(scene.setup.blueprint.cost.flops["both"]) * count
-    steps = seen.steps if flops * seen.steps * LEAST_ITERATIONS <= BUDGET_FLOPS else 1
-    iterations = min(max(int(BUDGET_FLOPS / max(flops * steps, 1.0)), LEAST_ITERATIONS), MOST_ITERATIONS)
+    steps = max(seen.steps, 1) if flops * seen.steps * LEAST_ITERATIONS <= BUDGET_FLOPS else 1
+    most = min(int(BUDGET_FLOPS / max(flops * steps, 1.0)), MOST_STEPS // steps, MOST_ITERATIONS)
+    iterations = max(most, LEAST_ITERATIONS)
     start, keep, gradient = (
         parts.shared_views(torch.from_numpy(of.astype(np.float32))) for of in (seen.start, seen.known, seen.gradient)
     )
