@@ -291,7 +291,7 @@ def _cut_personal(parts: Parts, values: Array) -> tuple[torch.Tensor, ...]:
     """Returns the first personal part that every device began with, cut like the model's; nothing where nothing is personal."""
     if not parts.personal_params:
         return ()
-    cuts = torch.from_numpy(values.copy()).split([param.numel() for param in parts.personal_params])
+    cuts = torch.split(torch.from_numpy(values.copy()), [param.numel() for param in parts.personal_params])
     shapes = parts.shapes[len(parts.shared_params) :]
     views = [cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)]
     return tuple(view.permute(0, 3, 1, 2) if view.dim() == 4 else view for view in views)

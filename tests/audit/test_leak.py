@@ -95,6 +95,17 @@ def test_nothing_personal_shows_the_same_of_the_shared_part_and_the_head(scene: 
     assert leak._labels(whole, 10)["signs"].tolist() == leak._labels(whole, 10)["counts"].tolist() == [label]
 
 
+def test_nothing_personal_puts_parts_together_by_name() -> None:
+    """With the first block personal the shared part is the end of the model, and not its beginning."""
+    setup = make_setup("model.personal=input")
+    scene = Scene(setup, setup.initial, 32, 0, 0)
+    whole, shared = see(scene, View("nothing personal", whole=True)), see(scene, DENSE)
+    for name, gradient in pieces(shared, shared.gradient).items():
+        assert pieces(whole, whole.gradient)[name] == pytest.approx(gradient, abs=1e-5)
+    assert first_layer(whole, 64) is not None
+    assert first_layer(shared, 64) is None
+
+
 def test_the_own_round_is_the_one_that_the_run_would_make(scene: Scene) -> None:
     view = View("as run", ratio=None, bits=8)
     masks = scene.masks(view)

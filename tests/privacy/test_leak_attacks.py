@@ -92,6 +92,15 @@ def test_a_lone_sample_is_read_whatever_its_errors() -> None:
     assert found == pytest.approx(np.repeat(x, len(found), 0))
 
 
+def test_the_strongest_unit_that_knows_an_input_tells_it() -> None:
+    x, g = RNG.normal(size=(1, 30)), RNG.normal(size=(1, 20)) * (np.arange(20) % 3 > 0)
+    pruned = layer(x, g, kept=0.5)
+    biased = FirstLayer(pruned.weight, g[0], pruned.weight_known, np.ones(20, dtype=bool))
+    told = (biased.weight_known & (g[0] != 0)[:, None]).any(0)
+    assert told.sum() > 25
+    assert attacks.strongest(biased, FILL)[0] == pytest.approx(np.where(told, x[0], FILL))
+
+
 def test_completion_reads_what_quotients_cannot() -> None:
     """With 0.8 of a layer pruned every input is in some unit's row, and hardly any row is whole."""
     x, g = RNG.normal(size=(1, 30)), RNG.normal(size=(1, 60))
