@@ -19,6 +19,11 @@ Purpose = Literal[
     "fleet",  # clocks, powers and distances
     "importance",  # random pruner, of (round)
     "init",  # initial model parameters
+    "leak_chance",  # labels and samples of (trial, case) that were not there
+    "leak_dummies",  # what gradient matching begins with, of (trial, case)
+    "leak_noise",  # Gaussian noise on an attacked update of (trial, case)
+    "leak_others",  # devices of (trial) that are summed with the attacked one
+    "leak_samples",  # samples of (trial, case, device) that an attacked update is of
     "los",  # line-of-sight state of each device
     "loss",  # Gilbert-Elliott state of lost updates of (round)
     "outage",  # Gilbert-Elliott state of (round)

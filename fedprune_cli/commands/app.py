@@ -15,6 +15,7 @@ import typer
 from fedprune_cli import __version__, interrupt, plugins
 from fedprune_cli.commands.allocate import allocate, ladder
 from fedprune_cli.commands.compare import compare
+from fedprune_cli.commands.leak import leak
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
 from fedprune_cli.commands.measure import bench, calibrate
 from fedprune_cli.commands.new import new
@@ -69,8 +70,8 @@ def _check_here() -> None:
 
 
 for command in (
-    train, resume, report, compare, runs, watch, export, predict, rounds, completion, allocate, ladder, verify, bench, calibrate,
-    new,
+    train, resume, report, compare, runs, watch, export, predict, rounds, completion, allocate, ladder, verify, leak, bench,
+    calibrate, new,
 ):  # fmt: skip
     app.command()(_shielded(command))
 

@@ -16,6 +16,7 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("errors", "forked", "interrupt", "processor", "rng", "sections"),
     ("store",),
     ("plugins", "wire"),
+    ("privacy",),
     ("world", "allocate", "learn"),
     ("on_ray",),
     ("execute", "meter", "serve", "track", "terminal"),

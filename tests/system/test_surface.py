@@ -37,6 +37,7 @@ JSON_OF = {  # in this order: later ones look at what earlier ones made
     "allocate": ("allocate", *ALLOCATE),
     "ladder": ("ladder", *ALLOCATE, "--allocators", "equal", "--fractions", "0.5"),
     "verify": ("verify", "run"),
+    "leak": ("leak", "run", "--samples", "1", "--trials", "1"),
     "bench": ("bench", "--tasks", "startup", "--repeats", "1"),
     "calibrate": ("calibrate", *TINY, "--turns", "1", "--ratios", "0,0.5", "--ratios-only"),
 }

@@ -1,0 +1,1 @@
+"""Privacy, measured: what an update gives away."""
