@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -19,6 +20,7 @@ from fedprune_cli.runs.life import is_done
 from fedprune_cli.store.files import Plain
 
 OWN_KEYS = ("method", "seed", "out")  # what a comparison chooses itself
+OF_A_ROUND = re.compile(r"=([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\*round$")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Contest:
     """What is compared: the `overrides` that all arms share, the folder of further YAML files, arm -> its own overrides, and the seeds.
 
     tune: what the configuration says of how arms are tuned first, as it stands there; None where they are compared as they are.
+    round_s: seed -> the seconds that `round` stands for in its overrides, 1 on others: sites differ, and no site's seconds suit another.
     """
 
     overrides: tuple[str, ...]
@@ -33,6 +36,7 @@ class Contest:
     arms: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     tune: Plain = None
+    round_s: Mapping[int, float] = field(default_factory=dict)
 
 
 def read_contest(
@@ -65,11 +69,21 @@ def build_members(contest: Contest) -> list[Member]:
 
 def build_member(contest: Contest, arm: str, setting: Sequence[str], seed: int) -> tuple[Member, Experiment]:
     """Returns the run of an arm on a seed, with further overrides, and what it is; raises ConfigError where it is none."""
-    words = [*contest.overrides, *contest.arms[arm], *setting, f"seed={seed}"]
+    own = _in_seconds((*contest.arms[arm], *setting), contest.round_s.get(seed, 1.0))
+    words = [*contest.overrides, *own, f"seed={seed}"]
     config = compose_config(words, contest.config_dir)
     experiment = build_experiment(config)
     yaml = OmegaConf.to_yaml(config, resolve=True)
     return Member(arm, seed, yaml, experiment.run_dir, _finished(experiment)), experiment
+
+
+def _in_seconds(overrides: Sequence[str], round_s: float) -> list[str]:
+    """Returns overrides with what is given in rounds in seconds, to two digits."""
+
+    def seconds(found: re.Match[str]) -> str:
+        return f"={float(f'{float(found[1]) * round_s:.2g}'):g}"
+
+    return [OF_A_ROUND.sub(seconds, override) for override in overrides]
 
 
 def draw(experiment: Experiment) -> None:

@@ -7,13 +7,12 @@
         - deadline.seconds=1 allocator.on_infeasible=drop
         - deadline.seconds=0.1*round allocator.on_infeasible=drop
 
-`round` stands for the reference's median seconds per round on that seed, so that an experiment can ask for seconds on any data and
-radio. The reference runs first, at the first of its own settings: it sets the target and the unit.
+`round` stands for the reference's median seconds per round on the seed that a run is of, so that an experiment can ask for seconds on any
+data and radio. The reference runs first, at the first of its own settings: it sets the target and the unit of each seed.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,15 +23,14 @@ from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.overrides import parse_override
 from fedprune_cli.config.words import MAX_SEED
 from fedprune_cli.errors import ConfigError, FedpruneError, unknown
-from fedprune_cli.many.compared import OWN_KEYS, Contest, build_member, draw
+from fedprune_cli.many.compared import OF_A_ROUND, OWN_KEYS, Contest, build_member, draw
 from fedprune_cli.many.side_by_side import Failure, Member
 from fedprune_cli.report.comparison import SAME_WORLD, reference_arm
-from fedprune_cli.report.read import read_run
+from fedprune_cli.report.read import Run, read_run
 from fedprune_cli.report.tuning import UNCHANGED, Trial, Tuned, best_of, target_of
 from fedprune_cli.store.files import Plain
 
 KEYS = ("seed", "settings")
-OF_A_ROUND = re.compile(r"=([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\*round$")
 Setting = tuple[str, ...]  # overrides
 Runner = Callable[[Sequence[Member]], Sequence[Failure]]  # takes members to their ends, and returns those that failed
 
@@ -48,7 +46,7 @@ class Tuning:
 
 def called(setting: Setting) -> str:
     """Returns a setting as it is shown."""
-    return shlex.join(setting) or UNCHANGED
+    return " ".join(word if OF_A_ROUND.search(word) else shlex.quote(word) for word in setting) or UNCHANGED
 
 
 def read_tuning(contest: Contest) -> Tuning | None:
@@ -119,18 +117,9 @@ def _words(text: str) -> Setting:
 
 def _build(contest: Contest, arm: str, setting: Setting, seed: int) -> Experiment:
     try:
-        return build_member(contest, arm, _in_seconds(setting, 1.0), seed)[1]
+        return build_member(contest, arm, setting, seed)[1]
     except ConfigError as error:
         raise ConfigError(f"tune.settings: {arm}, {called(setting)}: {error}") from None
-
-
-def _in_seconds(setting: Setting, round_s: float) -> Setting:
-    """Returns a setting with what is given in rounds in seconds, to two digits."""
-
-    def seconds(found: re.Match[str]) -> str:
-        return f"={float(f'{float(found[1]) * round_s:.2g}'):g}"
-
-    return tuple(OF_A_ROUND.sub(seconds, override) for override in setting)
 
 
 def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]:
@@ -139,15 +128,15 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
     Raises FedpruneError, with the exit code of the first failure, where the reference or every setting of an arm failed.
     """
     reference = tuning.reference
-    first, _ = build_member(contest, reference, tuning.settings[reference][0], tuning.seed)
-    if failures := run([first]):
+    seeds = (tuning.seed, *contest.seeds)
+    first = [build_member(contest, reference, tuning.settings[reference][0], seed)[0] for seed in seeds]
+    if failures := run(first):
         error = FedpruneError(f"tune: {reference} sets the target and failed, see above")
         error.exit_code = failures[0].exit_code
         raise error
-    base = read_run(first.run_dir)
-    round_s = float(np.median([record.latency_s for record in base.rounds]))
-    settings = {arm: tuple(_in_seconds(setting, round_s) for setting in of) for arm, of in tuning.settings.items()}
-    choices = [(arm, setting) for arm, of in settings.items() for setting in of if len(of) > 1]
+    base = read_run(first[0].run_dir)
+    contest = replace(contest, round_s={member.seed: _median_s(read_run(member.run_dir)) for member in first})
+    choices = [(arm, setting) for arm, of in tuning.settings.items() for setting in of if len(of) > 1]
     members = [_named(build_member(contest, arm, setting, tuning.seed)[0], setting) for arm, setting in choices]
     failures = run(members)
     failed = {failure.member.run_dir: failure.message for failure in failures}
@@ -155,7 +144,7 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
         choice: _trial(choice, member, failed.get(member.run_dir))
         for choice, member in zip(choices, members, strict=True)
     }
-    taken = {arm: of[0] for arm, of in settings.items()}
+    taken = {arm: of[0] for arm, of in tuning.settings.items()}
     for arm in dict.fromkeys(arm for arm, _ in choices):
         best = best_of([trial for trial in trials.values() if trial.arm == arm], target_of(base))
         if best is None:
@@ -166,6 +155,10 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
     chosen = {arm: called(taken[arm]) for arm, _ in choices}
     tuned = Tuned(tuning.seed, reference, target_of(base), tuple(trials.values()), chosen)
     return replace(contest, arms={arm: (*of, *taken[arm]) for arm, of in contest.arms.items()}), tuned
+
+
+def _median_s(run: Run) -> float:
+    return float(np.median([record.latency_s for record in run.rounds]))
 
 
 def _named(member: Member, setting: Setting) -> Member:

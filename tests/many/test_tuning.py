@@ -57,16 +57,30 @@ def test_each_arm_takes_what_a_choice_by_hand_takes(monkeypatch: pytest.MonkeyPa
         ("deadline.fraction=0.9",),
         (f"deadline.seconds={float(f'{0.5 * round_s:.2g}'):g}", "allocator.on_infeasible=drop"),
     ]
+    given = [settings[0], ("deadline.seconds=0.5*round", "allocator.on_infeasible=drop")]
     target = held_accuracy(base) - 0.005
     assert (tuned.seed, tuned.reference, tuned.target) == (9, "personalized", target)
     runs = [read_run(build_member(contest, "kkt", setting, 9)[0].run_dir) for setting in settings]
     reached = [crossing(run, target) for run in runs]
     seconds = [np.inf if at is None else run.rounds[at].simulated_s for run, at in zip(runs, reached, strict=True)]
     best = min(range(2), key=lambda at: (seconds[at], -runs[at].final.accuracy))
-    assert [trial.setting for trial in tuned.trials] == [" ".join(setting) for setting in settings]
-    assert tuned.chosen == {"kkt": " ".join(settings[best])}
-    assert after.arms == {"personalized": ("method=personalized",), "kkt": ("method=proposed", *settings[best])}
+    assert [trial.setting for trial in tuned.trials] == [" ".join(setting) for setting in given]
+    assert tuned.chosen == {"kkt": " ".join(given[best])}
+    assert after.arms == {"personalized": ("method=personalized",), "kkt": ("method=proposed", *given[best])}
+    assert after.round_s[9] == round_s
     assert alone([build_member(after, arm, (), 9)[0] for arm in after.arms]) == []  # these runs are there
+
+
+def test_seconds_in_rounds_are_of_the_seed_that_a_run_is_of() -> None:
+    """What suits one site suits no other: its devices are elsewhere."""
+    contest = replace(contest_of(ARMS, seeds=(0, 1)), round_s={0: 0.5, 1: 3.0})
+    words = ("deadline.seconds=0.25*round", "allocator.on_infeasible=drop")
+    built = [build_member(contest, "kkt", words, seed)[1].deadline.seconds for seed in (0, 1, 2)]
+    assert built == [0.12, 0.75, 0.25]
+    contest, tuned = tune(contest_of(ARMS, TUNE, seeds=(0, 1)), tuning_of(ARMS, TUNE), alone)
+    own = {seed: read_run(build_member(contest, "personalized", (), seed)[0].run_dir) for seed in (0, 1, 9)}
+    assert contest.round_s == {seed: np.median([one.latency_s for one in run.rounds]) for seed, run in own.items()}
+    assert tuned.seed == 9
 
 
 def test_the_rule_of_choice_is_time_then_accuracy_then_order(tmp_path: Path) -> None:
@@ -164,7 +178,7 @@ def test_a_tuned_comparison_says_what_it_took_and_a_second_one_only_reads() -> N
     assert len(compared) == 2
     before = {path: path.read_bytes() for path in Path("cmp").iterdir()}
     second = fedprune(*command)
-    assert "2 of 2 runs were finished before" in second.stderr
+    assert "2 of 2 runs were finished before" in second.stderr  # the reference on both seeds, and the others
     assert "ETA" not in second.stderr
     assert {path: path.read_bytes() for path in Path("cmp").iterdir()} == before
     again = api.compare(*TINY, ARMS, TUNE, seeds=[1])
