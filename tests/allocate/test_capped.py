@@ -137,7 +137,7 @@ def test_brute_force_on_a_grid() -> None:
             assert not sound or problem.weight @ kept <= ours.objective + 1e-9 * problem.weight.sum(), at
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "cvxpy"])
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name not in ("cvxpy", "selective")])
 def test_a_cap_that_is_infinite_changes_no_digit(name: str) -> None:
     rng = np.random.Generator(np.random.PCG64(8))
     for at in range(3):
@@ -149,6 +149,12 @@ def test_a_cap_that_is_infinite_changes_no_digit(name: str) -> None:
         huge = allocator_of(name).solve(replace(problem, max_snr=np.full(5, 1e39)), 0, 0)
         np.testing.assert_allclose(huge.objective, answer.objective, atol=1e-9)
         np.testing.assert_allclose(huge.deadline_s, answer.deadline_s, rtol=1e-9)
+
+
+def test_blocks_of_their_own_refuse_a_cap() -> None:
+    problem = replace(draw(np.random.Generator(np.random.PCG64(8)), 5), max_snr=np.full(5, 1.0))
+    with pytest.raises(ConfigError, match="channel.p0_dbm and channel.max_bits_per_hz: not with a gain for every block"):
+        allocator_of("selective").solve(problem, 0, 0)
 
 
 def test_devices_without_computation_are_a_knapsack() -> None:
