@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
 
 from fedprune_cli import plugins
-from fedprune_cli.errors import DeviceError, OutputError, require
+from fedprune_cli.errors import ConfigError, DeviceError, OutputError, require
 
 Context = TypeVar("Context")
 Task = TypeVar("Task")
@@ -46,14 +46,24 @@ _context: object = None  # what a worker process built once, at its start
 
 @dataclass(frozen=True)
 class Execution:
-    """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core)."""
+    """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core), or on `nodes`.
+
+    patience_s: how long a node may be away before its task is lost, and its device has died in mid-round.
+    """
 
     kind: str
     workers: int | None
+    patience_s: float = 60.0
 
     def __post_init__(self) -> None:
-        require(self.kind in ("serial", "processes"), "kind", self.kind, "'serial' or 'processes'")
+        require(self.kind in ("serial", "processes", "nodes"), "kind", self.kind, "'serial', 'processes' or 'nodes'")
+        require(0 <= self.patience_s <= 10**6, "patience_s", self.patience_s, "in 0..1000000")
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
+
+    @property
+    def remote(self) -> bool:
+        """Whether nodes do the work that keep their data and personalized parts themselves."""
+        return self.kind == "nodes"
 
 
 def _same(task: object) -> float:
@@ -293,7 +303,7 @@ def starting(what: str) -> Iterator[None]:
 
 def ready(execution: Execution, build: Callable[[], object]) -> None:
     """Raises DeviceError or OutputError when what the executor needs cannot be had: asked before anything is written."""
-    if execution.kind == "serial":
+    if execution.kind in ("serial", "nodes"):
         return
     _prepare()
     with starting(SEMAPHORES):
@@ -310,6 +320,8 @@ def executor(execution: Execution, build: Callable[[], object], preload: Sequenc
     preload: the modules that its processes need, imported once for all of them.
     """
     workers = execution.workers or usable_cores()
+    if execution.remote:
+        raise ConfigError("execution.kind=nodes: nodes do the work of this run, and `fedprune serve` reaches them")
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
         return

@@ -74,7 +74,8 @@ class UnderWay:
 
 def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
     """Returns what reaches the server of what was sent, and of what was under way before."""
-    number, old, fates = state.round, state.shared, sent.fates
+    number, old = state.round, state.shared
+    fates = replace(sent.fates, died=sent.fates.died | [update.died for update in sent.updates])
     log: Log = {kind: [] for kind in KINDS}
     cutoff_s = failsafe.wait_factor * sent.deadline_s
     gone = fates.died | fates.lost

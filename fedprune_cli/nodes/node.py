@@ -1,0 +1,90 @@
+"""A node's half of the protocol, whatever carries it: a task in, an answer out; what it keeps is on its disk before it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.learn.batched import train_block
+from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
+from fedprune_cli.learn.models import build_model
+from fedprune_cli.learn.parts import split_model, to_device
+from fedprune_cli.nodes.data import Samples, Versions, versions_of
+from fedprune_cli.nodes.protocol import Answer, Order, read_order
+from fedprune_cli.round.setup import build_blueprint
+from fedprune_cli.store.files import Plain
+from fedprune_cli.store.sealed import Sealed
+
+
+@dataclass(frozen=True)
+class Node:
+    """A device of one run: its number, what it computes with, and its v_k by round."""
+
+    device: int
+    learner: Learner
+    versions: Versions
+
+    def answer(self, of: str, message: Sealed) -> Answer:
+        """Returns what it made of the task in a message; raises ValueError for a task of another model or device, DeviceError by training."""
+        try:
+            order = read_order(message, self.learner.layout)
+        except (IndexError, KeyError, TypeError) as error:  # of a mask's code, or of what is not there
+            raise ValueError(f"not a task ({type(error).__name__})") from None
+        if order.task.device != self.device:
+            raise ValueError(f"a task of device {order.task.device}, this is device {self.device}")
+        started = time.perf_counter()
+        result, moved = self._work(order)
+        return Answer(of, result, time.perf_counter() - started, moved)
+
+    def _work(self, order: Order) -> tuple[Update | Score, bool]:
+        task = replace(order.task, personal=self.versions.read(order.base))
+        if order.work == "test":
+            return evaluate(self.learner, task), False
+        update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
+        moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
+        if moved:
+            self.versions.write(task.round + 1, update.personal)
+        self.versions.keep((order.base, task.round + 1))
+        return (update if moved else _diverged(update, task)), moved
+
+
+def _diverged(update: Update, task: Task) -> Update:
+    """Returns the update of a device that keeps nothing of what it trained."""
+    return replace(update, personal=task.personal, train_loss=None, rounding_error=None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node is: its device's number, its folder, and its samples."""
+
+    device: int
+    folder: Path
+    samples: Samples
+
+    def take(self, run: str, config: Mapping[str, Plain]) -> Node:
+        """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
+        import torch
+
+        torch.set_num_threads(1)  # two threads sum in another order and give other bits
+        experiment, samples = build_experiment(OmegaConf.create(dict(config))), self.samples
+        shape = samples.inputs.shape[1:]
+        parts = split_model(
+            build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part
+        )
+        layout = build_blueprint(experiment, parts, shape).layout
+        versions = versions_of(self.folder, run, parts.personal.numpy().copy())
+        train, test = samples.owned_by(self.device)
+        learner = Learner(
+            experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
+            samples.scale, samples.mean, samples.std, train, test, layout,
+        )  # fmt: skip
+        return Node(self.device, learner, versions)
+
+
+Work = Callable[[str, Sealed], Answer]
