@@ -98,6 +98,15 @@ def read_samples(folder: Path) -> Samples:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a node is: its device's number, its folder, and its samples."""
+
+    device: int
+    folder: Path
+    samples: Samples
+
+
+@dataclass(frozen=True)
 class Versions:
     """A node's v_k of one run, one file a round, so that work done again begins where it began before. initial: that of round 0."""
 

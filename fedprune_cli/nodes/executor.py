@@ -12,7 +12,7 @@ from fedprune_cli.errors import DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
 from fedprune_cli.learn.structured import Layout
-from fedprune_cli.nodes.protocol import Order, code_bytes, read_result
+from fedprune_cli.nodes.orders import Order, code_bytes, read_result
 from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.sealed import Sealed
 

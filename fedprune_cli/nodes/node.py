@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
@@ -15,8 +15,8 @@ from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
-from fedprune_cli.nodes.data import Samples, Versions, versions_of
-from fedprune_cli.nodes.protocol import Answer, Order, read_order
+from fedprune_cli.nodes.data import Place, Versions, versions_of
+from fedprune_cli.nodes.orders import Answer, Order, read_order
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
@@ -59,32 +59,19 @@ def _diverged(update: Update, task: Task) -> Update:
     return replace(update, personal=task.personal, train_loss=None, rounding_error=None)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a node is: its device's number, its folder, and its samples."""
-
-    device: int
-    folder: Path
-    samples: Samples
-
-    def take(self, run: str, config: Mapping[str, Plain]) -> Node:
-        """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
-        import torch
-
-        torch.set_num_threads(1)  # two threads sum in another order and give other bits
-        experiment, samples = build_experiment(OmegaConf.create(dict(config))), self.samples
-        shape = samples.inputs.shape[1:]
-        parts = split_model(
-            build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part
-        )
-        layout = build_blueprint(experiment, parts, shape).layout
-        versions = versions_of(self.folder, run, parts.personal.numpy().copy())
-        train, test = samples.owned_by(self.device)
-        learner = Learner(
-            experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
-            samples.scale, samples.mean, samples.std, train, test, layout,
-        )  # fmt: skip
-        return Node(self.device, learner, versions)
-
-
-Work = Callable[[str, Sealed], Answer]
+def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
+    """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
+    torch.set_num_threads(1)  # two threads sum in another order and give other bits
+    experiment, samples = build_experiment(OmegaConf.create(dict(config))), place.samples
+    shape = samples.inputs.shape[1:]
+    parts = split_model(
+        build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part
+    )
+    layout = build_blueprint(experiment, parts, shape).layout
+    versions = versions_of(place.folder, run, parts.personal.numpy().copy())
+    train, test = samples.owned_by(place.device)
+    learner = Learner(
+        experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
+        samples.scale, samples.mean, samples.std, train, test, layout,
+    )  # fmt: skip
+    return Node(place.device, learner, versions)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.plain import plain
 from fedprune_cli.execute import Executor
-from fedprune_cli.nodes.data import read_samples, samples_of, write_samples
+from fedprune_cli.nodes.data import Place, read_samples, samples_of, write_samples
 from fedprune_cli.nodes.executor import NodeExecutor, Reply, Request, measured
-from fedprune_cli.nodes.node import Node, Place
+from fedprune_cli.nodes.node import Node, build_node
 from fedprune_cli.nodes.protocol import read_from_node, read_from_server, sha256
 from fedprune_cli.round.setup import Setup, prepare
 from fedprune_cli.runs import life
@@ -56,7 +57,7 @@ class InProcessSite:
     @contextlib.contextmanager
     def executor(self, setup: Setup) -> Iterator[Executor]:
         run = f"{setup.experiment.config_hash}-s{setup.experiment.seed}"
-        self.carrier.nodes = {device: place.take(run, self.config) for device, place in self.places.items()}
+        self.carrier.nodes = {device: build_node(place, run, self.config) for device, place in self.places.items()}
         yield NodeExecutor(self.carrier, setup.blueprint.layout, self.done)
 
     def measured(self, record: RoundRecord) -> dict[str, object]:
@@ -98,3 +99,30 @@ def begin(home: Path, run_dir: Path, overrides: Sequence[str]) -> tuple[Setup, d
 def result(run_dir: Path) -> tuple[bytes, bytes]:
     """Returns the records and u of a run, as bytes."""
     return (run_dir / folder.RECORDS).read_bytes(), folder.read_state(run_dir).state.shared.tobytes()
+
+
+def enrolled(home: Path, setup: Setup) -> Path:
+    """Returns a pilot's folder with the certificates and the samples of a simulation's devices, and their roster."""
+    from fedprune_cli.nodes import certificates
+
+    pilot = home / "pilot"
+    certificates.begin(pilot, ["127.0.0.1", "localhost"], 1)
+    for device in range(len(setup.scenario.partition.train)):
+        certificates.enroll(pilot, device, 1)
+    deal(setup, pilot)
+    return pilot
+
+
+def stand(folder: Path, port: int, say: Callable[[str], None] = lambda _: None) -> None:
+    """Is a node until the run is over."""
+    from fedprune_cli.nodes.attend import Post, attend
+
+    device = int(folder.name.split("-")[1])
+    attend(Post(f"127.0.0.1:{port}", folder, Place(device, folder, read_samples(folder)), True, say))
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens at."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])

@@ -63,6 +63,21 @@ def read_card(value: Plain) -> Card:
     return card
 
 
+def read_cards(file: Path) -> list[Card]:
+    """Returns the cards in a roster's file; raises DataError."""
+    value: Mapping[str, Plain] = read_json(file, DataError)
+    devices = value.get("devices")
+    if not isinstance(devices, list) or not devices:
+        raise DataError(f"{file}: not a roster: a list `devices` of at least one card is expected")
+    cards = []
+    for at, one in enumerate(devices):
+        try:
+            cards.append(read_card(one))
+        except ValueError as error:
+            raise DataError(f"{file}: devices[{at}]: {error}") from None
+    return cards
+
+
 def roster_json(cards: Sequence[Card]) -> bytes:
     """Returns the file of a roster: the cards of devices 0, 1, 2 and so on."""
     return (json.dumps({"devices": [card.as_plain() for card in cards]}, indent=1) + "\n").encode()
@@ -77,7 +92,7 @@ class Roster:
 
     def load(self) -> Dataset:
         """Returns a dataset with the roster's numbers in it and no sample: every input is zero, and takes no memory."""
-        cards = self._cards()
+        cards = read_cards(Path(self.file))
         first = cards[0]
         same = {(card.shape, card.dtype, card.scale, card.classes) for card in cards}
         if len(same) > 1:
@@ -91,19 +106,6 @@ class Roster:
         source = Source(owner, names, held_out)
         sha256 = hashlib.sha256(roster_json(cards)).hexdigest()
         return Dataset(self.name, inputs, labels, first.classes, first.scale, (0.0,), (1.0,), sha256, source)
-
-    def _cards(self) -> list[Card]:
-        value: Mapping[str, Plain] = read_json(Path(self.file), DataError)
-        devices = value.get("devices")
-        if not isinstance(devices, list) or not devices:
-            raise DataError(f"{self.file}: not a roster: a list `devices` of at least one card is expected")
-        cards = []
-        for at, one in enumerate(devices):
-            try:
-                cards.append(read_card(one))
-            except ValueError as error:
-                raise DataError(f"{self.file}: devices[{at}]: {error}") from None
-        return cards
 
 
 def _labels(card: Card) -> np.ndarray:
