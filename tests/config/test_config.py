@@ -67,7 +67,7 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
     needed = {
         "trace": ["file=some.csv"], "uplink": ["file=some.csv"],
         "table": ["file=some.csv", "label=state"], "windows": ["file=some.csv", "label=state"],
-        "arrays": ["file=some.npz"], "folder": ["root=some"],
+        "arrays": ["file=some.npz"], "folder": ["root=some"], "nodes": ["file=some.json"],
     }  # fmt: skip
     overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]
     chosen = getattr(build_experiment(compose_config(overrides)), group)

@@ -133,7 +133,8 @@ def test_who_is_killed_or_silent_is_noticed_and_back_in_time(tmp_path: Path) -> 
     for who in (SERVER, 0, 1, 2):
         cast.start(who)
     try:
-        cast.said("device-2: here", 0.0, 120)
+        for device in range(3):
+            cast.said(f"device-{device}: here", 0.0, 120)
         killed_s = time.monotonic()
         cast.kill(1)
         noticed_s = cast.said("device-1: gone", killed_s, 1.0)
