@@ -48,15 +48,18 @@ _context: object = None  # what a worker process built once, at its start
 class Execution:
     """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core), or on `nodes`.
 
-    patience_s: how long a node may be away before its task is lost, and its device has died in mid-round.
+    patience_s: how long a node may be away before its task is lost, and its device has died in mid-round. by_clock: whether the server's
+    clock decides which node is late, and not the modelled seconds.
     """
 
     kind: str
     workers: int | None
     patience_s: float = 60.0
+    by_clock: bool = False
 
     def __post_init__(self) -> None:
         require(self.kind in ("serial", "processes", "nodes"), "kind", self.kind, "'serial', 'processes' or 'nodes'")
+        require(self.remote or not self.by_clock, "by_clock", self.by_clock, "false where no nodes do the work")
         require(0 <= self.patience_s <= 10**6, "patience_s", self.patience_s, "in 0..1000000")
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
 

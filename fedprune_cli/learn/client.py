@@ -99,6 +99,7 @@ class Task:
 
     stage names the work in error messages. bits: of a value that is sent.
     may_diverge: a loss that is not finite is no error, as faults may have led to it. coded: the code of what is sent is wanted as well.
+    due_s: by the server's clock, where that decides who is late.
     """
 
     stage: str
@@ -111,6 +112,7 @@ class Task:
     bits: int = BITS_PER_PARAM
     may_diverge: bool = False
     coded: bool = False
+    due_s: float | None = None
 
     @property
     def steps(self) -> int:
@@ -124,7 +126,8 @@ class Update:
 
     shared: the kept entries of u as the server reads them [n_k]; personal: v_k [V]; train_loss: the mean of the last phase, if any;
     sent_bytes: the length of what was really encoded. rounding_error: the square of what rounding changed over the square of the
-    change of u, when rounded. code: what was encoded, where the task wants it; died: the device stopped before it had sent anything.
+    change of u, when rounded. code: what was encoded, where the task wants it; died: the device stopped before it had sent anything;
+    late: by a clock, None where the modelled seconds say so.
     """
 
     device: int
@@ -135,6 +138,7 @@ class Update:
     rounding_error: float | None = None
     code: bytes = b""
     died: bool = False
+    late: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
-TLS = (
+TLS = ("certificate", "hostname verification", "peer name")  # in what gRPC says of a server that is not the right one
     "certificate",
     "ssl",
     "tls",

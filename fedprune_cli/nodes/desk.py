@@ -124,6 +124,8 @@ class Desk:
             for device, request in requests.items()
         }
         for device, ask in self.asks.items():
+            if ask.request.within_s is not None:
+                self.loop.call_later(ask.request.within_s, self._lose, ask, f"device-{device}: late, nobody waits for it")
             if device in self.links:
                 self._hand(self.links[device], ask)
             else:
@@ -152,13 +154,14 @@ class Desk:
     def _miss(self, device: int, ask: _Ask) -> None:
         """Waits for a device that is away, and no longer than may be."""
 
-        def lose() -> None:
-            if not ask.reply.done():
-                self.terms.say(f"device-{device}: away for {wait_s:.3g} s, its task is lost")
-                ask.reply.set_result(None)
-
         wait_s = max(self.terms.patience_s, self.opened_s + FIRST_S - time.monotonic())
-        ask.giving_up = self.loop.call_later(wait_s, lose)
+        why = f"device-{device}: away for {wait_s:.3g} s, its task is lost"
+        ask.giving_up = self.loop.call_later(wait_s, self._lose, ask, why)
+
+    def _lose(self, ask: _Ask, why: str) -> None:
+        if not ask.reply.done():
+            self.terms.say(why)
+            ask.reply.set_result(None)
 
     def _turn_out(self) -> None:
         """Asks those to leave whose certificates are revoked or have expired since they came."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
@@ -23,10 +23,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Request:
-    """A message for a node, and how its answer is read: what is wrong with it is a ValueError."""
+    """A message for a node, and how its answer is read: what is wrong with it is a ValueError.
+
+    within_s: after which nobody waits for the answer any longer, None: as long as it takes.
+    """
 
     message: bytes
     read: Callable[[Sealed], Update | Score]
+    within_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,19 @@ class Carrier(Protocol):
     """Carries messages to nodes and their answers back."""
 
     def exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
-        """Returns the replies by device; a device that is away for longer than may be waited for has none."""
+        """Returns the replies by device; one that is away for longer than may be waited for, or is not within its time, has none."""
 
 
 @dataclass(frozen=True)
 class NodeExecutor:
-    """Maps the functions of a device's work over nodes. done: the last round's training, by device, until somebody takes it."""
+    """Maps the functions of a device's work over nodes. drops: whether the update of who is late counts for nothing.
+
+    done: the last round's training, by device, until somebody takes it.
+    """
 
     carrier: Carrier
     layout: Layout
+    drops: bool = False
     done: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
     def map(
@@ -91,10 +99,14 @@ class NodeExecutor:
                 "compute_s": reply.compute_s, "downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0),
                 "waiting_s": last_s - reply.done_s,
             }  # fmt: skip
-        return {
-            task.device: cast(Update, replies[task.device].result) if task.device in replies else _died(task)
-            for task in tasks
-        }
+        return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
+
+    def _update(self, task: Task, reply: Reply | None) -> Update:
+        if reply is None:
+            lost = _lost(task)
+            return lost if task.due_s is None or not self.drops else replace(lost, died=False, late=True)
+        update = cast(Update, reply.result)
+        return update if task.due_s is None else replace(update, late=reply.done_s - reply.sent_s > task.due_s)
 
     def _exchange(self, work: str, tasks: Sequence[Task]) -> Mapping[int, Reply]:
         requests = {task.device: self._request(Order(work, task, int(task.personal[0]))) for task in tasks}
@@ -105,10 +117,11 @@ class NodeExecutor:
 
     def _request(self, order: Order) -> Request:
         layout = self.layout
-        return Request(order.encode(layout), lambda message: read_result(message, order, layout))
+        within_s = order.task.due_s if self.drops else None
+        return Request(order.encode(layout), lambda message: read_result(message, order, layout), within_s)
 
 
-def _died(task: Task) -> Update:
+def _lost(task: Task) -> Update:
     """Returns what the server has of a device that is gone: nothing but the bytes that its update would have had."""
     mask = task.kept.mask(task.shared.size)
     count = task.shared.size if mask is None else int(mask.sum())

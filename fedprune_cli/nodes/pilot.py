@@ -41,7 +41,8 @@ class Pilot:
         most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
         terms = Terms(self.folder, len(cards), most_bytes, experiment.execution.patience_s, self.say, cards, order)
         with desk(self.address, terms) as here:
-            yield NodeExecutor(here, setup.blueprint.layout, self.done)
+            policy = experiment.failsafe.policy
+            yield NodeExecutor(here, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
             here.end()
 
     def measured(self, record: RoundRecord) -> Mapping[str, object]:

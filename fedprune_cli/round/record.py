@@ -112,7 +112,7 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         status=allocation.status,
         message=allocation.message,
         frozen=count_frozen(new),
-        faults=outcome.log if setup.experiment.faulty or outcome.log.refused or outcome.log.died else None,
+        faults=outcome.log if setup.experiment.faulty or outcome.log.refused or any(one.died or one.late for one in results.updates) else None,
         devices=device_rows(new, results.all, given, measured, finished.work.pruning_error, scores),
     )
 

@@ -58,7 +58,8 @@ class InProcessSite:
     def executor(self, setup: Setup) -> Iterator[Executor]:
         run = f"{setup.experiment.config_hash}-s{setup.experiment.seed}"
         self.carrier.nodes = {device: build_node(place, run, self.config) for device, place in self.places.items()}
-        yield NodeExecutor(self.carrier, setup.blueprint.layout, self.done)
+        policy = setup.experiment.failsafe.policy
+        yield NodeExecutor(self.carrier, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
 
     def measured(self, record: RoundRecord) -> dict[str, object]:
         return measured(self.done, record)

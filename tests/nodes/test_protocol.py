@@ -170,3 +170,17 @@ def test_a_part_that_is_gone_from_a_node_is_one_line(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(CheckpointError, match=r"personal-1\.safetensors: No such file"):
         next(rounds)
+
+
+@pytest.mark.parametrize(("policy", "seconds", "late"), [("drop", 4, True), ("wait", 4, True), ("defer", 4, True), ("drop", 6, False)])
+def test_who_is_late_by_the_servers_clock_is_late(tmp_path: Path, policy: str, seconds: int, late: bool) -> None:
+    """An exchange in this process is said to take 5 s, where the model has milliseconds: the policies do what they do in a simulation."""
+    overrides = [f"failsafe.late={policy}", f"deadline.seconds={seconds}", "rounds=2"]
+    places = deal(simulate(tmp_path / "simulated", *overrides), tmp_path)
+    setup, config = begin(tmp_path, tmp_path / "run", [*overrides, "execution.by_clock=true"])
+    record = next(run := life.run(setup, tmp_path / "run", site=InProcessSite(places, config)))
+    assert record.faults
+    assert record.faults.late == ([0, 1, 2, 3] if late else [])
+    moved = result(tmp_path / "run")[1] != setup.initial.shared.tobytes()
+    assert moved == (not late or policy == "wait")
+    assert next(run).faults.stale == ([0, 1, 2, 3] if policy == "defer" else [])  # type: ignore[union-attr]
