@@ -19,6 +19,7 @@ from fedprune_cli.store.sealed import Sealed
 
 if TYPE_CHECKING:
     from fedprune_cli.nodes.node import Node
+    from fedprune_cli.nodes.orders import Heard
 
 MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
@@ -47,6 +48,7 @@ def attend(post: Post) -> None:
     """Does the server's tasks until the run is over. Raises CheckpointError when the server refuses this node, or is not the right one."""
     hello = hello_of(post.place.samples.card(labels=post.labels)).encode()
     node: Node | None = None
+    heard: Heard | None = None
     run, pause_s, told = "", FIRST_PAUSE_S, ""
     while True:
         identity = read_identity(post.folder)
@@ -61,12 +63,13 @@ def attend(post: Post) -> None:
                     if kind == "end":
                         return
                     if kind == "run":
+                        heard = None
                         if node is None or run != message.header["run"]:
                             run = str(message.header["run"])
                             node = _build(post.place, run, message.header["config"])
                             post.say(f"device-{node.device}: works on {run}")
                     elif node is not None:
-                        _work(node, message, outgoing)
+                        heard = _work(node, message, heard, outgoing)
                 why = "the server closed the stream"
             except grpc.RpcError as error:
                 why = _why(error)
@@ -93,15 +96,19 @@ def _read(stream: Iterator[bytes]) -> Iterator[Sealed]:
             raise CheckpointError(f"the server's message was refused: {error}") from None
 
 
-def _work(node: Node, message: Sealed, outgoing: queue.SimpleQueue[bytes | None]) -> None:
+def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.SimpleQueue[bytes | None]) -> Heard:
+    """Does a task and hands in what comes of it; returns what the node has heard of u by now."""
     of = sha256(message.encode())
     outgoing.put(got(of))
     try:
-        outgoing.put(node.answer(of, message).encode())
-    except DeviceError as error:
-        outgoing.put(failed(of, str(error)))
+        order, heard = node.read(message, heard)
     except ValueError as error:
         raise CheckpointError(f"the server's task was refused: {error}") from None
+    try:
+        outgoing.put(node.answer(of, order).encode())
+    except DeviceError as error:
+        outgoing.put(failed(of, str(error)))
+    return heard
 
 
 def _channel(address: str, identity: Identity) -> grpc.Channel:

@@ -20,6 +20,7 @@ from fedprune_cli.errors import FedpruneError, OutputError
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
 from fedprune_cli.nodes.executor import Reply, Request
+from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import END, Hello, RunOrder, read_from_node, read_hello, sha256, versions
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.world.datasets.roster import Card
@@ -32,11 +33,12 @@ FIRST_S = 10.0  # after a server's start within which nodes come that were there
 
 @dataclass
 class _Link:
-    """A node that is here. why: set when it is to go."""
+    """A node that is here. heard: what it has of u, since it came; why: set when it is to go."""
 
     peer: Peer
     hello: Hello
     context: grpc.aio.ServicerContext
+    heard: Heard | None = None
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
@@ -58,8 +60,9 @@ class _Ask:
     """A task that is out, until there is a reply or it is lost."""
 
     request: Request
-    of: str
     reply: asyncio.Future[Reply | None]
+    of: str = ""
+    link: _Link | None = None
     sent_s: float = 0.0
     got_s: float = 0.0
     giving_up: asyncio.TimerHandle | None = None
@@ -119,13 +122,12 @@ class Desk:
 
     async def _exchange(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
         self._turn_out()
-        self.asks = {
-            device: _Ask(request, sha256(request.message), self.loop.create_future())
-            for device, request in requests.items()
-        }
+        self.asks = {device: _Ask(request, self.loop.create_future()) for device, request in requests.items()}
         for device, ask in self.asks.items():
             if ask.request.within_s is not None:
-                self.loop.call_later(ask.request.within_s, self._lose, ask, f"device-{device}: late, nobody waits for it")
+                self.loop.call_later(
+                    ask.request.within_s, self._lose, ask, f"device-{device}: late, nobody waits for it"
+                )
             if device in self.links:
                 self._hand(self.links[device], ask)
             else:
@@ -148,8 +150,12 @@ class Desk:
     def _hand(self, link: _Link, ask: _Ask) -> None:
         if ask.giving_up:
             ask.giving_up.cancel()
-        ask.sent_s = time.monotonic()
-        self._soon(link.write(ask.request.message))
+        if ask.link is link or ask.reply.done():
+            return
+        ask.link = link
+        message, link.heard = ask.request.write(link.heard)
+        ask.of, ask.sent_s, ask.got_s = sha256(message), time.monotonic(), 0.0
+        self._soon(link.write(message))
 
     def _miss(self, device: int, ask: _Ask) -> None:
         """Waits for a device that is away, and no longer than may be."""
@@ -188,7 +194,7 @@ class Desk:
         try:
             if self.terms.order:
                 await link.write(self.terms.order.encode())
-            if (ask := self.asks.get(device)) and not ask.reply.done():
+            if ask := self.asks.get(device):
                 self._hand(link, ask)
             await self._listen(link, device)
         finally:

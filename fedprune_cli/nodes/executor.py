@@ -12,7 +12,7 @@ from fedprune_cli.errors import DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
 from fedprune_cli.learn.structured import Layout
-from fedprune_cli.nodes.orders import Order, code_bytes, read_result
+from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
 from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.sealed import Sealed
 
@@ -23,12 +23,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Request:
-    """A message for a node, and how its answer is read: what is wrong with it is a ValueError.
+    """What is asked of a node, and how its answer is read: what is wrong with it is a ValueError.
 
-    within_s: after which nobody waits for the answer any longer, None: as long as it takes.
+    write: from what the node has heard of u to the message and what it has heard then; within_s: after which nobody waits for the
+    answer any longer, None: as long as it takes.
     """
 
-    message: bytes
+    write: Callable[[Heard | None], tuple[bytes, Heard]]
     read: Callable[[Sealed], Update | Score]
     within_s: float | None = None
 
@@ -103,7 +104,7 @@ class NodeExecutor:
 
     def _update(self, task: Task, reply: Reply | None) -> Update:
         if reply is None:
-            lost = _lost(task)
+            lost = _lost(task, self.layout)
             return lost if task.due_s is None or not self.drops else replace(lost, died=False, late=True)
         update = cast(Update, reply.result)
         return update if task.due_s is None else replace(update, late=reply.done_s - reply.sent_s > task.due_s)
@@ -118,12 +119,14 @@ class NodeExecutor:
     def _request(self, order: Order) -> Request:
         layout = self.layout
         within_s = order.task.due_s if self.drops else None
-        return Request(order.encode(layout), lambda message: read_result(message, order, layout), within_s)
+        return Request(
+            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout), within_s
+        )
 
 
-def _lost(task: Task) -> Update:
+def _lost(task: Task, layout: Layout) -> Update:
     """Returns what the server has of a device that is gone: nothing but the bytes that its update would have had."""
-    mask = task.kept.mask(task.shared.size)
+    mask = sent_mask(task.kept, layout, task.shared.size)
     count = task.shared.size if mask is None else int(mask.sum())
     return Update(task.device, np.zeros(0, np.float32), task.personal, None, code_bytes(count, task.bits), died=True)
 

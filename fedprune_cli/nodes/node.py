@@ -16,7 +16,7 @@ from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, tr
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.nodes.data import Place, Versions, versions_of
-from fedprune_cli.nodes.orders import Answer, Order, read_order
+from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
@@ -30,14 +30,18 @@ class Node:
     learner: Learner
     versions: Versions
 
-    def answer(self, of: str, message: Sealed) -> Answer:
-        """Returns what it made of the task in a message; raises ValueError for a task of another model or device, DeviceError by training."""
+    def read(self, message: Sealed, heard: Heard | None) -> tuple[Order, Heard]:
+        """Returns the task in a message and what of u is heard by then; raises ValueError for one of another model or device."""
         try:
-            order = read_order(message, self.learner.layout)
+            order, heard = read_order(message, self.learner.layout, heard)
         except (IndexError, KeyError, TypeError) as error:  # of a mask's code, or of what is not there
             raise ValueError(f"not a task ({type(error).__name__})") from None
         if order.task.device != self.device:
             raise ValueError(f"a task of device {order.task.device}, this is device {self.device}")
+        return order, heard
+
+    def answer(self, of: str, order: Order) -> Answer:
+        """Returns what it makes of a task, whose message has the SHA-256 `of`; raises DeviceError where training does."""
         started = time.perf_counter()
         result, moved = self._work(order)
         return Answer(of, result, time.perf_counter() - started, moved)

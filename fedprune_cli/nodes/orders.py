@@ -22,6 +22,15 @@ WORKS = ("block", "train", "test")  # what `learn.batched.train_block`, `learn.c
 
 
 @dataclass(frozen=True)
+class Heard:
+    """What a node has of the u of one round, so that the next task need not send it again: which entries, bool [U], of `shared` [U]."""
+
+    round: int
+    known: Array
+    shared: Array
+
+
+@dataclass(frozen=True)
 class Order:
     """A task on its way. work: one of WORKS; base: the round that v_k is to be of, 0 for the one that every device begins with."""
 
@@ -29,49 +38,57 @@ class Order:
     task: Task
     base: int
 
-    def encode(self, layout: Layout) -> bytes:
-        """Returns the message: of u only the entries that the device keeps."""
+    def encode(self, layout: Layout, heard: Heard | None) -> tuple[bytes, Heard]:
+        """Returns the message, and what the node has heard then: of u the entries that the device keeps and has not heard yet."""
         task, kept = self.task, self.task.kept
-        mask = _mask(kept, layout, task.shared.size)
+        mask = sent_mask(kept, layout, task.shared.size)
+        onto = heard is not None and heard.round == task.round and heard.shared is task.shared
+        known = heard.known if heard is not None and onto else np.zeros(task.shared.size, dtype=bool)
+        wanted = ~known if mask is None else mask & ~known
         header: dict[str, Plain] = {
             "kind": "task", "work": self.work, "stage": task.stage, "round": task.round, "device": task.device, "base": self.base,
-            "bits": task.bits, "may_diverge": task.may_diverge, "size": task.shared.size, "keep": type(kept).__name__,
+            "bits": task.bits, "may_diverge": task.may_diverge, "size": task.shared.size, "keep": type(kept).__name__, "onto": onto,
             "schedule": [[phase.kind, phase.samples, phase.batch, phase.epoch] for phase in task.schedule],
         }  # fmt: skip
-        arrays = {"values": task.shared if mask is None else task.shared[mask]}
+        arrays = {"values": task.shared[wanted]}
         if flags := _flags(kept, task.shared.size):
             header["flags"], header["set"] = len(flags[0]), int(flags[0].sum())
             arrays["mask"] = np.frombuffer(encode_mask(flags[0]), dtype=np.uint8)
-        return Sealed(header, arrays).encode()
+        return Sealed(header, arrays).encode(), Heard(task.round, known | wanted, task.shared)
 
 
-def read_order(message: Sealed, layout: Layout) -> Order:
-    """Returns the task in a message; entries of u that the device does not keep are zero there. Raises ValueError."""
+def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Order, Heard]:
+    """Returns the task in a message, and what is heard by then; entries that the device does not keep are zero. Raises ValueError."""
     header, arrays = message.header, message.arrays
     size = int(str(header["size"]))
     if size != sum(math.prod(shape) for shape in list(layout.shapes.values())[: layout.num_shared]):
         raise ValueError(f"of a model with {size} shared entries, and not of this one")
     kept = _read_kept(header, arrays, layout)
-    mask = _mask(kept, layout, size)
-    values = arrays["values"]
-    wanted = size if mask is None else int(mask.sum())
-    if values.dtype != np.float32 or values.shape != (wanted,) or header["work"] not in WORKS:
+    mask = sent_mask(kept, layout, size)
+    before = Heard(int(str(header["round"])), np.zeros(size, dtype=bool), np.zeros(size, dtype=np.float32))
+    if header["onto"]:
+        if heard is None or heard.round != before.round:
+            raise ValueError("a task that goes on from one that was never here")
+        before = heard
+    values, wanted = arrays["values"], ~before.known if mask is None else mask & ~before.known
+    if values.dtype != np.float32 or values.shape != (int(wanted.sum()),) or header["work"] not in WORKS:
         raise ValueError("not a task")
-    shared = np.zeros(size, dtype=np.float32)
-    shared[slice(None) if mask is None else mask] = values
+    after = Heard(before.round, before.known | wanted, before.shared.copy())
+    after.shared[wanted] = values
+    shared = after.shared if mask is None else after.shared * mask
     schedule = tuple(LocalPhase(*phase) for phase in _list(header["schedule"]))
     task = Task(
-        str(header["stage"]), int(str(header["round"])), int(str(header["device"])), shared, np.zeros(0, np.float32), kept, schedule,
+        str(header["stage"]), after.round, int(str(header["device"])), shared, np.zeros(0, np.float32), kept, schedule,
         int(str(header["bits"])), header["may_diverge"] is True, coded=True,
     )  # fmt: skip
-    return Order(str(header["work"]), task, int(str(header["base"])))
+    return Order(str(header["work"]), task, int(str(header["base"]))), after
 
 
 def _list(value: Plain) -> list[list[Plain]]:
     return [one for one in value if isinstance(one, list)] if isinstance(value, list) else []
 
 
-def _mask(kept: Kept, layout: Layout, size: int) -> Array | None:
+def sent_mask(kept: Kept, layout: Layout, size: int) -> Array | None:
     """Returns which of the shared entries travel, bool [U]; None for all."""
     return layout.masks(kept.units)[0] if isinstance(kept, Channels) else kept.mask(size)
 
@@ -134,7 +151,7 @@ def read_result(message: Sealed, order: Order, layout: Layout) -> Update | Score
         return Score(task.device, correct, total)
     if header["kind"] != "update" or order.work == "test":
         raise ValueError(f"{header['kind']} is no answer to a {order.work} task")
-    mask = _mask(task.kept, layout, task.shared.size)
+    mask = sent_mask(task.kept, layout, task.shared.size)
     before = task.shared if mask is None else task.shared[mask]
     values = _values(message.arrays, before, task.bits)
     loss, error = (None if header[key] is None else float(str(header[key])) for key in ("train_loss", "rounding_error"))

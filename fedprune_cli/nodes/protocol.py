@@ -2,7 +2,7 @@
 
     node -> server   hello                    who it is of, what it runs, what its data are like: no sample
     server -> node   run                      the configuration that the node builds its model from
-    server -> node   task                     the mask's code, the kept entries of u, the schedule, and the base round of v_k
+    server -> node   task                     the mask's code, the kept entries of u that are not there yet, the schedule, v_k's round
     node -> server   got                      the task is there: download is over
     node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
     server -> node   end                      the run has had its last round
@@ -85,7 +85,7 @@ END = Sealed({"kind": "end"}).encode()
 
 
 TASK = {
-    "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
+    "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str, "onto": bool,
     "schedule": [[(str, int)]],
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ class Sealed:
         digest = hashlib.sha256(header.encode())
         for name, value in arrays.items():
             digest.update(f"{name}{value.dtype}{value.shape}".encode())
-            digest.update(value)
+            digest.update(value.tobytes())
         return bytes(save(arrays, {KEY: f"{digest.hexdigest()}{header}"}))
 
 

@@ -17,6 +17,7 @@ from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.data import Place, read_samples, samples_of, write_samples
 from fedprune_cli.nodes.executor import NodeExecutor, Reply, Request, measured
 from fedprune_cli.nodes.node import Node, build_node
+from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import read_from_node, read_from_server, sha256
 from fedprune_cli.round.setup import Setup, prepare
 from fedprune_cli.runs import life
@@ -33,14 +34,20 @@ class InProcess:
     nodes: Mapping[int, Node]
     wire: list[bytes] = field(default_factory=list)
     away: set[int] = field(default_factory=set)
+    known: dict[int, Heard] = field(default_factory=dict)
+    heard: dict[int, Heard] = field(default_factory=dict)
 
     def exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
         replies = {}
         for device, request in requests.items():
             if device in self.away:
                 continue
-            answer = self.nodes[device].answer(sha256(request.message), read_from_server(request.message)).encode()
-            self.wire += [request.message, answer]
+            node = self.nodes[device]
+            message, known = request.write(self.known.get(device))
+            order, heard = node.read(read_from_server(message), self.heard.get(device))
+            self.known[device], self.heard[device] = known, heard
+            answer = node.answer(sha256(message), order).encode()
+            self.wire += [message, answer]
             replies[device] = Reply(request.read(read_from_node(answer)), 0.0, 1.0, 5.0, 3.0)
         return replies
 

@@ -58,7 +58,11 @@ class Cast:
 
     def start(self, who: int) -> None:
         target: Callable[..., None] = serve_run if who == SERVER else stand
-        args = (self.home, self.port, self.overrides) if who == SERVER else (self.home / "pilot" / f"device-{who}", self.port)
+        args = (
+            (self.home, self.port, self.overrides)
+            if who == SERVER
+            else (self.home / "pilot" / f"device-{who}", self.port)
+        )
         self.running[who] = multiprocessing.get_context("forkserver").Process(target=target, args=args)
         self.running[who].start()
 
@@ -146,7 +150,9 @@ def test_who_is_killed_or_silent_is_noticed_and_back_in_time(tmp_path: Path) -> 
         unheard_s = cast.said("device-0: gone", silent_s, 20.0)
         os.kill(cast.running[0].pid or 0, signal.SIGCONT)
         again_s = cast.said("device-0: here", time.monotonic() - 1, 20.0)
-        print(f"killed: noticed in {noticed_s:.2f} s, back in {back_s:.2f} s; silent: {unheard_s:.1f} s, back {again_s:.2f} s")
+        print(
+            f"killed: noticed in {noticed_s:.2f} s, back in {back_s:.2f} s; silent: {unheard_s:.1f} s, back {again_s:.2f} s"
+        )
     finally:
         for process in cast.running.values():
             process.kill()

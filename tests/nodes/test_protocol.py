@@ -74,6 +74,21 @@ def test_neither_personal_parts_nor_data_are_on_the_wire(tmp_path: Path) -> None
             assert row.tobytes()[8:24] not in sent
 
 
+def test_what_a_test_has_sent_of_u_is_not_sent_again(tmp_path: Path) -> None:
+    """The test of a round and the next task are about the same u: together they send the entries that either keeps, once."""
+    places = deal(simulate(tmp_path / "simulated"), tmp_path)
+    setup, config = begin(tmp_path, tmp_path / "run", [])
+    site = InProcessSite(places, config)
+    list(life.run(setup, tmp_path / "run", site=site))
+    sent: dict[tuple[object, object], int] = {}
+    for message in map(unseal, site.carrier.wire):
+        if message.header["kind"] == "task":
+            key = message.header["round"], message.header["device"]
+            sent[key] = sent.get(key, 0) + len(message.arrays["values"])
+    assert len(sent) == 4 * 4 + 3  # four devices in rounds 0 to 3, the fresh one in tests alone
+    assert max(sent.values()) <= setup.blueprint.cost.shared_params
+
+
 def test_a_lost_task_is_a_device_that_died_and_its_work_rolls_back(tmp_path: Path) -> None:
     """A node away for ten rounds goes on from the part that the server last accepted, and a run with it ends as one that is told so."""
     places = deal(simulate(tmp_path / "simulated"), tmp_path)
@@ -172,7 +187,9 @@ def test_a_part_that_is_gone_from_a_node_is_one_line(tmp_path: Path) -> None:
         next(rounds)
 
 
-@pytest.mark.parametrize(("policy", "seconds", "late"), [("drop", 4, True), ("wait", 4, True), ("defer", 4, True), ("drop", 6, False)])
+@pytest.mark.parametrize(
+    ("policy", "seconds", "late"), [("drop", 4, True), ("wait", 4, True), ("defer", 4, True), ("drop", 6, False)]
+)
 def test_who_is_late_by_the_servers_clock_is_late(tmp_path: Path, policy: str, seconds: int, late: bool) -> None:
     """An exchange in this process is said to take 5 s, where the model has milliseconds: the policies do what they do in a simulation."""
     overrides = [f"failsafe.late={policy}", f"deadline.seconds={seconds}", "rounds=2"]

@@ -73,7 +73,9 @@ def test_the_wire_carries_the_meters_bytes_within_a_hundredth(tmp_path: Path, bi
     records = list(life.run(setup, tmp_path / "run", site=Pilot(pilot, f"127.0.0.1:{wire.to}", print, config)))
     assert result(tmp_path / "run") == result(tmp_path / "simulated")
     metered = sum(record.bytes_up for record in records)
-    print(f"{bits} bits up: wire {wire.up}, meter {metered}: {100 * (wire.up / metered - 1):+.2f} %; down: wire {wire.down}")
+    print(
+        f"{bits} bits up: wire {wire.up}, meter {metered}: {100 * (wire.up / metered - 1):+.2f} %; down: wire {wire.down}"
+    )
     assert metered <= wire.up <= 1.01 * metered
 
 
@@ -108,12 +110,16 @@ def test_a_hundred_nodes_and_memory_that_does_not_grow(tmp_path: Path) -> None:
         grown.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     assert result(tmp_path / "run") == result(tmp_path / "simulated")
     walls = [json.loads(line)["wall_s"] for line in (tmp_path / "run" / folder.TIMINGS).read_text().splitlines()]
-    print(f"MB after rounds 10, 30, 60: {grown[9]:.0f}, {grown[29]:.0f}, {grown[59]:.0f}; {statistics.median(walls):.2f} s a round")
+    print(
+        f"MB after rounds 10, 30, 60: {grown[9]:.0f}, {grown[29]:.0f}, {grown[59]:.0f}; {statistics.median(walls):.2f} s a round"
+    )
     assert grown[59] - grown[9] < 20
 
 
 def _process(pilot: Path, port: int, devices: list[int]) -> None:
-    multiprocessing.get_context("forkserver").Process(target=_stand_all, args=(pilot, port, devices), daemon=True).start()
+    multiprocessing.get_context("forkserver").Process(
+        target=_stand_all, args=(pilot, port, devices), daemon=True
+    ).start()
 
 
 def _stand_all(pilot: Path, port: int, devices: list[int]) -> None:
