@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
 TLS = ("certificate", "hostname verification", "peer name")  # in what gRPC says of a server that is not the right one
-    "certificate",
-    "ssl",
-    "tls",
-    "handshake",
-    "hostname",
-    "peer name",
-)  # in what gRPC says of a server that is not the right one
 
 
 @dataclass(frozen=True)

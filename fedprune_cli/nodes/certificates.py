@@ -88,7 +88,7 @@ def peer_of(pem: bytes) -> Peer:
 
 
 def revoked(pilot: Path) -> frozenset[int]:
-    """Returns the serial numbers that are refused; raises CheckpointError for a line that is none: a list that is not read protects nobody."""
+    """Returns the serial numbers that are refused; raises CheckpointError for a line that is none, as half a list protects nobody."""
     path = pilot / REVOKED
     if not path.exists():
         return frozenset()

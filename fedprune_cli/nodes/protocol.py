@@ -85,8 +85,8 @@ END = Sealed({"kind": "end"}).encode()
 
 
 TASK = {
-    "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str, "onto": bool,
-    "schedule": [[(str, int)]],
+    "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
+    "onto": bool, "schedule": [[(str, int)]],
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ BAD = [
     ("experiment=nope", "unknown experiment option 'nope'|experiment"),
     ("name=../../etc", "name"),
     ("name=''", "name"),
-    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial' or 'processes'"),
+    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial', 'processes' or 'nodes'"),
     ("out=${oc.env:NOPE}", "out|NOPE"),
     ("training.lr=${nope}", "nope"),
 ]
