@@ -87,7 +87,9 @@ def prepare(experiment: Experiment) -> Setup:
     Nodes keep v_k themselves: in its place the state has the round that the device's is of, of which it has one for each.
     """
     if experiment.execution.remote != (experiment.data.name == "nodes"):
-        raise ConfigError("data=nodes and execution.kind=nodes go together: nodes that keep their data do the work themselves")
+        raise ConfigError(
+            "data=nodes and execution.kind=nodes go together: nodes that keep their data do the work themselves"
+        )
     world = World(
         experiment.data,
         experiment.partition,

@@ -41,7 +41,8 @@ def decode_mask(code: bytes, size: int, kept: int) -> Array:
         return bits[:size].astype(bool)
     parameter, mask = code[0], np.zeros(size, dtype=bool)
     zeros = np.flatnonzero(bits == 0)
-    closes = zeros[np.minimum(np.searchsorted(zeros, np.arange(len(bits))), len(zeros) - 1)]  # the zero that ends a quotient from here
+    ends = np.minimum(np.searchsorted(zeros, np.arange(len(bits))), len(zeros) - 1)
+    closes = zeros[ends]  # the zero that ends a quotient from here
     following = (closes + 1 + parameter).tolist()
     starts, cursor = np.empty(kept, dtype=np.int64), 0
     for at in range(kept):
