@@ -111,7 +111,7 @@ def _channel(address: str, identity: Identity) -> grpc.Channel:
 
 def _why(error: grpc.RpcError) -> str:
     """Returns why a stream broke that may be tried again; raises CheckpointError where it may not."""
-    code, details = error.code(), " ".join(str(error.details()).split())[:300]  # type: ignore[attr-defined]
+    code, details = error.code(), " ".join(str(error.details()).split("last error: ")[-1].split())[:300]
     if code in REFUSALS:
         raise CheckpointError(f"the server refuses this node: {details}")
     if code == grpc.StatusCode.UNAVAILABLE and any(word in details.lower() for word in TLS):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.errors import CheckpointError, DataError
-from fedprune_cli.store.files import MAX_BYTES, read_bytes
+from fedprune_cli.store.files import MAX_BYTES, Plain, read_bytes
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.store.state import Array, Ragged
 from fedprune_cli.store.write import write_whole, writing
@@ -67,7 +67,7 @@ def samples_of(dataset: Dataset, partition: Partition, device: int) -> Samples:
 
 def write_samples(folder: Path, samples: Samples) -> None:
     """Writes a node's samples to its folder."""
-    header = {
+    header: dict[str, Plain] = {
         "training": samples.training, "classes": samples.classes, "scale": samples.scale, "mean": [*samples.mean], "std": [*samples.std]
     }  # fmt: skip
     arrays = {"inputs": samples.inputs, "labels": samples.labels}

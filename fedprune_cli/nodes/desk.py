@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from fedprune_cli.errors import FedpruneError, OutputError
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked
@@ -25,6 +25,7 @@ from fedprune_cli.nodes.protocol import END, Hello, RunOrder, read_from_node, re
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.world.datasets.roster import Card
 
+T = TypeVar("T")
 Code = grpc.StatusCode
 HELLO_S = 10.0  # within which a new stream has to say who it is
 CLOSING_S = 2.0
@@ -110,7 +111,7 @@ class Desk:
         """Tells every node that is here that the run has had its last round."""
         self._wait(self._end())
 
-    def _wait(self, work):  # type: ignore[no-untyped-def]
+    def _wait(self, work: Coroutine[None, None, T]) -> T:
         waiting = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return waiting.result()
@@ -309,7 +310,7 @@ def desk(address: str, terms: Terms) -> Iterator[Desk]:
         await server.start()
         return here, server
 
-    def wait(work, seconds=None):  # type: ignore[no-untyped-def]
+    def wait(work: Coroutine[None, None, T], seconds: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(work, loop).result(seconds)
 
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from fedprune_cli.learn.client import Score, Task, Update
 from fedprune_cli.learn.kept import Channels, Entries, Kept, Whole
+from fedprune_cli.learn.personalize import Kind
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.store.files import Plain
@@ -76,12 +78,21 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     after = Heard(before.round, before.known | wanted, before.shared.copy())
     after.shared[wanted] = values
     shared = after.shared if mask is None else after.shared * mask
-    schedule = tuple(LocalPhase(*phase) for phase in _list(header["schedule"]))
+    schedule = tuple(_read_phase(phase) for phase in _list(header["schedule"]))
     task = Task(
         str(header["stage"]), after.round, int(str(header["device"])), shared, np.zeros(0, np.float32), kept, schedule,
         int(str(header["bits"])), header["may_diverge"] is True, coded=True,
     )  # fmt: skip
     return Order(str(header["work"]), task, int(str(header["base"]))), after
+
+
+def _read_phase(of: list[Plain]) -> LocalPhase:
+    kind, samples, batch, epoch = of
+    if kind not in ("personal", "shared", "both") or not all(
+        isinstance(number, int) for number in (samples, batch, epoch)
+    ):
+        raise ValueError("not a phase of a schedule")
+    return LocalPhase(cast(Kind, kind), int(str(samples)), int(str(batch)), int(str(epoch)))
 
 
 def _list(value: Plain) -> list[list[Plain]]:
@@ -156,7 +167,7 @@ def read_result(message: Sealed, order: Order, layout: Layout) -> Update | Score
     values = _values(message.arrays, before, task.bits)
     loss, error = (None if header[key] is None else float(str(header[key])) for key in ("train_loss", "rounding_error"))
     code = message.arrays.get("code")
-    personal = np.float32([task.round + 1]) if header["moved"] else task.personal
+    personal = np.array([task.round + 1], np.float32) if header["moved"] else task.personal
     return Update(task.device, values, personal, loss, values.nbytes if code is None else code.nbytes, error)
 
 

@@ -16,6 +16,7 @@ from fedprune_cli.nodes.protocol import hello_of, read_from_node, read_from_serv
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.sealed import Sealed, unseal
+from fedprune_cli.take_home.take import open_run
 from fedprune_cli.world.datasets.roster import read_card
 
 CASES = (
@@ -174,6 +175,14 @@ def test_nodes_and_their_data_go_together(tmp_path: Path) -> None:
     (tmp_path / "roster.json").write_text('{"devices": [{"train": 1}]}')
     with pytest.raises(DataError, match=r"devices\[0\]: not the card of a device"):
         begin(tmp_path, tmp_path / "other", [])
+
+
+def test_what_only_nodes_have_cannot_be_taken_home(tmp_path: Path) -> None:
+    places = deal(simulate(tmp_path / "simulated"), tmp_path)
+    setup, config = begin(tmp_path, tmp_path / "run", [])
+    list(life.run(setup, tmp_path / "run", site=InProcessSite(places, config)))
+    with pytest.raises(ConfigError, match="a run on nodes"):
+        open_run(tmp_path / "run")
 
 
 def test_a_part_that_is_gone_from_a_node_is_one_line(tmp_path: Path) -> None:
