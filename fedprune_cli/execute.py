@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
 
 from fedprune_cli import on_ray, plugins
-from fedprune_cli.errors import DeviceError, OutputError, require
+from fedprune_cli.errors import ConfigError, DeviceError, OutputError, require
 from fedprune_cli.sections import LATER
 
 Context = TypeVar("Context")
@@ -48,20 +48,32 @@ _context: object = None  # what a worker process built once, at its start
 
 @dataclass(frozen=True)
 class Execution:
-    """Where devices' work runs: `serial` in this process, else in single-threaded workers (null: one a core).
+    """Where devices' work runs: `serial` in this process, else in single-threaded workers (null: one a core), or on `nodes`.
 
-    kind: `processes` of this machine, or actors on the `ray` cluster at `address`: null starts one on this machine.
+    kind: `processes` of this machine, actors on the `ray` cluster at `address`, null starting one on this machine, or nodes that keep
+    their data. patience_s: how long a node may be away before its task is lost, and its device has died in mid-round. by_clock: whether
+    the server's clock decides which node is late, and not the modelled seconds.
     """
 
     kind: str
     workers: int | None
     address: str | None = field(default=None, metadata=LATER)
+    patience_s: float = 60.0
+    by_clock: bool = False
 
     def __post_init__(self) -> None:
-        require(self.kind in ("serial", "processes", "ray"), "kind", self.kind, "'serial', 'processes' or 'ray'")
+        kinds = ("serial", "processes", "ray", "nodes")
+        require(self.kind in kinds, "kind", self.kind, "'serial', 'processes', 'ray' or 'nodes'")
         good = self.address in (None, "auto") or re.fullmatch(r"[\w.:\[\]-]+:\d{1,5}", str(self.address), re.ASCII)
         require(bool(good), "address", self.address, "HOST:PORT of a Ray cluster's head, auto or null")
+        require(self.remote or not self.by_clock, "by_clock", self.by_clock, "false where no nodes do the work")
+        require(0 <= self.patience_s <= 10**6, "patience_s", self.patience_s, "in 0..1000000")
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
+
+    @property
+    def remote(self) -> bool:
+        """Whether nodes do the work that keep their data and personalized parts themselves."""
+        return self.kind == "nodes"
 
 
 def _same(task: object) -> float:
@@ -301,7 +313,7 @@ def starting(what: str) -> Iterator[None]:
 
 def ready(execution: Execution, build: Callable[[], object]) -> None:
     """Raises DeviceError or OutputError when what the executor needs cannot be had: asked before anything is written."""
-    if execution.kind == "serial":
+    if execution.kind in ("serial", "nodes"):
         return
     if execution.kind == "ray":
         on_ray.reachable(execution.address)
@@ -321,6 +333,8 @@ def executor(execution: Execution, build: Callable[[], object], preload: Sequenc
     preload: the modules that its processes need, imported once for all of them.
     """
     workers = execution.workers or usable_cores()
+    if execution.remote:
+        raise ConfigError("execution.kind=nodes: nodes do the work of this run, and `fedprune serve` reaches them")
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
         return

@@ -98,7 +98,8 @@ class Task:
     """One device's work: its id, the round, u [U] as broadcast, v_k [V], what it keeps of the model, and its local schedule.
 
     stage names the work in error messages. bits: of a value that is sent.
-    may_diverge: a loss that is not finite is no error, as faults may have led to it.
+    may_diverge: a loss that is not finite is no error, as faults may have led to it. coded: the code of what is sent is wanted as well.
+    due_s: by the server's clock, where that decides who is late.
     """
 
     stage: str
@@ -110,6 +111,8 @@ class Task:
     schedule: tuple[LocalPhase, ...]
     bits: int = BITS_PER_PARAM
     may_diverge: bool = False
+    coded: bool = False
+    due_s: float | None = None
 
     @property
     def steps(self) -> int:
@@ -123,7 +126,8 @@ class Update:
 
     shared: the kept entries of u as the server reads them [n_k]; personal: v_k [V]; train_loss: the mean of the last phase, if any;
     sent_bytes: the length of what was really encoded. rounding_error: the square of what rounding changed over the square of the
-    change of u, when rounded.
+    change of u, when rounded. code: what was encoded, where the task wants it; died: the device stopped before it had sent anything;
+    late: by a clock, None where the modelled seconds say so.
     """
 
     device: int
@@ -132,6 +136,9 @@ class Update:
     train_loss: float | None
     sent_bytes: int
     rounding_error: float | None = None
+    code: bytes = b""
+    died: bool = False
+    late: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,8 @@ def send(seed: int, task: Task, mask: Array | None, shared: Array, personal: Arr
     read = dequantize(code, len(change), task.bits)
     missed = np.square(change - read, dtype=np.float64).sum()
     error = float(missed / max(np.square(change, dtype=np.float64).sum(), 1e-300))
-    return Update(task.device, task.shared[where] + read, personal, loss, len(code), error)
+    kept = code if task.coded else b""
+    return Update(task.device, task.shared[where] + read, personal, loss, len(code), error, kept)
 
 
 def evaluate(learner: Learner, task: Task) -> Score:

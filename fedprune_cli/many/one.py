@@ -15,7 +15,7 @@ from fedprune_cli import plugins, terminal
 from fedprune_cli.interrupt import NOTHING, safe
 from fedprune_cli.report.run import write_report
 from fedprune_cli.round.setup import Setup
-from fedprune_cli.runs.life import run
+from fedprune_cli.runs.life import Site, run
 from fedprune_cli.store.record import RoundRecord
 
 
@@ -59,13 +59,15 @@ def resumable(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def run_to_end(setup: Setup, run_dir: Path, display: Display = HIDDEN, *, wait: bool = False) -> Path:
+def run_to_end(
+    setup: Setup, run_dir: Path, display: Display = HIDDEN, *, wait: bool = False, site: Site | None = None
+) -> Path:
     """Takes the begun run in `run_dir` to its last round and writes its report; returns the report's page.
 
-    wait: for another process that is writing the run, instead of raising CheckpointError.
+    wait: for another process that is writing the run, instead of raising CheckpointError; site: where its work is done, None: here.
     """
     with display.progress(display.title or setup.experiment.method.name, setup.experiment.rounds) as seen:
-        for record in run(setup, run_dir, wait=wait):
+        for record in run(setup, run_dir, wait=wait, site=site):
             seen(record)
     with display.status("drawing the report"):
         return write_report(run_dir)

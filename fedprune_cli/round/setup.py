@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.batched import batches
@@ -80,7 +82,14 @@ class Setup:
 
 
 def prepare(experiment: Experiment) -> Setup:
-    """Returns the setup of an experiment; raises DataError or ConfigError when its world cannot be built."""
+    """Returns the setup of an experiment; raises DataError or ConfigError when its world cannot be built.
+
+    Nodes keep v_k themselves: in its place the state has the round that the device's is of, of which it has one for each.
+    """
+    if experiment.execution.remote != (experiment.data.name == "nodes"):
+        raise ConfigError(
+            "data=nodes and execution.kind=nodes go together: nodes that keep their data do the work themselves"
+        )
     world = World(
         experiment.data,
         experiment.partition,
@@ -92,7 +101,8 @@ def prepare(experiment: Experiment) -> Setup:
     parts = build_parts(experiment, scenario)
     blueprint = build_blueprint(experiment, parts, scenario.dataset.inputs.shape[1:])
     slots = first_slots(experiment, Sizes(scenario.num_devices, blueprint.cost.shared_params))
-    personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
+    own = np.zeros(1, np.float32) if experiment.execution.remote else parts.personal.numpy().copy()
+    personal = untrained(own, scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
     return Setup(blueprint, scenario, initial, batches(parts, experiment.training))
 

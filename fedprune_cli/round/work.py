@@ -52,10 +52,14 @@ def assign(setup: Setup, state: State, roster: Roster, plan: Plan) -> Work:
     """Returns the round's work."""
     experiment, devices = setup.experiment, plan.devices
     masks = build_masks(experiment.pruner, state, plan.ratios, experiment.seed, setup.blueprint.layout)
+    due_s = experiment.failsafe.wait_factor * plan.deadline_s if experiment.execution.by_clock else None
     moment = Moment(experiment.seed, state.round, experiment.rounds, setup.scenario.num_devices, devices)
     return Work(
         masks,
-        [training_task(setup, state, masks, *of) for of in zip(devices.tolist(), plan.sent_bits.tolist(), strict=True)],
+        [
+            replace(training_task(setup, state, masks, *of), due_s=due_s)
+            for of in zip(devices.tolist(), plan.sent_bits.tolist(), strict=True)
+        ],
         personal_tasks(setup, state, masks, roster.frozen),
         moment,
         experiment.faults.draw(moment),

@@ -7,8 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +19,7 @@ from fedprune_cli.config.compose import branch_config
 from fedprune_cli.config.experiment import Branch, Experiment
 from fedprune_cli.config.inputs import ROOT
 from fedprune_cli.errors import CheckpointError, ConfigError, FedpruneError
-from fedprune_cli.execute import executor, ready
+from fedprune_cli.execute import Executor, executor, ready
 from fedprune_cli.plugins import PluginFile
 from fedprune_cli.processor import processor
 from fedprune_cli.round.setup import Setup, build_learner, prepare
@@ -32,10 +34,20 @@ from fedprune_cli.store.state import Saved, State, same_form
 from fedprune_cli.track import check, following
 
 
-def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[RoundRecord]:
+class Site(Protocol):
+    """Where the work of runs is done that this process cannot do: nodes that keep their data."""
+
+    def executor(self, setup: Setup) -> AbstractContextManager[Executor]:
+        """Yields the executor of a run."""
+
+    def measured(self, record: RoundRecord) -> Mapping[str, object]:
+        """Returns what was measured of the round that ended with this record, for timings.jsonl."""
+
+
+def run(setup: Setup, run_dir: Path, *, wait: bool = False, site: Site | None = None) -> Iterator[RoundRecord]:
     """Continues the run in its folder to the last round; yields each record once it and its state are safe on disk.
 
-    wait: for another process that is writing the run, instead of raising CheckpointError.
+    wait: for another process that is writing the run, instead of raising CheckpointError; site: where its work is done, None: here.
     """
     experiment = setup.experiment
     with lock.locked(run_dir, wait=wait):
@@ -45,24 +57,25 @@ def run(setup: Setup, run_dir: Path, *, wait: bool = False) -> Iterator[RoundRec
         if warning := another_processor(run_dir):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         with following(experiment.tracking, run_dir) as log:
-            for record in _remaining(setup, run_dir, saved):
+            for record in _remaining(setup, run_dir, saved, site):
                 log(record)
                 yield record
         folder.finish(run_dir, summarise(experiment, run_dir))
 
 
-def _remaining(setup: Setup, run_dir: Path, saved: Saved) -> Iterator[RoundRecord]:
+def _remaining(setup: Setup, run_dir: Path, saved: Saved, site: Site | None) -> Iterator[RoundRecord]:
     """Runs the rounds after a checkpoint; yields each one's record once it is on disk."""
     experiment = setup.experiment
     if saved.state.round >= experiment.rounds:
         return
     build = functools.partial(build_learner, experiment, setup.scenario)
-    with executor(experiment.execution, build, [__name__]) as workers:
+    with site.executor(setup) if site else executor(experiment.execution, build, [__name__]) as workers:
         while saved.state.round < experiment.rounds:
             started = time.perf_counter()
             state, record = round_step(setup, saved.state, workers)
             wall_s = time.perf_counter() - started
             timing = {"round": state.round, "wall_s": wall_s, "processor": processor()}
+            timing |= site.measured(record) if site else {}
             saved = folder.commit(run_dir, saved, state, {folder.RECORDS: record.as_json(), folder.TIMINGS: timing})
             yield record
 

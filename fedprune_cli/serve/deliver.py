@@ -74,11 +74,12 @@ class UnderWay:
 
 def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
     """Returns what reaches the server of what was sent, and of what was under way before."""
-    number, old, fates = state.round, state.shared, sent.fates
+    number, old = state.round, state.shared
+    fates = replace(sent.fates, died=sent.fates.died | [update.died for update in sent.updates])
     log: Log = {kind: [] for kind in KINDS}
     cutoff_s = failsafe.wait_factor * sent.deadline_s
     gone = fates.died | fates.lost
-    late = ~gone & (sent.latency_s > cutoff_s * (1 + SLACK))
+    late = ~gone & _late(sent, cutoff_s)
     delay, dropped = failsafe.policy.decide(late, fates.delay)
     missing = gone | (delay > 0) | dropped
     arrivals, leaving = [], []
@@ -109,6 +110,13 @@ def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
         log["safe"] = [update.device for update in sent.updates if state.slots["caution"][update.device] > 1]
     log["quarantined"] = quarantined(state.slots, number).tolist()
     return Delivery(arrivals, ends_s, slots, FaultLog(**log, waited_s=ends_s - arrived_s))
+
+
+def _late(sent: Sent, cutoff_s: float) -> Array:
+    """Returns whose updates come after the cutoff, bool [K]: by a clock where one was looked at, else by the modelled seconds."""
+    modelled = sent.latency_s > cutoff_s * (1 + SLACK)
+    seen = [update.late for update in sent.updates]
+    return np.array([so if by is None else by for by, so in zip(seen, modelled, strict=True)], dtype=bool)
 
 
 def _befallen(at: int, fates: Fates, late: Array, delay: Array) -> str:

@@ -66,6 +66,10 @@ def open_run(run_dir: Path) -> Finished:
     if folder.is_pruned(run_dir):
         raise CheckpointError(f"{run_dir}: its checkpoint was pruned, and with it the models")
     setup = reopen(run_dir)
+    if setup.experiment.execution.remote:
+        raise ConfigError(
+            f"{run_dir}: a run on nodes: each has its own model's personalized part, and its data, and they are not here"
+        )
     state, sha256 = _settled(run_dir)
     if not same_form(state, setup.initial):
         raise CheckpointError(f"{run_dir / folder.STATE}: damaged checkpoint (of another model or fleet)")

@@ -31,7 +31,7 @@ def encode_mask(mask: Array) -> bytes:
 
 
 def decode_mask(code: bytes, size: int, kept: int) -> Array:
-    """Returns the mask [size] with `kept` entries that `encode_mask` coded.
+    """Returns the mask [size] with `kept` entries that `encode_mask` coded; raises IndexError for a code of another mask.
 
     >>> decode_mask(encode_mask(np.array([True, False, True])), size=3, kept=2).tolist()
     [True, False, True]
@@ -39,16 +39,19 @@ def decode_mask(code: bytes, size: int, kept: int) -> Array:
     bits = np.unpackbits(np.frombuffer(code[1:], dtype=np.uint8))
     if code[0] == 0xFF:
         return bits[:size].astype(bool)
-    mask, position, cursor = np.zeros(size, dtype=bool), -1, 0
-    for _ in range(kept):
-        gap = 0
-        while bits[cursor]:
-            gap, cursor = gap + 1, cursor + 1
-        cursor += 1
-        for _ in range(code[0]):
-            gap, cursor = 2 * gap + int(bits[cursor]), cursor + 1
-        position += gap + 1
-        mask[position] = True
+    parameter, mask = code[0], np.zeros(size, dtype=bool)
+    zeros = np.flatnonzero(bits == 0)
+    ends = np.minimum(np.searchsorted(zeros, np.arange(len(bits))), len(zeros) - 1)
+    closes = zeros[ends]  # the zero that ends a quotient from here
+    following = (closes + 1 + parameter).tolist()
+    starts, cursor = np.empty(kept, dtype=np.int64), 0
+    for at in range(kept):
+        starts[at] = cursor
+        cursor = following[cursor]
+    gaps = closes[starts] - starts
+    for bit in range(parameter):
+        gaps = 2 * gaps + bits[closes[starts] + 1 + bit]
+    mask[np.cumsum(gaps + 1) - 1] = True
     return mask
 
 

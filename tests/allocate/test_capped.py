@@ -153,7 +153,9 @@ def test_a_cap_that_is_infinite_changes_no_digit(name: str) -> None:
 
 def test_blocks_of_their_own_refuse_a_cap() -> None:
     problem = replace(draw(np.random.Generator(np.random.PCG64(8)), 5), max_snr=np.full(5, 1.0))
-    with pytest.raises(ConfigError, match="channel.p0_dbm and channel.max_bits_per_hz: not with a gain for every block"):
+    with pytest.raises(
+        ConfigError, match=r"channel\.p0_dbm and channel\.max_bits_per_hz: not with a gain for every block"
+    ):
         allocator_of("selective").solve(problem, 0, 0)
 
 

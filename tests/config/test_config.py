@@ -45,7 +45,7 @@ BAD = [
     ("experiment=nope", "unknown experiment option 'nope'|experiment"),
     ("name=../../etc", "name"),
     ("name=''", "name"),
-    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial', 'processes' or 'ray'"),
+    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial', 'processes', 'ray' or 'nodes'"),
     ("out=${oc.env:NOPE}", "out|NOPE"),
     ("training.lr=${nope}", "nope"),
 ]
@@ -67,7 +67,7 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
     needed = {
         "trace": ["file=some.csv"], "uplink": ["file=some.csv"],
         "table": ["file=some.csv", "label=state"], "windows": ["file=some.csv", "label=state"],
-        "arrays": ["file=some.npz"], "folder": ["root=some"],
+        "arrays": ["file=some.npz"], "folder": ["root=some"], "nodes": ["file=some.json"],
     }  # fmt: skip
     overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]
     chosen = getattr(build_experiment(compose_config(overrides)), group)

@@ -22,7 +22,7 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("execute", "meter", "serve", "track", "terminal"),
     ("config",),
     ("round",),
-    ("runs",),
+    ("runs", "nodes"),
     ("report",),
     ("many", "audit", "bench", "take_home"),
     ("commands", "contracts", "templates", "api"),
@@ -107,7 +107,9 @@ def test_a_bad_form_is_seen(tmp_path: Path) -> None:
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
-    heavy = "{'torch', 'numpy', 'hydra', 'cvxpy', 'matplotlib', 'scipy', 'sklearn', 'omegaconf'}"
+    heavy = (
+        "{'torch', 'numpy', 'hydra', 'cvxpy', 'matplotlib', 'scipy', 'sklearn', 'omegaconf', 'grpc', 'cryptography'}"
+    )
     code = (
         "import sys, fedprune_cli.commands.app; from typer.main import get_command; get_command(fedprune_cli.commands.app.app); "
         f"print(sorted({heavy} & set(sys.modules)))"
@@ -118,6 +120,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
 
 def test_the_allocator_needs_no_torch_and_the_world_no_cvxpy() -> None:
     for module, heavy in (
+        ("nodes.attend", "{'torch', 'hydra', 'omegaconf'}"),  # so that a node that starts again is heard at once
         ("allocate", "{'torch', 'cvxpy', 'hydra'}"),
         ("world.scenario", "{'torch', 'torchvision', 'cvxpy', 'sklearn'}"),
     ):

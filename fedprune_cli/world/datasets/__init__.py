@@ -6,6 +6,7 @@ from fedprune_cli.world.datasets.downloaded import Cifar10, Cifar100, Emnist, Fa
 from fedprune_cli.world.datasets.embedded import Digits, Patches
 from fedprune_cli.world.datasets.images import Folder
 from fedprune_cli.world.datasets.keel import Letter, Optdigits, Satimage
+from fedprune_cli.world.datasets.roster import Roster
 from fedprune_cli.world.datasets.shakespeare import Shakespeare
 from fedprune_cli.world.datasets.shuttle import Shuttle
 from fedprune_cli.world.datasets.table import Table
@@ -33,4 +34,5 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "arrays": Arrays,
     "table": Table,
     "windows": Windows,
+    "nodes": Roster,
 }

@@ -1,0 +1,119 @@
+"""The same rounds on real nodes: `enroll` certificates, `serve` a run, and `join` it from a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedprune_cli.commands.look import print_run
+from fedprune_cli.commands.options import Json, Overrides, Plugins, Quiet
+from fedprune_cli.errors import ConfigError
+from fedprune_cli.terminal import note, say, status
+
+PilotFolder = Annotated[Path, typer.Argument(metavar="PILOT", help="The folder with the pilot's certificates.")]
+
+
+def enroll(
+    pilot: PilotFolder,
+    devices: Annotated[list[int], typer.Argument(metavar="DEVICE...", help="Numbers of devices: 0 1 2.", min=0)],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="A name or address at which nodes reach the server; the first time, repeatable."),
+    ] = None,
+    days: Annotated[int, typer.Option(help="For how long new certificates are valid.", min=1, max=3650)] = 365,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="Put the devices' certificates on the list of those that are refused.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make certificates for the devices of a pilot: of its own authority, of the server, and a folder for each node.
+
+    The folder PILOT/device-K is what is brought to the node; the authority's key stays in PILOT.
+    """
+    from fedprune_cli.nodes import certificates
+
+    if revoke:
+        for device in devices:
+            certificates.revoke(pilot, device)
+            say(f"revoked: device-{device}; a server that runs turns it out before the next task")
+        return
+    if not (pilot / certificates.CA).exists():
+        certificates.begin(pilot, host or [], days)
+    elif host:
+        raise ConfigError("--host: the server has its certificate already")
+    for device in devices:
+        say(f"written: {certificates.enroll(pilot, device, days)}")
+
+
+def serve(
+    pilot: PilotFolder,
+    overrides: Overrides = None,
+    listen: Annotated[str, typer.Option(help="HOST:PORT where nodes come.")] = "0.0.0.0:8443",
+    plugin: Plugins = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run one experiment over the nodes of a pilot; the same command again continues it.
+
+    The first time it waits for all enrolled devices and writes PILOT/roster.json. The nodes keep their data and their personalized parts.
+    """
+    from fedprune_cli.config.compose import compose_config
+    from fedprune_cli.config.plain import plain
+    from fedprune_cli.many.one import SHOWN, resumable, run_to_end
+    from fedprune_cli.nodes.pilot import ROSTER, Pilot
+    from fedprune_cli.runs.life import begin_or_reopen
+
+    given = overrides or []
+    site = Pilot(pilot, listen, note)
+    with status("waiting for the nodes"):
+        count = len(site.roster())
+    keys = {override.lstrip("+").partition("=")[0] for override in given}
+    fleet = (
+        {"devices.count": count, "devices.fresh": 0} if not keys & {"devices", "devices.count", "devices.fresh"} else {}
+    )
+    config = compose_config(
+        ["data=nodes", f"data.file={pilot / ROSTER}", *[f"{key}={value}" for key, value in fleet.items()], *given]
+    )
+    setup = begin_or_reopen(config)
+    run_dir = setup.experiment.run_dir
+    with resumable(run_dir):
+        page = run_to_end(setup, run_dir, SHOWN, site=Pilot(pilot, listen, note, plain(config, resolve=True)))
+        print_run(run_dir, page, as_json=as_json)
+
+
+def join(
+    folder: Annotated[
+        Path, typer.Argument(metavar="NODE", help="The node's folder: what enroll wrote as PILOT/device-K.")
+    ],
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server listens.")],
+    overrides: Overrides = None,
+    part: Annotated[
+        int | None,
+        typer.Option(help="Which device's samples of the split data are this node's; without it all are.", min=0),
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Tell the server how many samples of each class there are.")
+    ] = False,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take part as a node: data and personalized part stay in its folder, tasks come from the server.
+
+    The first time the overrides say what its data are (data=table data.file=...), of which it writes samples.safetensors; later
+    they are read from there.
+    """
+    from fedprune_cli.nodes.attend import Post, attend
+    from fedprune_cli.nodes.certificates import device_in
+    from fedprune_cli.nodes.data import SAMPLES, Place, read_samples, write_samples
+
+    device = device_in(folder)
+    if not (folder / SAMPLES).exists():
+        from fedprune_cli.nodes.own import own_samples
+
+        with status("loading data"):
+            write_samples(folder, own_samples(overrides or [], part))
+    elif overrides:
+        raise ConfigError(f"{overrides[0]}: this node has its data, {folder / SAMPLES}; remove it to give it others")
+    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note))

@@ -1,0 +1,119 @@
+"""A node's stream to the server: it comes again whenever it is broken, until the run is over or the server refuses it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedprune_cli.errors import CheckpointError, DeviceError
+from fedprune_cli.nodes.certificates import Identity, read_identity
+from fedprune_cli.nodes.channel import METHOD, REFUSALS, grpc, options
+from fedprune_cli.nodes.data import Place
+from fedprune_cli.nodes.protocol import failed, got, hello_of, read_from_server, sha256
+from fedprune_cli.store.files import Plain
+from fedprune_cli.store.sealed import Sealed
+
+if TYPE_CHECKING:
+    from fedprune_cli.nodes.node import Node
+    from fedprune_cli.nodes.orders import Heard
+
+MOST_BYTES = 2**30
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
+TLS = ("certificate", "hostname verification", "peer name")  # in what gRPC says of a server that is not the right one
+
+
+@dataclass(frozen=True)
+class Post:
+    """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told."""
+
+    address: str
+    folder: Path
+    place: Place
+    labels: bool
+    say: Callable[[str], None]
+
+
+def attend(post: Post) -> None:
+    """Does the server's tasks until the run is over. Raises CheckpointError when the server refuses this node, or is not the right one."""
+    hello = hello_of(post.place.samples.card(labels=post.labels)).encode()
+    node: Node | None = None
+    heard: Heard | None = None
+    run, pause_s, told = "", FIRST_PAUSE_S, ""
+    while True:
+        identity = read_identity(post.folder)
+        with _channel(post.address, identity) as channel:
+            outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+            outgoing.put(hello)
+            stream = channel.stream_stream(METHOD)(iter(outgoing.get, None))
+            try:
+                for message in _read(stream):
+                    pause_s, told = FIRST_PAUSE_S, ""
+                    kind = message.header["kind"]
+                    if kind == "end":
+                        return
+                    if kind == "run":
+                        heard = None
+                        if node is None or run != message.header["run"]:
+                            run = str(message.header["run"])
+                            node = _build(post.place, run, message.header["config"])
+                            post.say(f"device-{node.device}: works on {run}")
+                    elif node is not None:
+                        heard = _work(node, message, heard, outgoing)
+                why = "the server closed the stream"
+            except grpc.RpcError as error:
+                why = _why(error)
+            finally:
+                outgoing.put(None)
+        if why != told:
+            post.say(f"{post.address}: {why}; trying again")
+        told = why
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _build(place: Place, run: str, config: Plain) -> Node:
+    from fedprune_cli.nodes.node import build_node  # PyTorch with it: who waits for this node sees it meanwhile
+
+    return build_node(place, run, config if isinstance(config, dict) else {})
+
+
+def _read(stream: Iterator[bytes]) -> Iterator[Sealed]:
+    for data in stream:
+        try:
+            yield read_from_server(data)
+        except ValueError as error:
+            raise CheckpointError(f"the server's message was refused: {error}") from None
+
+
+def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.SimpleQueue[bytes | None]) -> Heard:
+    """Does a task and hands in what comes of it; returns what the node has heard of u by now."""
+    of = sha256(message.encode())
+    outgoing.put(got(of))
+    try:
+        order, heard = node.read(message, heard)
+    except ValueError as error:
+        raise CheckpointError(f"the server's task was refused: {error}") from None
+    try:
+        outgoing.put(node.answer(of, order).encode())
+    except DeviceError as error:
+        outgoing.put(failed(of, str(error)))
+    return heard
+
+
+def _channel(address: str, identity: Identity) -> grpc.Channel:
+    credentials = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.own)
+    return grpc.secure_channel(address, credentials, options(MOST_BYTES))
+
+
+def _why(error: grpc.RpcError) -> str:
+    """Returns why a stream broke that may be tried again; raises CheckpointError where it may not."""
+    code, details = error.code(), " ".join(str(error.details()).split("last error: ")[-1].split())[:300]
+    if code in REFUSALS:
+        raise CheckpointError(f"the server refuses this node: {details}")
+    if code == grpc.StatusCode.UNAVAILABLE and any(word in details.lower() for word in TLS):
+        raise CheckpointError(f"not the server that this node's certificates are for: {details}")
+    return details

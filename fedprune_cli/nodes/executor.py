@@ -1,0 +1,143 @@
+"""The executor that hands tasks to nodes, whatever carries them: one task a device, and what a lost one counts as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar, cast
+
+import numpy as np
+
+from fedprune_cli.errors import DeviceError
+from fedprune_cli.learn.batched import train_block
+from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
+from fedprune_cli.learn.structured import Layout
+from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
+from fedprune_cli.store.record import RoundRecord
+from fedprune_cli.store.sealed import Sealed
+
+Context = TypeVar("Context")
+OneTask = TypeVar("OneTask")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a node, and how its answer is read: what is wrong with it is a ValueError.
+
+    write: from what the node has heard of u to the message and what it has heard then; within_s: after which nobody waits for the
+    answer any longer, None: as long as it takes.
+    """
+
+    write: Callable[[Heard | None], tuple[bytes, Heard]]
+    read: Callable[[Sealed], Update | Score]
+    within_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back, and when by the server's clock: sent, there (the node said so), and answered. failure: why there is no result.
+
+    compute_s: how long the node worked, by its own clock.
+    """
+
+    result: Update | Score | None
+    sent_s: float
+    got_s: float
+    done_s: float
+    compute_s: float = 0.0
+    failure: str = ""
+
+
+class Carrier(Protocol):
+    """Carries messages to nodes and their answers back."""
+
+    def exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
+        """Returns the replies by device; one that is away for longer than may be waited for, or is not within its time, has none."""
+
+
+@dataclass(frozen=True)
+class NodeExecutor:
+    """Maps the functions of a device's work over nodes. drops: whether the update of who is late counts for nothing.
+
+    done: the last round's training, by device, until somebody takes it.
+    """
+
+    carrier: Carrier
+    layout: Layout
+    drops: bool = False
+    done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+
+    def map(
+        self,
+        f: Callable[[Context, OneTask], Result],
+        tasks: Iterable[OneTask],
+        cost: Callable[[OneTask], float] | None = None,
+    ) -> list[Result]:
+        """As Executor.map. A training task that is lost is an update of a device that died; a lost test is missing from the results.
+
+        Raises DeviceError where a device's training did, the first in order of the devices.
+        """
+        work = cast(Callable[..., object], f)
+        if work is train_block:
+            sides = cast(list[Sequence[Task]], list(tasks))
+            updates = self._train("block", [task for side in sides for task in side])
+            return cast(list[Result], [[updates[task.device] for task in side] for side in sides])
+        todo = cast(list[Task], list(tasks))
+        if work is train:
+            return cast(list[Result], [*self._train("train", todo).values()])
+        if work is not evaluate:
+            raise TypeError(f"nodes have no {f.__name__}")
+        scores = self._exchange("test", todo)
+        return cast(list[Result], [scores[task.device].result for task in todo if task.device in scores])
+
+    def _train(self, work: str, tasks: Sequence[Task]) -> dict[int, Update]:
+        replies = self._exchange(work, tasks)
+        last_s = max((reply.done_s for reply in replies.values()), default=0.0)
+        for device, reply in replies.items():
+            moved_s = reply.done_s - reply.got_s - reply.compute_s
+            self.done[device] = {
+                "compute_s": reply.compute_s, "downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0),
+                "waiting_s": last_s - reply.done_s,
+            }  # fmt: skip
+        return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
+
+    def _update(self, task: Task, reply: Reply | None) -> Update:
+        if reply is None:
+            lost = _lost(task, self.layout)
+            return lost if task.due_s is None or not self.drops else replace(lost, died=False, late=True)
+        update = cast(Update, reply.result)
+        return update if task.due_s is None else replace(update, late=reply.done_s - reply.sent_s > task.due_s)
+
+    def _exchange(self, work: str, tasks: Sequence[Task]) -> Mapping[int, Reply]:
+        requests = {task.device: self._request(Order(work, task, int(task.personal[0]))) for task in tasks}
+        replies = self.carrier.exchange(requests)
+        if failures := [reply.failure for _, reply in sorted(replies.items()) if reply.failure]:
+            raise DeviceError(failures[0])
+        return replies
+
+    def _request(self, order: Order) -> Request:
+        layout = self.layout
+        within_s = order.task.due_s if self.drops else None
+        return Request(
+            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout), within_s
+        )
+
+
+def _lost(task: Task, layout: Layout) -> Update:
+    """Returns what the server has of a device that is gone: nothing but the bytes that its update would have had."""
+    mask = sent_mask(task.kept, layout, task.shared.size)
+    count = task.shared.size if mask is None else int(mask.sum())
+    return Update(task.device, np.zeros(0, np.float32), task.personal, None, code_bytes(count, task.bits), died=True)
+
+
+def measured(done: dict[int, Mapping[str, float]], record: RoundRecord) -> dict[str, object]:
+    """Returns what a round's training took on every node, the model's seconds beside it, and forgets it."""
+    rows = record.devices
+    nodes = []
+    for at, device in enumerate(rows.id):
+        if device in done:
+            modelled = {key: getattr(rows, key)[at] for key in ("compute_s", "uplink_s", "downlink_s")}
+            nodes.append({"device": device, **done[device], "modelled": modelled})
+    done.clear()
+    return {"nodes": nodes}

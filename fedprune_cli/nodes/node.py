@@ -1,0 +1,81 @@
+"""A node's half of the protocol, whatever carries it: a task in, an answer out; what it keeps is on its disk before it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from fedprune_cli.config.build import build_experiment
+from fedprune_cli.learn.batched import train_block
+from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
+from fedprune_cli.learn.models import build_model
+from fedprune_cli.learn.parts import split_model, to_device
+from fedprune_cli.nodes.data import Place, Versions, versions_of
+from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order
+from fedprune_cli.round.setup import build_blueprint
+from fedprune_cli.store.files import Plain
+from fedprune_cli.store.sealed import Sealed
+
+
+@dataclass(frozen=True)
+class Node:
+    """A device of one run: its number, what it computes with, and its v_k by round."""
+
+    device: int
+    learner: Learner
+    versions: Versions
+
+    def read(self, message: Sealed, heard: Heard | None) -> tuple[Order, Heard]:
+        """Returns the task in a message and what of u is heard by then; raises ValueError for one of another model or device."""
+        try:
+            order, heard = read_order(message, self.learner.layout, heard)
+        except (IndexError, KeyError, TypeError) as error:  # of a mask's code, or of what is not there
+            raise ValueError(f"not a task ({type(error).__name__})") from None
+        if order.task.device != self.device:
+            raise ValueError(f"a task of device {order.task.device}, this is device {self.device}")
+        return order, heard
+
+    def answer(self, of: str, order: Order) -> Answer:
+        """Returns what it makes of a task, whose message has the SHA-256 `of`; raises DeviceError where training does."""
+        started = time.perf_counter()
+        result, moved = self._work(order)
+        return Answer(of, result, time.perf_counter() - started, moved)
+
+    def _work(self, order: Order) -> tuple[Update | Score, bool]:
+        task = replace(order.task, personal=self.versions.read(order.base))
+        if order.work == "test":
+            return evaluate(self.learner, task), False
+        update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
+        moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
+        if moved:
+            self.versions.write(task.round + 1, update.personal)
+        self.versions.keep((order.base, task.round + 1))
+        return (update if moved else _diverged(update, task)), moved
+
+
+def _diverged(update: Update, task: Task) -> Update:
+    """Returns the update of a device that keeps nothing of what it trained."""
+    return replace(update, personal=task.personal, train_loss=None, rounding_error=None)
+
+
+def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
+    """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
+    torch.set_num_threads(1)  # two threads sum in another order and give other bits
+    experiment, samples = build_experiment(OmegaConf.create(dict(config))), place.samples
+    shape = samples.inputs.shape[1:]
+    parts = split_model(
+        build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part
+    )
+    layout = build_blueprint(experiment, parts, shape).layout
+    versions = versions_of(place.folder, run, parts.personal.numpy().copy())
+    train, test = samples.owned_by(place.device)
+    learner = Learner(
+        experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
+        samples.scale, samples.mean, samples.std, train, test, layout,
+    )  # fmt: skip
+    return Node(place.device, learner, versions)

@@ -1,0 +1,68 @@
+"""A pilot: the nodes of a folder of certificates as the site of runs, and the roster that they make."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.execute import Executor
+from fedprune_cli.nodes.certificates import NAME
+from fedprune_cli.nodes.desk import Terms, desk
+from fedprune_cli.nodes.executor import NodeExecutor, measured
+from fedprune_cli.nodes.protocol import SPARE_BYTES, RunOrder
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.store.files import Plain
+from fedprune_cli.store.record import RoundRecord
+from fedprune_cli.store.write import write_whole
+from fedprune_cli.world.datasets.roster import Card, read_cards, roster_json
+
+ROSTER = "roster.json"
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Where the server listens, its folder, and who is told what happens; config: of the run, for the nodes."""
+
+    folder: Path
+    address: str
+    say: Callable[[str], None]
+    config: Mapping[str, Plain] = field(default_factory=dict)
+    done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def executor(self, setup: Setup) -> Iterator[Executor]:
+        """As Site.executor."""
+        experiment = setup.experiment
+        order = RunOrder(f"{experiment.config_hash}-s{experiment.seed}", self.config)
+        cards = read_cards(self.folder / ROSTER)
+        most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
+        terms = Terms(self.folder, len(cards), most_bytes, experiment.execution.patience_s, self.say, cards, order)
+        with desk(self.address, terms) as here:
+            policy = experiment.failsafe.policy
+            yield NodeExecutor(here, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
+            here.end()
+
+    def measured(self, record: RoundRecord) -> Mapping[str, object]:
+        """As Site.measured."""
+        return measured(self.done, record)
+
+    def roster(self) -> list[Card]:
+        """Returns the cards of the pilot's devices; the first time it waits until each of them has come, and writes them down."""
+        path = self.folder / ROSTER
+        if not path.exists():
+            terms = Terms(self.folder, self._enrolled(), SPARE_BYTES, 0.0, self.say)
+            with desk(self.address, terms) as here:
+                cards = here.gather()
+            write_whole(path, roster_json(cards))
+        return read_cards(path)
+
+    def _enrolled(self) -> int:
+        """Returns how many devices have certificates; raises CheckpointError unless their numbers are 0, 1, 2 and so on."""
+        found = [NAME.fullmatch(path.name) for path in self.folder.glob("device-*")]
+        numbers = sorted(int(one[1]) for one in found if one)
+        if not numbers or numbers != [*range(len(numbers))]:
+            raise CheckpointError(f"{self.folder}: devices must be 0, 1, 2 and so on, enrolled are {numbers}")
+        return len(numbers)

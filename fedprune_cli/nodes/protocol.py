@@ -1,0 +1,137 @@
+"""What server and node say to each other, whatever carries it: sealed messages of known form, and nothing that could be unpickled.
+
+    node -> server   hello                    who it is of, what it runs, what its data are like: no sample
+    server -> node   run                      the configuration that the node builds its model from
+    server -> node   task                     the mask's code, the kept entries of u that are not there yet, the schedule, v_k's round
+    node -> server   got                      the task is there: download is over
+    node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
+    server -> node   end                      the run has had its last round
+
+An answer names the SHA-256 of the task that it is of. Neither v_k nor data have a place in any of them. What is in tasks and answers is
+read and written in `orders`; nothing here needs PyTorch, so that a node that starts again is heard at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+from fedprune_cli.store.files import Plain, fits
+from fedprune_cli.store.sealed import Sealed, unseal
+from fedprune_cli.world.datasets.roster import Card, read_card
+
+PROTOCOL = 1  # raised by a change that an older node or server would misread
+SPARE_BYTES = 2**20  # of a message for what is not values
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What must be the same on both sides: of the protocol, of fedprune and of PyTorch."""
+
+    protocol: int
+    fedprune: str
+    torch: str
+
+
+def versions() -> Versions:
+    """Returns those of this machine. PyTorch is not imported for it."""
+    return Versions(PROTOCOL, version("fedprune"), version("torch"))
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a node says first: its versions, its machine, and the card of its data."""
+
+    versions: Versions
+    machine: str
+    card: Card
+
+    def encode(self) -> bytes:
+        """Returns the message."""
+        header = {"kind": "hello", **asdict(self.versions), "machine": self.machine, "card": self.card.as_plain()}
+        return Sealed(header).encode()
+
+
+def hello_of(card: Card) -> Hello:
+    """Returns this machine's hello."""
+    return Hello(versions(), f"{platform.machine()}, Python {platform.python_version()}", card)
+
+
+def read_hello(data: bytes) -> Hello:
+    """Returns the hello in a message; raises ValueError."""
+    form = {"protocol": int, "fedprune": str, "torch": str, "machine": str, "card": dict}
+    header = _opened(data, {"hello": form}).header
+    card = read_card(header["card"])
+    of = Versions(int(str(header["protocol"])), str(header["fedprune"]), str(header["torch"]))
+    return Hello(of, str(header["machine"])[:200], card)
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """Which run the tasks are of that follow, and its configuration, of which a node takes the model and how it is trained."""
+
+    run: str
+    config: Mapping[str, Plain]
+
+    def encode(self) -> bytes:
+        """Returns the message."""
+        return Sealed({"kind": "run", "run": self.run, "config": dict(self.config)}).encode()
+
+
+END = Sealed({"kind": "end"}).encode()
+
+
+TASK = {
+    "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
+    "onto": bool, "schedule": [[(str, int)]],
+}  # fmt: skip
+
+
+def read_from_server(data: bytes) -> Sealed:
+    """Returns a message of the server's, its form checked; raises ValueError."""
+    return _opened(data, {"run": {"run": str, "config": dict}, "task": TASK, "end": {}})
+
+
+def got(of: str) -> bytes:
+    """Returns the message that a task is there."""
+    return Sealed({"kind": "got", "of": of}).encode()
+
+
+def failed(of: str, why: str) -> bytes:
+    """Returns the message that a task led to an error of the run's."""
+    return Sealed({"kind": "failed", "of": of, "why": why}).encode()
+
+
+ANSWERS: dict[str, dict[str, object]] = {
+    "got": {"of": str},
+    "failed": {"of": str, "why": str},
+    "score": {"of": str, "compute_s": float, "correct": int, "total": int},
+    "update": {
+        "of": str,
+        "compute_s": float,
+        "moved": bool,
+        "train_loss": (float, None),
+        "rounding_error": (float, None),
+    },
+}
+
+
+def read_from_node(data: bytes) -> Sealed:
+    """Returns a message that a node answers with, its form checked; raises ValueError."""
+    return _opened(data, ANSWERS)
+
+
+def sha256(message: bytes) -> str:
+    """Returns what an answer names its task by."""
+    return hashlib.sha256(message).hexdigest()
+
+
+def _opened(data: bytes, forms: Mapping[str, Mapping[str, object]]) -> Sealed:
+    message = unseal(data)
+    kind = str(message.header.get("kind"))
+    if kind not in forms or not fits(dict(message.header), dict(forms[kind])):
+        raise ValueError(f"not a message that is expected here ({kind[:20]})")
+    return message
