@@ -141,11 +141,32 @@ def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float)
 
 @dataclass(frozen=True)
 class Uplink:
-    """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning."""
+    """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning.
+
+    exchange_bytes: what each sends besides, whatever it prunes: the keys and shares of a secure sum.
+    """
 
     channel: Channel
     gain_linear: Array
     shared_params: int
+    exchange_bytes: int = 0
+
+    def exchange_s(self, fleet: Fleet) -> Array:
+        """Returns the seconds [K] in which each device sends the bytes that it exchanges beside its values, on an equal share of the band.
+
+        A device without a link, which no round can have, takes none.
+        """
+        seconds = np.zeros(len(self.gain_linear))
+        if not self.exchange_bytes:
+            return seconds
+        radio = radio_of(self.channel)
+        snr_hz = fleet.tx_power_w * self.gain_linear / self.channel.noise_w_per_hz
+        linked = snr_hz >= NO_LINK * radio.band_hz
+        if linked.any():
+            bits = 8 * radio.sent_bytes(np.array(float(self.exchange_bytes)))
+            share_hz = np.minimum(radio.band_hz / len(snr_hz), fleet.max_bandwidth_hz[linked])
+            seconds[linked] = bits / (radio.uplink_share * rate(share_hz, snr_hz[linked]))
+        return seconds
 
 
 def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
@@ -157,10 +178,12 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     fleet, channel = load.fleet, uplink.channel
     radio = radio_of(channel)
     ones, zeros = np.ones(len(weight)), np.zeros(len(weight))
-    fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
+    exchange_s = uplink.exchange_s(fleet)
+    fixed_s, computing_j = load.compute_s(zeros) + t_down_s + exchange_s, load.compute_j(zeros)
+    fixed_j = computing_j + load.radio_power_w * exchange_s
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
-        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
+        shared_energy_j=load.compute_j(ones) - computing_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
         fixed_compute_s=load.compute_s(zeros), circuit_w=radio.uplink_share * fleet.radio_circuit_w,
     )  # fmt: skip
     return Problem(
@@ -217,6 +240,15 @@ class Measurement:
             "bytes_up": np.floor(sent * self.bytes_up),
         }
         return replace(self, **{name: np.where(stops, value, getattr(self, name)) for name, value in cut.items()})
+
+    def exchanging(self, seconds: Array, num_bytes: float, radio_power_w: Array) -> Measurement:
+        """Returns the figures with what each device sends besides its values: so many seconds [K] and bytes, at its radio's power [K]."""
+        return replace(
+            self,
+            uplink_s=self.uplink_s + seconds,
+            joules=self.joules + radio_power_w * seconds,
+            bytes_up=self.bytes_up + num_bytes,
+        )
 
     def idling(self, idle_power_w: Array, until_s: Array) -> Measurement:
         """Returns the figures with what the devices draw besides, from the round's beginning until `until_s` [K], in their joules."""

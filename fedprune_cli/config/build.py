@@ -26,6 +26,7 @@ from fedprune_cli.learn.personalize import METHODS, Method
 from fedprune_cli.learn.prune import PRUNERS, Pruner
 from fedprune_cli.meter import Meter
 from fedprune_cli.plugins import Parts
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.serve.failsafe import AGGREGATION, LATE, Failsafe
 from fedprune_cli.serve.participation import Participation
 from fedprune_cli.store.files import Plain
@@ -60,6 +61,7 @@ SECTIONS: dict[str, type] = {
     "participation": Participation,
     "faults": Faults,
     "failsafe": Failsafe,
+    "privacy": Privacy,
     "evaluation": Evaluation,
     "meter": Meter,
     "execution": Execution,
@@ -164,6 +166,9 @@ def _values(config: DictConfig) -> dict[str, Plain]:
         if key not in fields:
             raise unknown("configuration key", str(key), fields)
     for key in fields:
+        if key == "privacy" and key not in values:  # of a run that was made before there was the section, or needs none
+            config = OmegaConf.merge(config, {key: {}})
+            values[key] = {}
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
         if key in SECTIONS:  # seen before others refer to what is in it

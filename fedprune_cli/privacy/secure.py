@@ -18,6 +18,7 @@ import numpy as np
 from fedprune_cli.errors import DeviceError
 from fedprune_cli.privacy.ciphers import KEY, TAG, agreed, derived, mask_stream, opened, public_key, sealed
 from fedprune_cli.privacy.field import ELEMENT, element, lagrange, recover, share
+from fedprune_cli.privacy.keepers import fewest_keepers
 from fedprune_cli.store.state import Array
 
 COUNT = 4  # bytes in which a device announces how many entries it keeps
@@ -25,7 +26,7 @@ LEAST = 3  # keepers: of the sum of two, each knows the other's value
 Draw = Callable[[int], bytes]  # as many random bytes
 
 
-class SumRefused(DeviceError):
+class RefusedSumError(DeviceError):
     """A device or the server goes no further with a sum: somebody's values could be told from it, or it cannot be unmasked."""
 
 
@@ -52,18 +53,18 @@ class Terms:
         return self.counts[self.devices.index(device)]
 
     def check(self, device: int, survivors: Sequence[int]) -> None:
-        """Raises SumRefused unless a device may take part in a sum of these devices."""
+        """Raises RefusedSumError unless a device may take part in a sum of these devices."""
         ids, known = [*self.devices], {*self.devices}
         if len(ids) != len(self.counts) or ids != sorted(known):
-            raise SumRefused("the announced devices and counts do not fit")
+            raise RefusedSumError("the announced devices and counts do not fit")
         if not {device} <= {*survivors} <= known or len({*survivors}) != len(survivors):
-            raise SumRefused(f"device {device}: the announced devices are not those of this sum")
+            raise RefusedSumError(f"device {device}: the announced devices are not those of this sum")
         if self.least < LEAST or 2 * self.threshold <= len(ids):
-            raise SumRefused(f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody")
+            raise RefusedSumError(f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody")
         if len(survivors) < self.threshold:
-            raise SumRefused(f"{len(survivors)} of {len(ids)} devices are left, the threshold is {self.threshold}")
+            raise RefusedSumError(f"{len(survivors)} of {len(ids)} devices are left, the threshold is {self.threshold}")
         if (fewest := fewest_keepers([self.count(one) for one in survivors])) < self.least:
-            raise SumRefused(f"an entry would be the sum of {fewest} devices, the fewest allowed are {self.least}")
+            raise RefusedSumError(f"an entry would be the sum of {fewest} devices, the fewest allowed are {self.least}")
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,6 @@ class Holder:
     answered: frozenset[int] | None = None
 
 
-def fewest_keepers(counts: Sequence[int]) -> int:
-    """Returns how many devices keep the entry that fewest of them do, of those entries that anybody keeps; 0 where nobody keeps any.
-
-    >>> fewest_keepers([7, 9, 9, 4]), fewest_keepers([0, 0])
-    (2, 0)
-    """
-    most = max(counts, default=0)
-    return sum(count == most for count in counts) if most else 0
-
-
 def exchanged_bytes(num_devices: int) -> tuple[int, int]:
     """Returns what a sum of so many devices costs beside the values: bytes that each device sends, and bytes that all receive.
 
@@ -150,22 +141,22 @@ def _pair(context: bytes, use: bytes, first: int, second: int) -> bytes:
 
 
 def meet(device: int, terms: Terms, secrets: Secrets, keys: Mapping[int, bytes]) -> Member:
-    """Returns the device with the keys of all others; raises SumRefused for terms that would give it away, and for false keys."""
+    """Returns the device with the keys of all others; raises RefusedSumError for terms that would give it away, and for false keys."""
     terms.check(device, terms.devices)
     if (
         {*keys} != {*terms.devices}
         or len({*keys.values()}) != len(keys)
         or any(len(key) != 2 * KEY for key in keys.values())
     ):
-        raise SumRefused(f"device {device}: the public keys are not one pair for each device")
+        raise RefusedSumError(f"device {device}: the public keys are not one pair for each device")
     if keys[device] != secrets.public_keys(terms.context) or len(secrets.own) != terms.threshold:
-        raise SumRefused(f"device {device}: the announced keys or threshold are not its own")
+        raise RefusedSumError(f"device {device}: the announced keys or threshold are not its own")
     others = {other: key for other, key in keys.items() if other != device}
     try:
         sealing = agreed(secrets.sealing, {other: key[:KEY] for other, key in others.items()})
         masking = agreed(secrets.masking_key(terms.context), {other: key[KEY:] for other, key in others.items()})
     except ValueError:  # a point of small order
-        raise SumRefused(f"device {device}: a public key is false") from None
+        raise RefusedSumError(f"device {device}: a public key is false") from None
     return Member(device, terms, secrets, sealing, masking)
 
 
@@ -189,13 +180,13 @@ def _element_bytes(value: int) -> bytes:
 
 
 def hold(member: Member, messages: Mapping[int, bytes]) -> Holder:
-    """Returns the device with the shares that the others sealed for it; raises SumRefused when one is missing or forged."""
+    """Returns the device with the shares that the others sealed for it; raises RefusedSumError when one is missing or forged."""
     shares = {member.device: _shares_for(member, member.device)}
     for other, secret in member.sealing.items():
         use = _pair(member.terms.context, b"shares", other, member.device)
         message = opened(derived(secret, use), messages.get(other, b""))
         if message is None or len(message) != 2 * ELEMENT:
-            raise SumRefused(f"device {member.device}: the shares of device {other} are missing or forged")
+            raise RefusedSumError(f"device {member.device}: the shares of device {other} are missing or forged")
         shares[other] = int.from_bytes(message[:ELEMENT], "little"), int.from_bytes(message[ELEMENT:], "little")
     return Holder(member.device, member.terms, shares)
 
@@ -204,7 +195,7 @@ def mask_values(member: Member, values: Array) -> Array:
     """Returns what the device sends: its whole numbers [n_k] modulo 2^32 under all its masks, uint32 [n_k]."""
     device, terms = member.device, member.terms
     if len(values) != terms.count(device):
-        raise SumRefused(f"device {device}: announced {terms.count(device)} entries and has {len(values)}")
+        raise RefusedSumError(f"device {device}: announced {terms.count(device)} entries and has {len(values)}")
     masked = values.astype(np.int64).astype(np.uint32)
     masked += _own_mask(member.secrets.own[0], terms, device)
     for other, secret in member.masking.items():
@@ -236,7 +227,7 @@ def unmask(holder: Holder, survivors: Sequence[int]) -> tuple[Holder, bytes]:
     terms, named = holder.terms, frozenset(survivors)
     terms.check(holder.device, survivors)
     if holder.answered not in (None, named):
-        raise SumRefused(f"device {holder.device}: has answered for other survivors already")
+        raise RefusedSumError(f"device {holder.device}: has answered for other survivors already")
     told = [holder.shares[device][device in named] for device in terms.devices]
     return replace(holder, answered=named), b"".join(map(_element_bytes, told))
 
@@ -247,10 +238,10 @@ def unmasked_sum(
     """Returns the sum of the survivors' values, int64 [the most that any of them keeps]; exact where it is in [-2^31, 2^31).
 
     keys: of all devices; masked: what the survivors sent; answers: what the devices told, of which `threshold` are used. Raises
-    SumRefused where there are fewer.
+    RefusedSumError where there are fewer.
     """
     if len(answers) < terms.threshold:
-        raise SumRefused(f"{len(answers)} of {len(terms.devices)} devices answered, the threshold is {terms.threshold}")
+        raise RefusedSumError(f"{len(answers)} of {len(terms.devices)} devices answered, the threshold is {terms.threshold}")
     holders = sorted(answers)[: terms.threshold]
     coefficients = lagrange([terms.place(holder) for holder in holders])
     total = np.zeros(max((len(values) for values in masked.values()), default=0), dtype=np.uint32)

@@ -9,7 +9,8 @@ import numpy as np
 
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.learn.schedule import LocalPhase
-from fedprune_cli.meter import Load, Measurement, build_load, downlink_s, measure
+from fedprune_cli.meter import Load, Measurement, Uplink, build_load, downlink_s, measure
+from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
@@ -42,8 +43,7 @@ class Bill:
 
 def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Bill:
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
-    heard = roster.gain_linear[roster.training]
-    training = _charge_training(setup, plan, work, results, heard)
+    training = _charge_training(setup, roster, plan, work, results)
     drawn_w = setup.scenario.fleet.take(plan.devices).drawn_w(plan.chosen.get("power"))
     training = training.cut_short(work.fates.work, setup.radio.uplink_share * drawn_w)
     if not results.personal_updates:
@@ -68,19 +68,34 @@ def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: 
     return Bill(training, personal)
 
 
-def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, heard: Array) -> Measurement:
-    """Returns the cost of the admitted devices before fate cuts it short; heard: the gains of all that were asked."""
+def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Measurement:
+    """Returns the cost of the admitted devices before fate cuts it short; the broadcast is for all that were asked."""
     experiment, devices = setup.experiment, plan.devices
+    heard, gain_linear = roster.gain_linear[roster.training], roster.gain_linear[devices]
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
+    if experiment.privacy.secure and len(devices):
+        bits_down += 8 * exchanged_bytes(len(devices))[1]
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
-    return measure(
-        replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power")),
+    load = replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power"))
+    measured = measure(
+        load,
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
         bits_down=bits_down,
         t_down_s=np.full(len(devices), downlink_s(experiment.meter, experiment.channel, heard, bits_down)),
     )
+    return exchanging(setup, measured, load, gain_linear)
+
+
+def exchanging(setup: Setup, measured: Measurement, load: Load, gain_linear: Array) -> Measurement:
+    """Returns the figures of the devices of a round with the keys and shares that they exchange where sums are secure."""
+    if not setup.experiment.privacy.secure or not len(gain_linear):
+        return measured
+    up, _ = exchanged_bytes(len(gain_linear))
+    uplink = Uplink(setup.experiment.channel, gain_linear, setup.blueprint.cost.shared_params, up)
+    num_bytes = float(load.radio.sent_bytes(np.array(float(up))))
+    return measured.exchanging(uplink.exchange_s(load.fleet), num_bytes, load.radio_power_w)
 
 
 def charge_frozen(setup: Setup, masks: Masks, frozen: Array, listeners_gain: Array, bytes_down: float) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fedprune_cli.config.experiment import Experiment
@@ -15,6 +16,7 @@ from fedprune_cli.learn.personalize import personal_only
 from fedprune_cli.learn.prune import least_kept
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout, find_channels, no_channels
+from fedprune_cli.privacy.accounting import Budget, plan_budget
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
@@ -53,12 +55,16 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rounds share. blueprint: the experiment and its model; batched: whether devices train side by side."""
+    """What all rounds share. blueprint: the experiment and its model; batched: whether devices train side by side.
+
+    budget: what may be learnt of the devices' data, None where it is not bounded.
+    """
 
     blueprint: Blueprint
     scenario: Scenario
     initial: State
     batched: bool
+    budget: Budget | None = None
 
     @property
     def experiment(self) -> Experiment:
@@ -94,7 +100,26 @@ def prepare(experiment: Experiment) -> Setup:
     slots = first_slots(experiment, Sizes(scenario.num_devices, blueprint.cost.shared_params))
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
-    return Setup(blueprint, scenario, initial, batches(parts, experiment.training))
+    budget = build_budget(blueprint, scenario)
+    side_by_side = batches(parts, experiment.training) and experiment.privacy.dp != "example"
+    return Setup(blueprint, scenario, initial, side_by_side, budget)
+
+
+def build_budget(blueprint: Blueprint, scenario: Scenario) -> Budget | None:
+    """Returns the run's privacy budget: of the device, or of the samples of that device, of which each round tells most.
+
+    The noise that follows from a budget lets it last for as many rounds as a device takes part in, on average where they are drawn.
+    """
+    experiment = blueprint.experiment
+    share = min((experiment.devices.per_round or scenario.num_devices) / scenario.num_devices, 1.0)
+    rate, times = 1.0, 1
+    if experiment.privacy.dp == "example":
+        sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
+        schedules = {size: blueprint.schedule(size) for size in {*sizes}}
+        phases = [(phase, size) for size, schedule in schedules.items() for phase in schedule if phase.steps]
+        rate = max((phase.batch / size for phase, size in phases), default=1.0)
+        times = max(sum(phase.steps for phase in schedule) for schedule in schedules.values())
+    return plan_budget(experiment.privacy, rate, max(times, 1), math.ceil(share * experiment.rounds))
 
 
 def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:

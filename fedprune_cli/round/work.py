@@ -83,6 +83,8 @@ def train_round(setup: Setup, work: Work, workers: Executor) -> Results:
     """Returns what the devices made of their tasks; who died in mid-round keeps nothing of it."""
     trained = zip(train_devices(setup, workers, work.tasks), work.tasks, work.fates.died, strict=True)
     updates = [_without_training(update, task) if died else update for update, task, died in trained]
+    if setup.experiment.privacy.hides_scores:
+        updates = [replace(update, train_loss=None) for update in updates]
     return Results(updates, train_devices(setup, workers, work.personal_tasks))
 
 

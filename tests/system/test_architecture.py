@@ -16,7 +16,7 @@ LAYERS = (  # from the ground up: a part imports from lower rows only, never fro
     ("errors", "forked", "interrupt", "rng", "sections"),
     ("store",),
     ("plugins", "wire"),
-    ("world", "allocate", "learn"),
+    ("world", "allocate", "learn", "privacy"),
     ("execute", "meter", "serve", "track", "terminal"),
     ("config",),
     ("round",),
