@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import NO_LINK, Problem, rate
 from fedprune_cli.errors import require
@@ -152,21 +153,28 @@ class Uplink:
     exchange_bytes: int = 0
 
     def exchange_s(self, fleet: Fleet) -> Array:
-        """Returns the seconds [K] in which each device sends the bytes that it exchanges beside its values, on an equal share of the band.
+        """Returns the seconds [K] in which all devices have sent what they exchange beside their values.
 
-        A device without a link, which no round can have, takes none.
+        The band is shared so that all end together, as early as can be, within the most that each may use of it. A device without a
+        link, which no round can have, takes none.
         """
-        seconds = np.zeros(len(self.gain_linear))
         if not self.exchange_bytes:
-            return seconds
-        radio = radio_of(self.channel)
-        snr_hz = fleet.tx_power_w * self.gain_linear / self.channel.noise_w_per_hz
-        linked = snr_hz >= NO_LINK * radio.band_hz
-        if linked.any():
-            bits = 8 * radio.sent_bytes(np.array(float(self.exchange_bytes)))
-            share_hz = np.minimum(radio.band_hz / len(snr_hz), fleet.max_bandwidth_hz[linked])
-            seconds[linked] = bits / (radio.uplink_share * rate(share_hz, snr_hz[linked]))
-        return seconds
+            return np.zeros(len(self.gain_linear))
+        radio, ones = radio_of(self.channel), np.ones(len(self.gain_linear))
+        bits = float(8 * radio.sent_bytes(np.array(float(self.exchange_bytes))) / radio.uplink_share)
+        limits = Limits(0 * ones, fleet.max_bandwidth_hz, np.inf * ones, 0 * ones, 0 * ones, ones)
+        problem = Problem(
+            shared_compute_s=0 * ones,
+            payload_bits=bits * ones,
+            fixed_s=0 * ones,
+            snr_hz=fleet.tx_power_w * self.gain_linear / self.channel.noise_w_per_hz,
+            weight=ones,
+            bandwidth_hz=radio.band_hz,
+            deadline_s=np.inf,
+            max_ratio=0 * ones,
+            limits=limits if np.isfinite(fleet.max_bandwidth_hz).any() else None,
+        )
+        return np.where(problem.linked, dense_deadline(problem)[0], 0.0)
 
 
 def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:

@@ -15,8 +15,11 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import Certifying, Referenced
 from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
+from fedprune_cli.audit.protected import privacy_failures
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
+from fedprune_cli.privacy.secure import exchanged_bytes
+from fedprune_cli.round.bill import exchanging
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import Plan, plan_round
 from fedprune_cli.round.record import outcome_of_record
@@ -163,7 +166,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
         again = metering_failures(setup, record, roster, 0)
-        return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
+        return RoundAudit((*wrong, *again, *privacy_failures(setup, record, after)), metered=len(roster.frozen)), after
     after = next_slots(experiment, slots, outcome_of_record(record, slots))
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
         return RoundAudit(tuple(wrong)), after
@@ -174,7 +177,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     admitted = plan.allocation.admitted
     follows = (
         record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
-        and np.array_equal(ratio, plan.allocation.prune_ratio[admitted])
+        and np.array_equal(ratio, plan.ratios[plan.devices])
         and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
         and all(
             (column is None and key not in plan.chosen)
@@ -185,11 +188,12 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     if not follows:
         return RoundAudit((*wrong, "the recorded allocation is not what the configuration gives")), after
     wrong += metering_failures(setup, record, roster, len(plan.devices))
+    wrong += privacy_failures(setup, record, after, plan)
     count = len(record.devices.id)
     audit = RoundAudit(tuple(wrong), metered=count, bounded=count if setup.blueprint.layout.slices else 0)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
         return audit, after
-    given = Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0))
+    given = Answer(1 - plan.allocation.prune_ratio[admitted], bandwidth_hz, float(record.price_per_hz or 0.0))
     return _certified(audit, experiment.allocator, plan, given, solve=solve), after
 
 
@@ -284,11 +288,12 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
     coded = np.where(stopped, 0, code_bytes(kept, record.bits or BITS_PER_PARAM))
-    sent = setup.radio.sent_bytes(coded)
+    up, down = exchanged_bytes(training) if experiment.privacy.secure and training else (0, 0)
+    sent = setup.radio.sent_bytes(coded) + setup.radio.sent_bytes(np.array(float(up)))
     if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong
         return
-    masks_bits = 8 * record.bytes_down - BITS_PER_PARAM * size  # what was broadcast beside u
+    masks_bits = 8 * (record.bytes_down - down) - BITS_PER_PARAM * size  # what was broadcast beside u, keys and shares
     sends_masks = setup.blueprint.sends_masks
     flags = np.arange(setup.blueprint.layout.flags(size)) % 2 == 0
     most = 8 * len(devices) * len(encode_mask(flags)) if sends_masks else 0
@@ -300,7 +305,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         False: roster.gain_linear[roster.training],
         True: roster.gain_linear[np.concatenate([roster.training, roster.frozen])],
     }
-    heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0), True: 8.0 * record.bytes_down}
+    heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0) + 8 * down, True: 8.0 * record.bytes_down}
     wait_s = {
         still: downlink_s(experiment.meter, experiment.channel, gain_of_listeners[still], heard_bits[still])
         for still in {*stopped.tolist()}
@@ -323,6 +328,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
         bits_down=0.0,
         t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
     )
+    again = exchanging(setup, again, load, roster.gain_linear[devices])
     again = again.cut_short(work, load.radio_power_w)
     if experiment.meter.idle:
         again = again.idling(load.fleet.idle_power_w, np.where(work < 1, again.latency_s, record.latency_s))

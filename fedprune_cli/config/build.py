@@ -15,6 +15,7 @@ from fedprune_cli.allocate import ALLOCATORS
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
+from fedprune_cli.config.combined import refuse_combinations
 from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
 from fedprune_cli.config.plain import plain
 from fedprune_cli.config.refusals import reason
@@ -210,9 +211,11 @@ def build_experiment(config: DictConfig) -> Experiment:
         key = str(error.full_key)
         raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None
     try:
-        return build(**checked, **parts)
+        experiment = build(**checked, **parts)
     except ConfigError as error:
         raise ConfigError(f"{error.key}={values.get(str(error.key))}: {_without_value(error)}") from None
+    refuse_combinations(experiment)
+    return experiment
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,7 @@ def require_accountant(rate: float) -> None:
         try:
             import dp_accounting  # noqa: F401
         except ImportError:
-            why = "accounting for drawn batches needs dp-accounting: pip install 'fedprune[privacy]'"
-            raise ConfigError(f"privacy.dp=example: {why}") from None
+            raise ConfigError("privacy.dp=example needs an extra (dp-accounting): pip install 'fedprune[privacy]'") from None
 
 
 def epsilon(release: Release, delta: float) -> float:

@@ -22,8 +22,7 @@ def require_ciphers() -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        why = "secure sums need the package cryptography: pip install 'fedprune[privacy]'"
-        raise ConfigError(why, key="secure") from None
+        raise ConfigError("privacy.secure=true needs an extra (cryptography): pip install 'fedprune[privacy]'") from None
 
 
 def public_key(private: bytes) -> bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedprune_cli.errors import ConfigError
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.store.state import Array
 
 WORD = 2**31 - 1  # the largest sum
@@ -63,18 +65,19 @@ def widest(largest: float, bits: int, total_weight: float) -> FixedPoint:
     return FixedPoint(largest, bits)
 
 
-def private_point(clip: float, bits: int, noise: float, keepers: tuple[int, int]) -> FixedPoint:
-    """Returns the fixed point of changes that are clipped to `clip` and noised by every device, each of which counts once.
+def point_of(privacy: Privacy, samples: Sequence[int], noise: float | None) -> FixedPoint:
+    """Returns the fixed point in which the changes of devices with `samples` D_k have sums that fit a word.
 
-    noise: the standard deviation of the sum's noise over `clip`, at the least; keepers: the devices, and the fewest that an entry is
-    sure of, which share the noise among them. Raises ConfigError where a step is too coarse for whole numbers to be as good as a
-    Gaussian's.
+    noise: the standard deviation of the sum's noise over clip, at the least, of which the devices that keep an entry have a share each;
+    None where they add none. Raises ConfigError where no fixed point is fine enough for the sum, or for whole numbers to be as good as
+    a Gaussian's.
     """
-    devices, sure = keepers
-    point = widest(clip, bits, devices + SIGMAS * noise * math.sqrt(devices / sure))
-    if point.most * noise / math.sqrt(devices) < LEAST_NOISE:
-        share = point.most * noise / math.sqrt(devices)
-        raise ConfigError(
-            f"privacy.bits={bits}: a device's share of the noise is {share:.2g} steps wide, must be at least {LEAST_NOISE:g}; take more bits"
-        )
+    if privacy.dp != "client" or noise is None or privacy.clip is None:
+        return widest(privacy.max_change, privacy.bits, sum(privacy.weight(size) for size in samples))
+    count = len(samples)
+    point = widest(privacy.clip, privacy.bits, count + SIGMAS * noise * math.sqrt(count / privacy.least))
+    share = point.most * noise / math.sqrt(count)
+    if share < LEAST_NOISE:
+        why = f"a device's share of the noise is {share:.2g} steps wide, must be at least {LEAST_NOISE:g}; take more bits"
+        raise ConfigError(f"privacy.bits={privacy.bits}: {why}")
     return point

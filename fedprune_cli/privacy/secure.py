@@ -52,13 +52,14 @@ class Terms:
         """Returns how many entries a device keeps."""
         return self.counts[self.devices.index(device)]
 
-    def check(self, device: int, survivors: Sequence[int]) -> None:
-        """Raises RefusedSumError unless a device may take part in a sum of these devices."""
+    def check(self, survivors: Sequence[int], device: int | None = None) -> None:
+        """Raises RefusedSumError unless these devices may be summed, and `device` is one of them; None: the server asks."""
         ids, known = [*self.devices], {*self.devices}
         if len(ids) != len(self.counts) or ids != sorted(known):
             raise RefusedSumError("the announced devices and counts do not fit")
-        if not {device} <= {*survivors} <= known or len({*survivors}) != len(survivors):
-            raise RefusedSumError(f"device {device}: the announced devices are not those of this sum")
+        named = {*survivors}
+        if not named <= known or len(named) != len(survivors) or device not in {None, *named}:
+            raise RefusedSumError("the announced devices are not those of this sum")
         if self.least < LEAST or 2 * self.threshold <= len(ids):
             raise RefusedSumError(f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody")
         if len(survivors) < self.threshold:
@@ -142,7 +143,7 @@ def _pair(context: bytes, use: bytes, first: int, second: int) -> bytes:
 
 def meet(device: int, terms: Terms, secrets: Secrets, keys: Mapping[int, bytes]) -> Member:
     """Returns the device with the keys of all others; raises RefusedSumError for terms that would give it away, and for false keys."""
-    terms.check(device, terms.devices)
+    terms.check(terms.devices, device)
     if (
         {*keys} != {*terms.devices}
         or len({*keys.values()}) != len(keys)
@@ -225,7 +226,7 @@ def unmask(holder: Holder, survivors: Sequence[int]) -> tuple[Holder, bytes]:
     too few devices, or an entry to too few.
     """
     terms, named = holder.terms, frozenset(survivors)
-    terms.check(holder.device, survivors)
+    terms.check(survivors, holder.device)
     if holder.answered not in (None, named):
         raise RefusedSumError(f"device {holder.device}: has answered for other survivors already")
     told = [holder.shares[device][device in named] for device in terms.devices]
@@ -240,6 +241,7 @@ def unmasked_sum(
     keys: of all devices; masked: what the survivors sent; answers: what the devices told, of which `threshold` are used. Raises
     RefusedSumError where there are fewer.
     """
+    terms.check(sorted(masked))
     if len(answers) < terms.threshold:
         raise RefusedSumError(f"{len(answers)} of {len(terms.devices)} devices answered, the threshold is {terms.threshold}")
     holders = sorted(answers)[: terms.threshold]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.privacy.fixed import FixedPoint, private_point, widest
+from fedprune_cli.privacy.fixed import FixedPoint, point_of
 from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
 from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, exchanged_bytes, secure_sum
 from fedprune_cli.rng import stream
@@ -66,8 +66,8 @@ def protected_sum(
     settings = setup.experiment.privacy
     if settings.dp == "client":
         ranked = replace(ranked, changes={device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()})
-    if not ranked.devices:
-        return [], PrivacyLog(devices=0, keepers=0, refused="nobody takes part")
+    if not ranked.devices or not state.shared.size:
+        return [], PrivacyLog(devices=0, keepers=0, refused="nobody sends anything")
     log = PrivacyLog(devices=len(ranked.changes), keepers=fewest_keepers(ranked.counts), refused="")
     if not settings.secure:
         return _contributions(setup, state.shared, ranked, _noised_total(setup, state.round, ranked)), log
@@ -95,11 +95,9 @@ def terms(setup: Setup, number: int, ranked: Ranked) -> Terms:
 
 
 def fixed_point(setup: Setup, devices: Sequence[int]) -> FixedPoint:
-    """Returns the fixed point in which these devices' changes have sums that fit a word; ConfigError where none is fine enough."""
-    settings, budget = setup.experiment.privacy, setup.budget
-    if settings.dp == "client" and settings.clip and budget:
-        return private_point(settings.clip, settings.bits, budget.one.noise, (len(devices), settings.least))
-    return widest(settings.max_change, settings.bits, sum(weight_of(setup, device) for device in devices))
+    """Returns the fixed point in which these devices' changes are summed."""
+    sizes = setup.scenario.partition.train.sizes[list(devices)].tolist()
+    return point_of(setup.experiment.privacy, sizes, setup.budget.one.noise if setup.budget else None)
 
 
 def _keys(setup: Setup, number: int) -> Callable[[int], Draw]:

@@ -17,6 +17,9 @@ from fedprune_cli.learn.prune import least_kept
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout, find_channels, no_channels
 from fedprune_cli.privacy.accounting import Budget, plan_budget
+from fedprune_cli.privacy.ciphers import require_ciphers
+from fedprune_cli.privacy.fixed import point_of
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
@@ -101,6 +104,8 @@ def prepare(experiment: Experiment) -> Setup:
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
     budget = build_budget(blueprint, scenario)
+    if experiment.privacy.secure:
+        _require_sums(experiment.privacy, scenario, budget)
     side_by_side = batches(parts, experiment.training) and experiment.privacy.dp != "example"
     return Setup(blueprint, scenario, initial, side_by_side, budget)
 
@@ -120,6 +125,16 @@ def build_budget(blueprint: Blueprint, scenario: Scenario) -> Budget | None:
         rate = max((phase.batch / size for phase, size in phases), default=1.0)
         times = max(sum(phase.steps for phase in schedule) for schedule in schedules.values())
     return plan_budget(experiment.privacy, rate, max(times, 1), math.ceil(share * experiment.rounds))
+
+
+def _require_sums(privacy: Privacy, scenario: Scenario, budget: Budget | None) -> None:
+    """Raises ConfigError where no secure sum could be made: before the first round, and not in the middle of a run."""
+    require_ciphers()
+    if scenario.num_devices < privacy.keepers:
+        few = f"an entry is of at least privacy.least + privacy.spare = {privacy.keepers} devices, there are {scenario.num_devices}"
+        raise ConfigError(f"privacy.secure=true: {few}")
+    sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
+    point_of(privacy, sizes, budget.one.noise if budget else None)
 
 
 def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:
