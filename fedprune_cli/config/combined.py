@@ -26,7 +26,7 @@ def _never(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
     lone = "no device's loss leaves it; leave it null"
     yield participation.freeze_below is not None, f"participation.freeze_below={participation.freeze_below}", lone
     if privacy.by_sum:
-        each = not failsafe.aggregator.needs == "sum"
+        each = failsafe.aggregator.needs != "sum"
         sees = "it has to see each update, and the server has their sum alone; take mean"
         yield each, f"failsafe.aggregation={failsafe.aggregation}", sees
         clips = "it compares the updates' norms, which the server does not know and noise does not cover; take privacy.dp and privacy.clip"
@@ -47,8 +47,16 @@ def _of_sums(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
         return
     shares = ("nan_share", "inf_share", "misshapen_share", "poisoned_share")
     bad = next((key for key in shares if getattr(faults, key)), None)
-    yield bad is not None, f"faults.{bad}", "the server cannot refuse what it does not see: one such update spoils the sum; set it to 0"
-    yield bool(faults.others), f"faults.others={[*faults.others]}", "what a plug-in's fault sends cannot be refused; leave it empty"
+    yield (
+        bad is not None,
+        f"faults.{bad}",
+        "the server cannot refuse what it does not see: one such update spoils the sum; set it to 0",
+    )
+    yield (
+        bool(faults.others),
+        f"faults.others={[*faults.others]}",
+        "what a plug-in's fault sends cannot be refused; leave it empty",
+    )
     few = f"an entry is of at least privacy.least + privacy.spare = {privacy.keepers} devices"
     wanted = devices.per_round
     yield wanted is not None and wanted < privacy.keepers, f"devices.per_round={wanted}", f"{few}; let more take part"
@@ -67,14 +75,22 @@ def _of_noise(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
     told = "how many samples each device has would be told; declare it no secret by privacy.public_samples=true"
     if not privacy.public_samples:
         yield privacy.dp == "example", f"privacy.dp={privacy.dp}", f"a batch is a share of the device's samples: {told}"
-        yield experiment.weights.name != "uniform", f"weights={experiment.weights.name}", f"{told}, or take weights=uniform"
+        yield (
+            experiment.weights.name != "uniform",
+            f"weights={experiment.weights.name}",
+            f"{told}, or take weights=uniform",
+        )
         yield training.epochs is not None, f"training.epochs={training.epochs}", f"{told}, or leave it null"
     scores = (
         "records hold losses and accuracies, which nothing noises; declare them no secret by privacy.public_scores=true, as in "
         "a simulation whose records nobody else is given"
     )
     yield not privacy.public_scores, "privacy.public_scores=false", scores
-    yield experiment.branch is not None, "branch", "its noise was set for the rounds of the run that it leaves; make a new run"
+    yield (
+        experiment.branch is not None,
+        "branch",
+        "its noise was set for the rounds of the run that it leaves; make a new run",
+    )
     if privacy.dp == "example":
         slices = "a slice of whole channels has no gradient for each sample yet; take weight"
         yield experiment.pruner.granularity == "channel", "pruner.granularity=channel", slices

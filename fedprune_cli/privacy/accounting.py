@@ -80,7 +80,9 @@ def require_accountant(rate: float) -> None:
         try:
             import dp_accounting  # noqa: F401
         except ImportError:
-            raise ConfigError("privacy.dp=example needs an extra (dp-accounting): pip install 'fedprune[privacy]'") from None
+            raise ConfigError(
+                "privacy.dp=example needs an extra (dp-accounting): pip install 'fedprune[privacy]'"
+            ) from None
 
 
 def epsilon(release: Release, delta: float) -> float:

@@ -22,7 +22,9 @@ def require_ciphers() -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        raise ConfigError("privacy.secure=true needs an extra (cryptography): pip install 'fedprune[privacy]'") from None
+        raise ConfigError(
+            "privacy.secure=true needs an extra (cryptography): pip install 'fedprune[privacy]'"
+        ) from None
 
 
 def public_key(private: bytes) -> bytes:

@@ -60,8 +60,8 @@ def widest(largest: float, bits: int, total_weight: float) -> FixedPoint:
     while (2 ** (bits - 1) - 1) * total_weight > WORD:
         bits -= 1
     if bits < FEWEST_BITS:
-        why = f"values that count {total_weight:g} in all leave {bits} bits of 32, the fewest are {FEWEST_BITS}; let fewer devices take part"
-        raise ConfigError(f"privacy.secure=true: {why}")
+        left = f"values that count {total_weight:g} in all leave {bits} bits of 32, the fewest are {FEWEST_BITS}"
+        raise ConfigError(f"privacy.secure=true: {left}; let fewer devices take part")
     return FixedPoint(largest, bits)
 
 
@@ -78,6 +78,8 @@ def point_of(privacy: Privacy, samples: Sequence[int], noise: float | None) -> F
     point = widest(privacy.clip, privacy.bits, count + SIGMAS * noise * math.sqrt(count / privacy.least))
     share = point.most * noise / math.sqrt(count)
     if share < LEAST_NOISE:
-        why = f"a device's share of the noise is {share:.2g} steps wide, must be at least {LEAST_NOISE:g}; take more bits"
+        why = (
+            f"a device's share of the noise is {share:.2g} steps wide, must be at least {LEAST_NOISE:g}; take more bits"
+        )
         raise ConfigError(f"privacy.bits={privacy.bits}: {why}")
     return point

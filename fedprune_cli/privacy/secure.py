@@ -61,7 +61,9 @@ class Terms:
         if not named <= known or len(named) != len(survivors) or device not in {None, *named}:
             raise RefusedSumError("the announced devices are not those of this sum")
         if self.least < LEAST or 2 * self.threshold <= len(ids):
-            raise RefusedSumError(f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody")
+            raise RefusedSumError(
+                f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody"
+            )
         if len(survivors) < self.threshold:
             raise RefusedSumError(f"{len(survivors)} of {len(ids)} devices are left, the threshold is {self.threshold}")
         if (fewest := fewest_keepers([self.count(one) for one in survivors])) < self.least:
@@ -243,7 +245,9 @@ def unmasked_sum(
     """
     terms.check(sorted(masked))
     if len(answers) < terms.threshold:
-        raise RefusedSumError(f"{len(answers)} of {len(terms.devices)} devices answered, the threshold is {terms.threshold}")
+        raise RefusedSumError(
+            f"{len(answers)} of {len(terms.devices)} devices answered, the threshold is {terms.threshold}"
+        )
     holders = sorted(answers)[: terms.threshold]
     coefficients = lagrange([terms.place(holder) for holder in holders])
     total = np.zeros(max((len(values) for values in masked.values()), default=0), dtype=np.uint32)

@@ -65,7 +65,9 @@ def protected_sum(
     ranked = rank_changes(state.shared, sent, arrivals)
     settings = setup.experiment.privacy
     if settings.dp == "client":
-        ranked = replace(ranked, changes={device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()})
+        ranked = replace(
+            ranked, changes={device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
+        )
     if not ranked.devices or not state.shared.size:
         return [], PrivacyLog(devices=0, keepers=0, refused="nobody sends anything")
     log = PrivacyLog(devices=len(ranked.changes), keepers=fewest_keepers(ranked.counts), refused="")
@@ -74,7 +76,9 @@ def protected_sum(
     log = replace(log, exchange_bytes=exchanged_bytes(len(ranked.devices))[0])
     point = fixed_point(setup, ranked.devices)
     try:
-        total = secure_sum(terms(setup, state.round, ranked), _whole(setup, state.round, ranked, point), _keys(setup, state.round))
+        total = secure_sum(
+            terms(setup, state.round, ranked), _whole(setup, state.round, ranked, point), _keys(setup, state.round)
+        )
     except RefusedSumError as error:
         return [], replace(log, devices=0, refused=str(error))
     return _contributions(setup, state.shared, ranked, total * point.step), replace(log, bits=point.bits)
@@ -148,4 +152,6 @@ def _contributions(setup: Setup, old: Array, ranked: Ranked, total: Array) -> li
     new[places] += total / counted
     mask[places] = True
     steps = np.array([step_size_of(setup, device) for device in ranked.changes])
-    return [Contribution(mask, new[mask].astype(old.dtype), float(weights.sum()), float(steps @ weights / weights.sum()))]
+    return [
+        Contribution(mask, new[mask].astype(old.dtype), float(weights.sum()), float(steps @ weights / weights.sum()))
+    ]

@@ -1,4 +1,4 @@
-"""A round at rest: every device is in outage, in quarantine or frozen, or its privacy budget is spent; nothing is sent, and the frozen take their personal steps."""
+"""A round at rest: every device is in outage, in quarantine, frozen or out of budget. Nothing is sent; the frozen take personal steps."""
 
 from __future__ import annotations
 

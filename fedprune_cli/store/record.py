@@ -146,7 +146,9 @@ class RoundRecord:
         """Returns the figures of the round as a whole, in the order of its line."""
         order = RESTED_ORDER if self.rested else ORDER
         present = [
-            key for key in order if key not in ("faults", "privacy", "devices") and (key != "frozen" or self.frozen is not None)
+            key
+            for key in order
+            if key not in ("faults", "privacy", "devices") and (key != "frozen" or self.frozen is not None)
         ]
         return {key: getattr(self, key) for key in present}
 
@@ -217,6 +219,9 @@ def parse_record(value: object) -> RoundRecord | None:
     known = known and all(value[key] is not None for key in _OPTIONAL if key in value)
     if not (aligned and whole and logged and known) or min(ids, default=0) < 0:
         return None
-    parts = {"devices": DeviceRows(**rows), "faults": None if log is None else FaultLog(**log)}
-    parts["privacy"] = None if privacy is None else PrivacyLog(**privacy)
+    parts = {
+        "devices": DeviceRows(**rows),
+        "faults": None if log is None else FaultLog(**log),
+        "privacy": None if privacy is None else PrivacyLog(**privacy),
+    }
     return RoundRecord(**{**value, **parts})
