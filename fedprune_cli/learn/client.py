@@ -248,7 +248,9 @@ def _noised_steps(
     """Yields the mean loss and the noised gradients of each step's samples, drawn anew; without any the noise alone, and no loss."""
     parts, own = learner.parts, learner.train[task.device]
     params = {
-        name: param for name, param in zip([n for n, _ in parts.names], parts.all_params, strict=True) if param.requires_grad
+        name: param
+        for name, param in zip([n for n, _ in parts.names], parts.all_params, strict=True)
+        if param.requires_grad
     }
     draws = stream(learner.seed, "batch", task.round, task.device, index)
     noise = stream(learner.seed, "privacy_noise", task.round, task.device, index)

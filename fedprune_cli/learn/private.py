@@ -62,6 +62,7 @@ def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: np.r
     factor = (noised.clip / squares.sum(0).sqrt().clamp(min=1e-30)).clamp(max=1.0)
     scale = noised.clip * noised.noise
     return tuple(
-        (torch.tensordot(factor, grad, 1) + scale * torch.from_numpy(rng.standard_normal(grad.shape[1:], np.float32))) / batch
+        (torch.tensordot(factor, grad, 1) + scale * torch.from_numpy(rng.standard_normal(grad.shape[1:], np.float32)))
+        / batch
         for grad in of_each
     )
