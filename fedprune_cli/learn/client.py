@@ -207,7 +207,7 @@ def _run_phase(
         return previous_loss
     set_trained(parts, shared + personal)
     if task.noised is not None:
-        steps = _noised_steps(learner, task, index, phase, keep if shared else None)
+        steps = _noised_steps(learner, task, task.noised, index, phase, keep if shared else None)
     else:
         x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.samples)])
         steps = _plain_steps(learner, phase, x, y, shared + personal)
@@ -243,7 +243,7 @@ def _plain_steps(
 
 
 def _noised_steps(
-    learner: Learner, task: Task, index: int, phase: LocalPhase, keep: tuple[Tensor, ...] | None
+    learner: Learner, task: Task, noised: Noised, index: int, phase: LocalPhase, keep: tuple[Tensor, ...] | None
 ) -> Iterator[tuple[Tensor, Tensors]]:
     """Yields the mean loss and the noised gradients of each step's samples, drawn anew; without any the noise alone, and no loss."""
     parts, own = learner.parts, learner.train[task.device]
@@ -258,7 +258,7 @@ def _noised_steps(
         of_each, losses = [torch.zeros(0, *param.shape) for param in params.values()], torch.zeros(1)
         if len(chosen):
             of_each, losses = sample_gradients(parts.model, params, *samples(learner, own[chosen]), keep)
-        yield losses.mean(), noised_mean(of_each, phase.batch, task.noised or Noised(1.0, 0.0), noise)
+        yield losses.mean(), noised_mean(of_each, phase.batch, noised, noise)
 
 
 def require_finite(

@@ -77,7 +77,7 @@ class Privacy:
         return self.least + self.spare
 
     def needed(self, num_devices: int) -> int:
-        """Returns how many of so many devices must be left for a sum to be made: t of model.md."""
+        """Returns how many of so many devices must be left for a sum to be made."""
         return math.floor(self.threshold * num_devices) + 1
 
     def weight(self, samples: float) -> float:
