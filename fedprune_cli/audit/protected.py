@@ -9,7 +9,7 @@ from dataclasses import fields
 import numpy as np
 
 from fedprune_cli.privacy.keepers import fewest_keepers
-from fedprune_cli.privacy.secure import RefusedSumError, Terms, exchanged_bytes
+from fedprune_cli.privacy.secure import RefusedSumError, Terms
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.protect import fixed_point
 from fedprune_cli.round.setup import Setup
@@ -72,7 +72,7 @@ def _of_sum(setup: Setup, record: RoundRecord, plan: Plan) -> dict[str, object]:
         return told
     asked = plan.allocation.prune_ratio[plan.admitted_places]
     told |= {
-        "exchange_bytes": exchanged_bytes(len(devices))[0],
+        "exchange_bytes": setup.blueprint.exchanged_bytes(len(devices))[0],
         "withheld": float(plan.ratios[plan.devices].mean() - asked.mean()),
         "bits": fixed_point(setup, devices).bits,
     }

@@ -18,7 +18,6 @@ from fedprune_cli.allocate.problem import TOLERANCE, Certificate, rate
 from fedprune_cli.audit.protected import privacy_failures
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
-from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.round.bill import exchanging
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import Plan, plan_round
@@ -288,7 +287,7 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, trainin
     )  # below 1 for who died in mid-round
     kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
     coded = np.where(stopped, 0, code_bytes(kept, record.bits or BITS_PER_PARAM))
-    up, down = exchanged_bytes(training) if experiment.privacy.secure and training else (0, 0)
+    up, down = setup.blueprint.exchanged_bytes(training)
     sent = setup.radio.sent_bytes(coded) + setup.radio.sent_bytes(np.array(float(up)))
     if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS
@@ -168,8 +168,9 @@ def _values(config: DictConfig) -> dict[str, Plain]:
             raise unknown("configuration key", str(key), fields)
     for key in fields:
         if key == "privacy" and key not in values:  # of a run that was made before there was the section, or needs none
-            config = OmegaConf.merge(config, {key: {}})
-            values[key] = {}
+            config = config.copy()
+            with open_dict(config):
+                config[key] = values[key] = {}
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
         if key in SECTIONS:  # seen before others refer to what is in it

@@ -10,7 +10,6 @@ import numpy as np
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.meter import Load, Measurement, Uplink, build_load, downlink_s, measure
-from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
@@ -73,8 +72,7 @@ def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, resul
     experiment, devices = setup.experiment, plan.devices
     heard, gain_linear = roster.gain_linear[roster.training], roster.gain_linear[devices]
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
-    if experiment.privacy.secure and len(devices):
-        bits_down += 8 * exchanged_bytes(len(devices))[1]
+    bits_down += 8 * setup.blueprint.exchanged_bytes(len(devices))[1]
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     load = replace(load, clock=plan.chosen.get("clock"), power=plan.chosen.get("power"))
     measured = measure(
@@ -90,9 +88,9 @@ def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, resul
 
 def exchanging(setup: Setup, measured: Measurement, load: Load, gain_linear: Array) -> Measurement:
     """Returns the figures of the devices of a round with the keys and shares that they exchange where sums are secure."""
-    if not setup.experiment.privacy.secure or not len(gain_linear):
+    up, _ = setup.blueprint.exchanged_bytes(len(gain_linear))
+    if not up:
         return measured
-    up, _ = exchanged_bytes(len(gain_linear))
     uplink = Uplink(setup.experiment.channel, gain_linear, setup.blueprint.cost.shared_params, up)
     num_bytes = float(load.radio.sent_bytes(np.array(float(up))))
     return measured.exchanging(uplink.exchange_s(load.fleet), num_bytes, load.radio_power_w)

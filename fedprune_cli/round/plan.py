@@ -12,7 +12,6 @@ from fedprune_cli.allocate.problem import Allocation, Problem, rate
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
 from fedprune_cli.privacy.keepers import capped
-from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Blueprint, Setup
 from fedprune_cli.serve.failsafe import with_margins
@@ -116,7 +115,7 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
     masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
     gain = beliefs.gain_linear
-    up, down = exchanged_bytes(len(ids)) if experiment.privacy.secure else (0, 0)
+    up, down = blueprint.exchanged_bytes(len(ids))
     t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits + 8 * down)
     weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
     problem = build_problem(load, Uplink(experiment.channel, gain, size, up), weight, t_down_s, blueprint.max_ratio)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune_cli.privacy.fixed import FixedPoint, point_of
 from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
-from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, exchanged_bytes, secure_sum
+from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, secure_sum
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.serve.aggregate import Contribution
@@ -65,15 +65,14 @@ def protected_sum(
     ranked = rank_changes(state.shared, sent, arrivals)
     settings = setup.experiment.privacy
     if settings.dp == "client":
-        ranked = replace(
-            ranked, changes={device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
-        )
+        shorter = {device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
+        ranked = replace(ranked, changes=shorter)
     if not ranked.devices or not state.shared.size:
         return [], PrivacyLog(devices=0, keepers=0, refused="nobody sends anything")
     log = PrivacyLog(devices=len(ranked.changes), keepers=fewest_keepers(ranked.counts), refused="")
     if not settings.secure:
         return _contributions(setup, state.shared, ranked, _noised_total(setup, state.round, ranked)), log
-    log = replace(log, exchange_bytes=exchanged_bytes(len(ranked.devices))[0])
+    log = replace(log, exchange_bytes=setup.blueprint.exchanged_bytes(len(ranked.devices))[0])
     point = fixed_point(setup, ranked.devices)
     try:
         total = secure_sum(

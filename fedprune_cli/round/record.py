@@ -126,9 +126,9 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
 
 
 def privacy_log(setup: Setup, new: State, finished: Finished) -> PrivacyLog | None:
-    """Returns what protected the round, None where nothing is protected."""
+    """Returns what protected the round, with what capping its cuts cost; None where nothing is protected."""
     plan, log = finished.plan, finished.delivery.privacy
-    if log is None or not setup.experiment.privacy.secure or not len(plan.devices):
+    if log is None or log.exchange_bytes is None:
         return spent_log(setup, new, log)
     asked = plan.allocation.prune_ratio[plan.admitted_places]
     return spent_log(setup, new, replace(log, withheld=float(plan.ratios[plan.devices].mean() - asked.mean())))

@@ -19,6 +19,7 @@ from fedprune_cli.learn.structured import Layout, find_channels, no_channels
 from fedprune_cli.privacy.accounting import Budget, plan_budget
 from fedprune_cli.privacy.ciphers import require_ciphers
 from fedprune_cli.privacy.fixed import point_of
+from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
@@ -46,6 +47,11 @@ class Blueprint:
         """Whether the server has to send masks, and the meter counts them."""
         counted = self.experiment.meter.mask_overhead and self.experiment.allocator.prunes
         return counted and not self.experiment.pruner.derivable
+
+    def exchanged_bytes(self, num_devices: int) -> tuple[int, int]:
+        """Returns the bytes of keys and shares that each of so many devices sends, and that all receive; none without a secure sum."""
+        sums = self.experiment.privacy.secure and self.cost.shared_params and num_devices
+        return exchanged_bytes(num_devices) if sums else (0, 0)
 
     def schedule(self, num_samples: int) -> tuple[LocalPhase, ...]:
         """Returns the local phases and steps, per round, of a device with `num_samples` training samples."""

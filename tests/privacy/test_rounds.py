@@ -166,14 +166,14 @@ def test_devices_together_add_the_noise_even_when_as_many_are_gone_as_may_be() -
 
 
 def test_a_spent_budget_ends_the_training_by_name(tmp_path: Path) -> None:
-    options = (*CLIENT, "rounds=4", "privacy.noise=1.2", "privacy.epsilon=5")
+    options = (*CLIENT, "rounds=4", "privacy.noise=1.2", "privacy.epsilon=4")
     lines = run_to_end(tmp_path / "run", *options)
     status = [line["status"] for line in lines]
     assert status[:2] == ["optimal", "optimal"]
     assert status[2:] == ["spent", "spent"]
-    assert "epsilon 3.9" in lines[-1]["message"]
+    assert "has spent its privacy budget: epsilon 3." in lines[-1]["message"]
     spent = [line["privacy"]["epsilon"] for line in lines]
-    assert spent[0] < spent[1] == spent[2] == spent[3] <= 5
+    assert spent[0] < spent[1] == spent[2] == spent[3] <= 4
     assert not verify_run(make_setup(*options), tmp_path / "run", 4).failures
 
 
@@ -189,6 +189,14 @@ def test_an_audit_finds_what_does_not_follow_from_the_configuration(tmp_path: Pa
     lines[0]["privacy"][key] = value
     forge(tmp_path / "run", records=lines)
     assert any(f"privacy.{key}" in what for what in verify_run(make_setup(*options), tmp_path / "run", 1).failures)
+
+
+def test_where_nothing_is_shared_nothing_is_exchanged(tmp_path: Path) -> None:
+    options = (*SECURE, "method=local", "rounds=1")
+    (line,) = run_to_end(tmp_path / "run", *options)
+    assert line["bytes_up"] == 0
+    assert line["privacy"]["refused"] == "nobody sends anything"
+    assert not verify_run(make_setup(*options), tmp_path / "run", 1).failures
 
 
 def test_too_few_devices_for_a_sum_are_refused_before_the_first_round() -> None:
