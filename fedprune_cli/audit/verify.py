@@ -255,9 +255,12 @@ def sum_failures(record: RoundRecord, before_s: float, frozen: Array, *, waits: 
     missing = {*log.died, *log.lost, *log.delayed, *(() if waits else log.late)}
     of_device = list(zip(rows.id, rows.latency_s, strict=False))
     arrived_s = max((took for device, took in of_device if device not in missing and device not in frozen), default=0.0)
+    waited_s = log.waited_s
+    if record.deadline_s is not None and all(device in frozen for device in rows.id):  # nobody was admitted
+        waited_s = record.deadline_s
     frozen_s = max((took for device, took in of_device if device in frozen), default=0.0)
     expected = {
-        "latency_s": max(arrived_s + log.waited_s, frozen_s),
+        "latency_s": max(arrived_s + waited_s, frozen_s),
         "bytes_up": sum(rows.bytes_up),
         "joules": math.fsum(rows.joules),
         "simulated_s": before_s + record.latency_s,

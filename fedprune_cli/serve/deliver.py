@@ -107,6 +107,8 @@ def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
     arrivals = _within_norms(failsafe, old, arrivals + old_ones, log)
     arrived_s = float(sent.latency_s[~missing].max(initial=0.0))
     ends_s = max(arrived_s, cutoff_s) if missing.any() else arrived_s
+    if not sent.updates:  # nobody was admitted: a round of no time would draw a new channel for nothing
+        ends_s = sent.deadline_s
     if "caution" in state.slots:
         log["safe"] = [update.device for update in sent.updates if state.slots["caution"][update.device] > 1]
     log["quarantined"] = quarantined(state.slots, number).tolist()

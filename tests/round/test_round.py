@@ -135,6 +135,14 @@ def test_an_infeasible_round_follows_the_policy(tmp_path: Path) -> None:
         run_to_end(tmp_path / "fail", *tight, "allocator.on_infeasible=fail")
 
 
+def test_a_round_that_admits_nobody_lasts_until_its_deadline(tmp_path: Path) -> None:
+    """No time at all would draw a new channel for nothing."""
+    records = run_to_end(tmp_path / "run", "deadline.seconds=1e-6", "allocator.on_infeasible=drop")
+    assert not any(r["devices"]["id"] for r in records)
+    np.testing.assert_allclose([r["latency_s"] for r in records], 1e-6)
+    assert verify_run(life.reopen(tmp_path / "run"), tmp_path / "run", every=0).failures == ()
+
+
 def test_deadlines_follow_their_schedule(tmp_path: Path) -> None:
     records = run_to_end(tmp_path / "loosening", "deadline.fraction=0.5", "deadline.last_fraction=0.9")
     np.testing.assert_allclose([r["deadline_s"] / r["dense_latency_s"] for r in records], [0.5, 0.7, 0.9])
