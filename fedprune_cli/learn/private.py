@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
+from fedprune_cli.errors import ConfigError
+from fedprune_cli.learn.parts import Parts
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.store.state import Array
 
@@ -66,3 +68,13 @@ def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: np.r
         / batch
         for grad in of_each
     )
+
+
+def require_sample_gradients(parts: Parts, shape: Sequence[int], name: str) -> None:
+    """Raises ConfigError for a model of which no gradient can be had for each sample, such as a recurrent one; shape: of an input."""
+    params = dict(zip([name for name, _ in parts.names], parts.all_params, strict=True))
+    try:
+        sample_gradients(parts.model, params, torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64), None)
+    except RuntimeError:
+        why = "its layers give no gradient for each sample; take a model of linear and convolutional layers"
+        raise ConfigError(f"model={name}: not with privacy.dp=example: {why}") from None

@@ -13,6 +13,7 @@ from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.models import Shape, build_model, require_tokens
 from fedprune_cli.learn.parts import Parts, split_model, to_device
 from fedprune_cli.learn.personalize import personal_only
+from fedprune_cli.learn.private import require_sample_gradients
 from fedprune_cli.learn.prune import least_kept
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout, find_channels, no_channels
@@ -109,6 +110,8 @@ def prepare(experiment: Experiment) -> Setup:
     slots = first_slots(experiment, Sizes(scenario.num_devices, blueprint.cost.shared_params))
     personal = untrained(parts.personal.numpy().copy(), scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
+    if experiment.privacy.dp == "example":
+        require_sample_gradients(parts, scenario.dataset.inputs.shape[1:], experiment.model.name)
     budget = build_budget(blueprint, scenario)
     if experiment.privacy.secure:
         _require_sums(experiment.privacy, scenario, budget)

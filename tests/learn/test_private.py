@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_setup
+from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.client import Learner, Task, samples, train
 from fedprune_cli.learn.kept import Entries, Whole
-from fedprune_cli.learn.parts import set_trained
-from fedprune_cli.learn.private import Noised, drawn_batches, noised_mean, sample_gradients
+from fedprune_cli.learn.parts import set_trained, split_model
+from fedprune_cli.learn.private import Noised, drawn_batches, noised_mean, require_sample_gradients, sample_gradients
+from fedprune_cli.learn.recurrent import Gru, Steps
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.rng import stream
 from fedprune_cli.round.setup import build_learner
@@ -98,3 +102,10 @@ def test_both_parts_are_noised_and_what_is_dropped_stays_zero() -> None:
     assert (update.personal - task.personal).std() == pytest.approx(1e-3 / 8 * learner.training.personal_lr, rel=0.2)
     assert not learner.parts.shared.detach().numpy()[~mask].any()
     assert np.array_equal(train(learner, task).shared, update.shared)
+
+
+def test_a_model_without_gradients_of_samples_is_refused_by_name() -> None:
+    model = nn.Sequential(OrderedDict(rnn=Steps(), gru=Gru(8, 4, last=True), head=nn.Linear(4, 10)))
+    with pytest.raises(ConfigError, match="model=gru: not with privacy"):
+        require_sample_gradients(split_model(model, "head"), (8, 1, 6), "gru")
+    require_sample_gradients(learner_of().parts, (1, 8, 8), "mlp")
