@@ -36,7 +36,7 @@ def task_of(learner: Learner, mask: np.ndarray | None, phase: LocalPhase, noised
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_sample_gradients_are_those_of_samples_one_by_one(model: str) -> None:
-    learner = learner_of("model=cnn", "model.hidden=16") if model == "cnn" else learner_of()
+    learner = learner_of("model=cnn", "model.padding=2", "model.hidden=16") if model == "cnn" else learner_of()
     parts = learner.parts
     set_trained(parts, parts.all_params)
     params = dict(zip([name for name, _ in parts.names], parts.all_params, strict=True))
