@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import NO_LINK, Problem
@@ -144,13 +145,40 @@ def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float)
 class Uplink:
     """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning.
 
-    max_snr: the signal-to-noise ratio [K] that they do not exceed or make no use of, None where nothing caps it.
+    max_snr: the signal-to-noise ratio [K] that they do not exceed or make no use of, None where nothing caps it. exchange_bytes: what each
+    sends besides, whatever it prunes: the keys and shares of a secure sum.
     """
 
     channel: Channel
     gain_linear: Array
     shared_params: int
     max_snr: Array | None = None
+    exchange_bytes: int = 0
+
+    def exchange_s(self, fleet: Fleet) -> Array:
+        """Returns the seconds [K] in which all devices have sent what they exchange beside their values.
+
+        The band is shared so that all end together, as early as can be, within the most that each may use of it. A device without a
+        link, which no round can have, takes none.
+        """
+        if not self.exchange_bytes:
+            return np.zeros(len(self.gain_linear))
+        radio, ones = radio_of(self.channel), np.ones(len(self.gain_linear))
+        bits = float(8 * radio.sent_bytes(np.array(float(self.exchange_bytes))) / radio.uplink_share)
+        limits = Limits(0 * ones, fleet.max_bandwidth_hz, np.inf * ones, 0 * ones, 0 * ones, ones)
+        problem = Problem(
+            shared_compute_s=0 * ones,
+            payload_bits=bits * ones,
+            fixed_s=0 * ones,
+            snr_hz=fleet.tx_power_w * self.gain_linear / self.channel.noise_w_per_hz,
+            weight=ones,
+            bandwidth_hz=radio.band_hz,
+            deadline_s=np.inf,
+            max_ratio=0 * ones,
+            max_snr=self.max_snr,
+            limits=limits if np.isfinite(fleet.max_bandwidth_hz).any() else None,
+        )
+        return np.where(problem.linked, dense_deadline(problem)[0], 0.0)
 
 
 def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
@@ -163,10 +191,12 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     fleet, channel = load.fleet, uplink.channel
     radio = radio_of(channel)
     ones, zeros = np.ones(len(weight)), np.zeros(len(weight))
-    fixed_s, fixed_j = load.compute_s(zeros) + t_down_s, load.compute_j(zeros)
+    exchange_s = uplink.exchange_s(fleet)
+    fixed_s, computing_j = load.compute_s(zeros) + t_down_s + exchange_s, load.compute_j(zeros)
+    fixed_j = computing_j + load.radio_power_w * exchange_s
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
-        shared_energy_j=load.compute_j(ones) - fixed_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
+        shared_energy_j=load.compute_j(ones) - computing_j, fixed_energy_j=fixed_j, tx_power_w=radio.uplink_share * fleet.radio_power_w,
         fixed_compute_s=load.compute_s(zeros), circuit_w=radio.uplink_share * fleet.radio_circuit_w,
     )  # fmt: skip
     return Problem(
@@ -224,6 +254,15 @@ class Measurement:
             "bytes_up": np.floor(sent * self.bytes_up),
         }
         return replace(self, **{name: np.where(stops, value, getattr(self, name)) for name, value in cut.items()})
+
+    def exchanging(self, seconds: Array, num_bytes: float, radio_power_w: Array) -> Measurement:
+        """Returns the figures with what each device sends besides its values: so many seconds [K] and bytes, at its radio's power [K]."""
+        return replace(
+            self,
+            uplink_s=self.uplink_s + seconds,
+            joules=self.joules + radio_power_w * seconds,
+            bytes_up=self.bytes_up + num_bytes,
+        )
 
     def idling(self, idle_power_w: Array, until_s: Array) -> Measurement:
         """Returns the figures with what the devices draw besides, from the round's beginning until `until_s` [K], in their joules."""

@@ -30,8 +30,10 @@ Purpose = Literal[
     "participants",  # devices of (round)
     "partition",  # which device owns which sample
     "poison",  # noise sent by (round, device)
+    "privacy_noise",  # of differential privacy, of (round), or of (round, device)
     "rounding",  # stochastic rounding of the payload of (round, device)
     "saboteurs",  # which devices send what they should not
+    "secure_sum",  # keys and shares of (configuration, round, device): no secret in a simulation
     "selective",  # fading by resource block of (round)
     "shadowing",  # log-normal shadowing of each device
     "split",  # train and test samples of (device)

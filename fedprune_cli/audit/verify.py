@@ -15,14 +15,13 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import Certifying, Referenced
 from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
-from fedprune_cli.allocate.inverse import rate
+from fedprune_cli.audit.metering import METER_TOLERANCE, metering_failures, sum_failures
+from fedprune_cli.audit.protected import privacy_failures
 from fedprune_cli.errors import CertificateError, CheckpointError
-from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
-from fedprune_cli.round.bill import radiated
 from fedprune_cli.round.memory import next_slots
 from fedprune_cli.round.plan import Plan, plan_round
 from fedprune_cli.round.record import outcome_of_record
-from fedprune_cli.round.roster import Roster, choose_roster
+from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.manifest import summarise
 from fedprune_cli.store import folder
@@ -30,13 +29,8 @@ from fedprune_cli.store.memory import Slots
 from fedprune_cli.store.record import KINDS, FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
 from fedprune_cli.terminal import Table
-from fedprune_cli.wire.masks import encode_mask
-from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK
-from fedprune_cli.world.faults import Moment
-from fedprune_cli.world.power import max_snr_of
 
 CVXPY_TOLERANCE = 1e-5  # of sum w x, Clarabel's own exactness on wild channels
-METER_TOLERANCE = 1e-9  # relative: the same formulas, in another order
 UNTOLD = ("gradient", "way_device", "way_sent", "way_due", "way_mask", "way_change")  # slots that no record tells
 
 
@@ -175,7 +169,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
         again = metering_failures(setup, record, roster, None)
-        return RoundAudit((*wrong, *again), metered=len(roster.frozen)), after
+        return RoundAudit((*wrong, *again, *privacy_failures(setup, record, after)), metered=len(roster.frozen)), after
     after = next_slots(experiment, slots, outcome_of_record(record, slots))
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
         return RoundAudit(tuple(wrong)), after
@@ -186,7 +180,7 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     admitted = plan.allocation.admitted
     follows = (
         record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
-        and np.array_equal(ratio, plan.allocation.prune_ratio[admitted])
+        and np.array_equal(ratio, plan.ratios[plan.devices])
         and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
         and all(
             (column is None and key not in plan.chosen)
@@ -202,12 +196,13 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     if (gap := plan.allocation.gap) is not None and not math.isclose(record.gap or 0.0, gap, rel_tol=METER_TOLERANCE):
         wrong.append(f"gap is {record.gap!r}, the bound gives {gap!r}")
     wrong += metering_failures(setup, record, roster, plan)
+    wrong += privacy_failures(setup, record, after, plan)
     count = len(record.devices.id)
     bounded = count if setup.blueprint.layout.slices else 0
     audit = RoundAudit(tuple(wrong), metered=count, bounded=bounded, open_gap=plan.allocation.gap)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
         return audit, after
-    given = Answer(1 - ratio, bandwidth_hz, float(record.price_per_hz or 0.0))
+    given = Answer(1 - plan.allocation.prune_ratio[admitted], bandwidth_hz, float(record.price_per_hz or 0.0))
     return _certified(audit, experiment.allocator, plan, given, solve=solve), after
 
 
@@ -264,126 +259,6 @@ def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Ans
     if apart > CVXPY_TOLERANCE:
         audit = replace(audit, failures=(*audit.failures, f"cvxpy's optimum differs by {apart:.2e}"))
     return replace(audit, difference=apart)
-
-
-def sum_failures(record: RoundRecord, before_s: float, frozen: Array, *, waits: bool) -> Iterator[str]:
-    """Yields what is wrong with the sums of a round that began at `before_s`; waits: whether the server waits for late updates."""
-    rows, log = record.devices, record.faults or FaultLog()
-    missing = {*log.died, *log.lost, *log.delayed, *(() if waits else log.late)}
-    of_device = list(zip(rows.id, rows.latency_s, strict=False))
-    arrived_s = max((took for device, took in of_device if device not in missing and device not in frozen), default=0.0)
-    waited_s = log.waited_s
-    if record.deadline_s is not None and all(device in frozen for device in rows.id):  # nobody was admitted
-        waited_s = record.deadline_s
-    frozen_s = max((took for device, took in of_device if device in frozen), default=0.0)
-    expected = {
-        "latency_s": max(arrived_s + waited_s, frozen_s),
-        "bytes_up": sum(rows.bytes_up),
-        "joules": math.fsum(rows.joules),
-        "simulated_s": before_s + record.latency_s,
-    }
-    for key, value in expected.items():
-        if not math.isclose(getattr(record, key), value, rel_tol=METER_TOLERANCE):
-            yield f"{key} is {getattr(record, key)!r}, its devices give {value!r}"
-    for key in ("accuracy", "accuracy_mean", "accuracy_p10", "fresh_accuracy", "mean_ratio", "max_ratio"):
-        share = getattr(record, key)
-        if share is not None and not 0 <= share <= 1:
-            yield f"{key} is {share!r}, must be in [0, 1]"
-
-
-def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: Plan | None) -> Iterator[str]:
-    """Yields what differs from the meter's figures for the recorded ratios, bandwidths and bytes.
-
-    plan: what the record follows, None where all devices are frozen; else its devices stand first in the record.
-    """
-    training = 0 if plan is None else len(plan.devices)
-    experiment, size, slices = setup.experiment, setup.blueprint.cost.shared_params, setup.blueprint.layout.slices
-    devices = np.array(record.devices.id, dtype=int)
-    if not len(devices):
-        return
-    stopped = np.arange(len(devices)) >= training
-    moment = Moment(experiment.seed, roster.number, experiment.rounds, setup.scenario.num_devices, devices[:training])
-    work = np.append(
-        experiment.faults.draw(moment).work, np.ones(len(devices) - training)
-    )  # below 1 for who died in mid-round
-    kept = np.rint((1 - np.array(record.devices.prune_ratio)) * size)
-    bits = np.full(len(devices), record.bits or BITS_PER_PARAM) if record.devices.bits is None else record.devices.bits
-    coded = np.where(stopped, 0, code_bytes(kept, np.array(bits)))
-    sent = setup.radio.sent_bytes(coded)
-    if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
-        yield from wrong
-        return
-    masks_bits = 8 * record.bytes_down - BITS_PER_PARAM * size  # what was broadcast beside u
-    sends_masks = setup.blueprint.sends_masks
-    flags = np.arange(setup.blueprint.layout.flags(size)) % 2 == 0
-    most = 8 * len(devices) * len(encode_mask(flags)) if sends_masks else 0
-    if not -1 <= masks_bits <= most + 8 and (not slices or masks_bits > most + 8):
-        yield f"{record.bytes_down} bytes were broadcast, of which {masks_bits / 8:.0f} would be masks: must be in 0..{most // 8}"
-    if slices or (stopped.any() and sends_masks):
-        return
-    gain_of_listeners = {
-        False: roster.gain_linear[roster.training],
-        True: roster.gain_linear[np.concatenate([roster.training, roster.frozen])],
-    }
-    heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0), True: 8.0 * record.bytes_down}
-    wait_s = {
-        still: downlink_s(experiment.meter, experiment.channel, gain_of_listeners[still], heard_bits[still])
-        for still in {*stopped.tolist()}
-    }
-    schedules = [
-        setup.personal_schedule(device) if still else setup.schedule(device)
-        for device, still in zip(devices.tolist(), stopped, strict=True)
-    ]
-    costs = [setup.blueprint.cost] * len(devices)
-    clock, power = (None if of is None else np.array(of) for of in (record.devices.clock, record.devices.power))
-    load = build_load(setup.scenario.fleet, devices, schedules, costs, setup.radio)
-    bandwidth_hz, gain = np.array(record.devices.bandwidth_hz), roster.gain_linear[devices]
-    load = replace(load, clock=clock, power=radiated(setup, devices, bandwidth_hz, power))
-    snr_hz = load.fleet.tx_power_w * gain / experiment.channel.noise_w_per_hz
-    snr_hz = snr_hz if power is None else snr_hz * power
-    caps = max_snr_of(experiment.channel, experiment.seed, setup.scenario.fleet, devices, gain)
-    rate_bps = rate(bandwidth_hz, snr_hz, None if caps is None else np.log1p(caps))
-    if plan is not None and plan.blocks is not None:  # which are those of the record
-        rate_bps[:training] = plan.allocation.rate_bps[plan.admitted_places]
-    again = measure(
-        load,
-        rate_bps=rate_bps,
-        kept=kept / max(size, 1),
-        payload_bytes=coded,  # what was sent agrees with it, or was cut short
-        bits_down=0.0,
-        t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
-    )
-    again = again.cut_short(work, load.radio_power_w)
-    if experiment.meter.idle:
-        again = again.idling(load.fleet.idle_power_w, np.where(work < 1, again.latency_s, record.latency_s))
-    yield from _meter_failures(record, again)
-
-
-def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:
-    """Yields the first device whose bytes are not those of its ratio [K], or more than them where they are only bounded, bool [K]."""
-    sent = np.array(record.devices.bytes_up, dtype=float)
-    wrong = (sent > coded) | (~bounded & (sent != coded))
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        bound = "at most " if at_most else ""
-        yield f"device {record.devices.id[at]} sent {sent[at]:.0f} bytes, its ratio gives {bound}{coded[at]:.0f}"
-
-
-def _meter_failures(record: RoundRecord, again: Measurement) -> Iterator[str]:
-    for key in ("compute_s", "uplink_s", "downlink_s", "latency_s", "joules", "bytes_up"):
-        recorded, computed = np.array(getattr(record.devices, key), dtype=float), getattr(again, key)
-        apart = ~np.isclose(recorded, computed, rtol=METER_TOLERANCE, atol=0)
-        if apart.any():
-            at = int(np.flatnonzero(apart)[0])
-            yield f"device {record.devices.id[at]}: {key} is {recorded[at]!r}, the meter gives {computed[at]!r}"
-    if not math.isclose(record.flops, again.flops.sum(), rel_tol=METER_TOLERANCE):
-        yield f"flops is {record.flops!r}, the meter gives {again.flops.sum()!r}"
-
-
-def code_bytes(kept: Array, bits: int | Array) -> Array:
-    """Returns how many bytes the code of `kept` values [K] has: of a value that is rounded, its bits and its block's scale."""
-    rounded = 4 * np.ceil(kept / BLOCK) + np.ceil(kept * bits / 8)
-    return np.where(np.equal(bits, BITS_PER_PARAM), 4 * kept, rounded)
 
 
 def state_failures(state: State, records: Sequence[RoundRecord], slots: Slots) -> list[str]:

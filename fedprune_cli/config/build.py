@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprune_cli.allocate import ALLOCATORS
 from fedprune_cli.allocate.baselines import Allocator
 from fedprune_cli.allocate.deadline import Deadline
 from fedprune_cli.allocate.weights import WEIGHTS, Weights
+from fedprune_cli.config.combined import refuse_combinations
 from fedprune_cli.config.experiment import Branch, Evaluation, Experiment
 from fedprune_cli.config.plain import plain
 from fedprune_cli.config.refusals import reason
@@ -26,6 +27,7 @@ from fedprune_cli.learn.personalize import METHODS, Method
 from fedprune_cli.learn.prune import PRUNERS, Pruner
 from fedprune_cli.meter import Meter
 from fedprune_cli.plugins import Parts
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.serve.failsafe import AGGREGATION, LATE, Failsafe
 from fedprune_cli.serve.participation import Participation
 from fedprune_cli.store.files import Plain
@@ -60,6 +62,7 @@ SECTIONS: dict[str, type] = {
     "participation": Participation,
     "faults": Faults,
     "failsafe": Failsafe,
+    "privacy": Privacy,
     "evaluation": Evaluation,
     "meter": Meter,
     "execution": Execution,
@@ -164,6 +167,10 @@ def _values(config: DictConfig) -> dict[str, Plain]:
         if key not in fields:
             raise unknown("configuration key", str(key), fields)
     for key in fields:
+        if key == "privacy" and key not in values:  # of a run that was made before there was the section, or needs none
+            config = config.copy()
+            with open_dict(config):
+                config[key] = values[key] = {}
         if key not in values:
             raise ConfigError(f"{key}: missing from the configuration")
         if key in SECTIONS:  # seen before others refer to what is in it
@@ -205,9 +212,11 @@ def build_experiment(config: DictConfig) -> Experiment:
         key = str(error.full_key)
         raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None
     try:
-        return build(**checked, **parts)
+        experiment = build(**checked, **parts)
     except ConfigError as error:
         raise ConfigError(f"{error.key}={values.get(str(error.key))}: {_without_value(error)}") from None
+    refuse_combinations(experiment)
+    return experiment
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedprune_cli.learn.models import ModelConfig
 from fedprune_cli.learn.personalize import Method
 from fedprune_cli.learn.prune import Pruner
 from fedprune_cli.meter import Meter
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.sections import as_before
 from fedprune_cli.serve.failsafe import Failsafe
 from fedprune_cli.serve.participation import Participation
@@ -101,6 +102,7 @@ class Experiment:
     participation: Participation
     faults: Faults
     failsafe: Failsafe
+    privacy: Privacy
     evaluation: Evaluation
     meter: Meter
     execution: Execution
@@ -172,6 +174,8 @@ class Experiment:
             fields["allocator"]["block_hz"] = BLOCK_HZ  # which it was called before a channel could say it
         if self.branch is None:
             del fields["branch"]
+        if self.privacy.none:  # then the section decides nothing
+            del fields["privacy"]
         if not self.faults.others:
             del fields["faults"]["others"]
         if chosen := {f"{one.kind.key}={one.name}": one.origin for one in self.chosen_plugins()}:

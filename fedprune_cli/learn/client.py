@@ -6,19 +6,20 @@ The unit of arithmetic is one device's work with fixed batch shapes, so that its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedprune_cli.errors import DeviceError, require
 from fedprune_cli.learn.kept import Kept
 from fedprune_cli.learn.parts import Parts, set_trained
 from fedprune_cli.learn.personalize import Phase
+from fedprune_cli.learn.private import Noised, drawn_batches, noised_mean, sample_gradients
 from fedprune_cli.learn.schedule import LocalPhase, by_epochs, by_steps
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.rng import stream
@@ -99,7 +100,7 @@ class Task:
 
     stage names the work in error messages. bits: of a value that is sent.
     may_diverge: a loss that is not finite is no error, as faults may have led to it. coded: the code of what is sent is wanted as well.
-    due_s: by the server's clock, where that decides who is late.
+    due_s: by the server's clock, where that decides who is late. noised: how steps are, None: they are not.
     """
 
     stage: str
@@ -113,6 +114,7 @@ class Task:
     may_diverge: bool = False
     coded: bool = False
     due_s: float | None = None
+    noised: Noised | None = None
 
     @property
     def steps(self) -> int:
@@ -212,13 +214,14 @@ def _run_phase(
     if phase.steps == 0 or not (shared or personal):
         return previous_loss
     set_trained(parts, shared + personal)
-    x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.samples)])
+    if task.noised is not None:
+        steps = _noised_steps(learner, task, task.noised, index, phase, keep if shared else None)
+    else:
+        x, y = samples(learner, own[batch_positions(learner.seed, task, index, len(own), phase.samples)])
+        steps = _plain_steps(learner, phase, x, y, shared + personal)
     velocity: Tensors = ()
-    total_loss = torch.zeros((), device=x.device)
-    for xb, yb in zip(torch.split(x, phase.sizes), torch.split(y, phase.sizes), strict=True):
-        with _precision(config):  # entered anew each step: it keeps cast weights until it is left
-            loss = cross_entropy(parts.model(xb), yb)
-        grads: Tensors = torch.autograd.grad(loss, shared + personal)
+    total_loss = torch.zeros((), device=parts.shared.device)
+    for loss, grads in steps:
         with torch.no_grad():
             total_loss += loss
             if config.weight_decay:
@@ -234,7 +237,36 @@ def _run_phase(
                 torch._foreach_add_(shared, grads[: len(shared)], alpha=-config.lr)
             if personal:
                 torch._foreach_add_(personal, grads[len(shared) :], alpha=-config.personal_lr)
-    return require_finite(float(total_loss) / phase.steps, task, phase, config, x.shape[1:])
+    return require_finite(float(total_loss) / phase.steps, task, phase, config, learner.inputs.shape[1:])
+
+
+def _plain_steps(
+    learner: Learner, phase: LocalPhase, x: Tensor, y: Tensor, trained: tuple[nn.Parameter, ...]
+) -> Iterator[tuple[Tensor, Tensors]]:
+    """Yields the loss and the gradients of each step's batch, at what the steps before it left."""
+    for xb, yb in zip(torch.split(x, phase.sizes), torch.split(y, phase.sizes), strict=True):
+        with _precision(learner.training):  # entered anew each step: it keeps cast weights until it is left
+            loss = cross_entropy(learner.parts.model(xb), yb)
+        yield loss, torch.autograd.grad(loss, trained)
+
+
+def _noised_steps(
+    learner: Learner, task: Task, noised: Noised, index: int, phase: LocalPhase, keep: tuple[Tensor, ...] | None
+) -> Iterator[tuple[Tensor, Tensors]]:
+    """Yields the mean loss and the noised gradients of each step's samples, drawn anew; without any the noise alone, and no loss."""
+    parts, own = learner.parts, learner.train[task.device]
+    params = {
+        name: param
+        for name, param in zip([n for n, _ in parts.names], parts.all_params, strict=True)
+        if param.requires_grad
+    }
+    draws = stream(learner.seed, "batch", task.round, task.device, index)
+    noise = stream(learner.seed, "privacy_noise", task.round, task.device, index)
+    for chosen in drawn_batches(draws, len(own), phase):
+        of_each, losses = [torch.zeros(0, *param.shape) for param in params.values()], torch.zeros(1)
+        if len(chosen):
+            of_each, losses = sample_gradients(parts.model, params, *samples(learner, own[chosen]), keep)
+        yield losses.mean(), noised_mean(of_each, phase.batch, noised, noise)
 
 
 def require_finite(

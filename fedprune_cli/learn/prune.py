@@ -119,6 +119,11 @@ class Masks:
         """Returns m_k, bool [U]."""
         return self.rank < self.kept[device]
 
+    @property
+    def order(self) -> Array:
+        """The entry of each rank, int64 [U], ties by index: each device keeps the first ones."""
+        return np.argsort(self.rank, kind="stable")
+
     def kept_units(self, device: int) -> tuple[Array, ...]:
         """Returns which units the device keeps, a bool array a channel group."""
         return tuple(rank < self.kept[device] for rank in self.units)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.learn.schedule import LocalPhase
-from fedprune_cli.meter import Load, Measurement, build_load, downlink_s, measure
+from fedprune_cli.meter import Load, Measurement, Uplink, build_load, downlink_s, measure
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
@@ -17,7 +17,7 @@ from fedprune_cli.round.work import Results, Work
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.masks import encode_mask
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
-from fedprune_cli.world.power import power_share_of
+from fedprune_cli.world.power import max_snr_of, power_share_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Bill:
 
 def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Bill:
     """Returns the bill; a device that died in mid-round is charged up to that moment."""
-    heard = roster.gain_linear[roster.training]
-    training = _charge_training(setup, plan, work, results, heard)
+    training = _charge_training(setup, roster, plan, work, results)
     drawn_w = setup.scenario.fleet.take(plan.devices).drawn_w(_power(setup, plan))
     training = training.cut_short(work.fates.work, setup.radio.uplink_share * drawn_w)
     if not results.personal_updates:
@@ -69,19 +68,35 @@ def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: 
     return Bill(training, personal)
 
 
-def _charge_training(setup: Setup, plan: Plan, work: Work, results: Results, heard: Array) -> Measurement:
-    """Returns the cost of the admitted devices before fate cuts it short; heard: the gains of all that were asked."""
+def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Measurement:
+    """Returns the cost of the admitted devices before fate cuts it short; the broadcast is for all that were asked."""
     experiment, devices = setup.experiment, plan.devices
+    heard, gain_linear = roster.gain_linear[roster.training], roster.gain_linear[devices]
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
+    bits_down += 8 * setup.blueprint.exchanged_bytes(len(devices))[1]
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
-    return measure(
-        replace(load, clock=plan.chosen.get("clock"), power=_power(setup, plan)),
+    load = replace(load, clock=plan.chosen.get("clock"), power=_power(setup, plan))
+    measured = measure(
+        load,
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
         bits_down=bits_down,
         t_down_s=np.full(len(devices), downlink_s(experiment.meter, experiment.channel, heard, bits_down)),
     )
+    return exchanging(setup, measured, load, devices, gain_linear)
+
+
+def exchanging(setup: Setup, measured: Measurement, load: Load, devices: Array, gain_linear: Array) -> Measurement:
+    """Returns the figures of the devices of a round with the keys and shares that they exchange where sums are secure."""
+    up, _ = setup.blueprint.exchanged_bytes(len(gain_linear))
+    if not up:
+        return measured
+    channel, scenario = setup.experiment.channel, setup.scenario
+    caps = max_snr_of(channel, scenario.seed, scenario.fleet, devices, gain_linear)
+    uplink = Uplink(channel, gain_linear, setup.blueprint.cost.shared_params, caps, up)
+    num_bytes = float(load.radio.sent_bytes(np.array(float(up))))
+    return measured.exchanging(uplink.exchange_s(load.fleet), num_bytes, load.radio_power_w)
 
 
 def _power(setup: Setup, plan: Plan) -> Array | None:

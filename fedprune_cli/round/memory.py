@@ -49,6 +49,7 @@ MEMORIES: dict[str, Callable[[Experiment], Memory]] = {
     "failsafe": lambda experiment: experiment.failsafe,
     "under_way": _under_way,
     "payload": lambda experiment: experiment.payload,
+    "privacy": lambda experiment: experiment.privacy,
 }
 
 

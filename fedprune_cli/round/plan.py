@@ -14,6 +14,7 @@ from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.allocate.selective import rates_at
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
+from fedprune_cli.privacy.keepers import capped
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Blueprint, Setup
 from fedprune_cli.serve.failsafe import with_margins
@@ -65,7 +66,8 @@ class Plan:
 
     bits: of a value on the uplink, None where each device has its own; problem: the one that was solved, by what the server believes;
     allocation: its answer, with the rates that the bandwidths really give; reference: the round's problem at the true clocks and gains,
-    without compression; devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N].
+    without compression; devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N], which
+    is the allocation's but where a secure sum asks for more keepers.
     """
 
     bits: int | None
@@ -120,6 +122,8 @@ def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
         allocation = replace(allocation, rate_bps=rates_at(reference, allocation))
     devices, ratios = roster.training[allocation.admitted], slots["prune_ratio"].copy()
     ratios[devices] = allocation.prune_ratio[allocation.admitted]
+    if setup.experiment.privacy.secure:  # no entry may be of so few devices that they could be told apart
+        ratios[devices] = capped(ratios[devices], setup.experiment.privacy.keepers)
     return Plan(decision.bits, decision.problem, allocation, reference, devices, ratios)
 
 
@@ -140,10 +144,11 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
     masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
     gain = beliefs.gain_linear
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits)
+    up, down = blueprint.exchanged_bytes(len(ids))
+    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits + 8 * down)
     weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
     max_snr = max_snr_of(experiment.channel, experiment.seed, beliefs.fleet, ids, gain)
-    uplink = Uplink(experiment.channel, gain, size, max_snr)
+    uplink = Uplink(experiment.channel, gain, size, max_snr, up)
     problem = build_problem(load, uplink, weight, t_down_s, blueprint.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)

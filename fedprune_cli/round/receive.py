@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedprune_cli.errors import DeviceError
+from fedprune_cli.round.protect import protected_sum, step_size_of, weight_of
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.serve.aggregate import Contribution
 from fedprune_cli.serve.deliver import MAX_MAGNITUDE, Arrival, Delivery, Sent, deliver
@@ -19,14 +22,16 @@ def receive(setup: Setup, state: State, sent: Sent) -> tuple[Delivery, Array, Ar
     if delivery.log.refused and not delivery.arrivals and not setup.experiment.faulty:
         why = f"every update was refused (not finite, or beyond {MAX_MAGNITUDE:g})"
         raise DeviceError(f"round {state.round + 1}: {why}; lower training.lr={setup.experiment.training.lr}")
-    contributions = [_contribution(setup, arrival) for arrival in delivery.arrivals]
+    if setup.experiment.privacy.by_sum:
+        contributions, log = protected_sum(setup, state, sent, delivery.arrivals)
+        delivery = replace(delivery, privacy=log)
+    else:
+        contributions = [_contribution(setup, arrival) for arrival in delivery.arrivals]
     shared, gradient = failsafe.aggregator.combine(state.shared, contributions)
     return delivery, shared, gradient
 
 
 def _contribution(setup: Setup, arrival: Arrival) -> Contribution:
     """Returns what an arrival adds: it counts by its samples and less by its age; its change is spread over its steps' sizes."""
-    samples = float(setup.scenario.partition.train.sizes[arrival.device])
-    steps = sum(phase.steps for phase in setup.schedule(arrival.device) if phase.kind != "personal")
-    lr = setup.experiment.training.lr
-    return Contribution(arrival.mask, arrival.values, samples / (1 + arrival.age), lr * max(steps, 1))
+    weight = weight_of(setup, arrival.device) / (1 + arrival.age)
+    return Contribution(arrival.mask, arrival.values, weight, step_size_of(setup, arrival.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedprune_cli.round.setup import Setup
 from fedprune_cli.round.work import Results, Work
 from fedprune_cli.serve.deliver import Delivery
 from fedprune_cli.store.memory import Outcome, Slots
-from fedprune_cli.store.record import DeviceRows, FaultLog, RoundRecord
+from fedprune_cli.store.record import DeviceRows, FaultLog, PrivacyLog, RoundRecord
 from fedprune_cli.store.state import Array, State
 
 
@@ -100,8 +100,8 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         deadline_s=allocation.deadline_s,
         **accuracy_figures(setup, scores),
         train_loss=mean_loss(results.updates, samples),
-        mean_ratio=float(allocation.prune_ratio[admitted].mean()) if len(ids) else None,
-        max_ratio=float(allocation.prune_ratio[admitted].max()) if len(ids) else None,
+        mean_ratio=float(plan.ratios[ids].mean()) if len(ids) else None,
+        max_ratio=float(plan.ratios[ids].max()) if len(ids) else None,
         bits=plan.bits,
         rounding_error=outcome.rounding_error,
         bytes_up=int(measured.bytes_up.sum()),
@@ -118,9 +118,35 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
         status=allocation.status,
         message=allocation.message,
         frozen=count_frozen(new),
+        privacy=privacy_log(setup, new, finished),
         faults=outcome.log if setup.experiment.faulty or outcome.log.refused or really_failed else None,
-        devices=device_rows(new, results.all, given, measured, finished.work.pruning_error, scores),
+        devices=device_rows(
+            new,
+            results.all,
+            given,
+            measured,
+            finished.work.pruning_error,
+            {} if setup.experiment.privacy.hides_scores else scores,
+        ),
     )
+
+
+def privacy_log(setup: Setup, new: State, finished: Finished) -> PrivacyLog | None:
+    """Returns what protected the round, with what capping its cuts cost; None where nothing is protected."""
+    plan, log = finished.plan, finished.delivery.privacy
+    if log is None or log.exchange_bytes is None:
+        return spent_log(setup, new, log)
+    asked = plan.allocation.prune_ratio[plan.admitted_places]
+    return spent_log(setup, new, replace(log, withheld=float(plan.ratios[plan.devices].mean() - asked.mean())))
+
+
+def spent_log(setup: Setup, new: State, log: PrivacyLog | None = None) -> PrivacyLog | None:
+    """Returns a round's log with what its run has spent of its budget so far, None where nothing is protected."""
+    budget, settings = setup.budget, setup.experiment.privacy
+    if budget is None:
+        return None if settings.none else log or PrivacyLog()
+    spent = budget.spent(int(new.slots["privacy_rounds"].max(initial=0)))
+    return replace(log or PrivacyLog(), clip=settings.clip, noise=budget.one.noise, epsilon=spent)
 
 
 def device_rows(

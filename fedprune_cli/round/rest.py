@@ -1,4 +1,4 @@
-"""A round at rest: every device is in outage, in quarantine or frozen, nothing is sent, and the frozen take their personal steps."""
+"""A round at rest: every device is in outage, in quarantine, frozen or out of budget. Nothing is sent; the frozen take personal steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fedprune_cli.learn.prune import build_masks
 from fedprune_cli.meter import Measurement
 from fedprune_cli.round.bill import charge_frozen
 from fedprune_cli.round.evaluate import evaluate_round
-from fedprune_cli.round.record import accuracy_figures, count_frozen, device_rows
-from fedprune_cli.round.roster import Roster
+from fedprune_cli.round.record import accuracy_figures, count_frozen, device_rows, spent_log
+from fedprune_cli.round.roster import Roster, spent
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.round.work import personal_tasks, train_devices
+from fedprune_cli.store.memory import Slots
 from fedprune_cli.store.record import DeviceRows, FaultLog, RoundRecord
 from fedprune_cli.store.state import State
 
@@ -32,7 +33,7 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     slots = {**state.slots, "simulated_s": state.slots["simulated_s"] + latency_s}
     new = replace(state, round=state.round + 1, personal=personal, slots=slots, masks=masks.arrays())
     scores = evaluate_round(setup, new, masks, workers)
-    status, message = _why(roster, bool(updates))
+    status, message = _why(setup, state.slots, roster, working=bool(updates))
     idle = RoundRecord(
         round=new.round,
         simulated_s=float(new.slots["simulated_s"]),
@@ -58,6 +59,7 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
         status=status,
         message=message,
         frozen=count_frozen(new),
+        privacy=spent_log(setup, new),
         faults=FaultLog(quarantined=roster.quarantined.tolist()) if experiment.faulty else None,
         devices=DeviceRows(),
     )
@@ -74,10 +76,13 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     return new, _charged(idle, measured, rows)
 
 
-def _why(roster: Roster, working: bool) -> tuple[str, str]:
+def _why(setup: Setup, slots: Slots, roster: Roster, *, working: bool) -> tuple[str, str]:
     """Returns the status and the message of a round that nobody trained the shared part in."""
     if not len(roster.here):
         return "idle", "every device is in outage"
+    if setup.budget is not None and not len(np.setdiff1d(roster.here, spent(setup, slots))):
+        used, of = setup.budget.spent(setup.budget.rounds), f"{setup.budget.epsilon:g} at delta {setup.budget.delta:g}"
+        return "spent", f"every device that is not in outage has spent its privacy budget: epsilon {used:.4g} of {of}"
     if np.isin(roster.here, roster.quarantined).any() and not working:
         return "idle", "every device that is not in outage is in quarantine or frozen"
     return "frozen", "every device that is not in outage is frozen"

@@ -35,7 +35,8 @@ class Roster:
 def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
     """Returns the roster of round `number`, given what the run remembers in `slots`.
 
-    All devices that can train u do so, or `devices.per_round` drawn of them. Those cannot that are in outage, frozen or in quarantine.
+    All devices that can train u do so, or `devices.per_round` drawn of them. Those cannot that are in outage, frozen or in quarantine, or
+    have spent their privacy budget.
     """
     conditions = setup.scenario.at(number)
     here = np.flatnonzero(conditions.available[: setup.scenario.num_devices])
@@ -43,11 +44,19 @@ def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
     able = np.setdiff1d(here, away)
     if "frozen" in slots:
         able = able[slots["frozen"][able] == 0]
+    able = np.setdiff1d(able, spent(setup, slots))
     wanted = setup.experiment.devices.per_round
     if wanted is not None and wanted < len(able):
         able = np.sort(stream(setup.experiment.seed, "participants", number).choice(able, wanted, replace=False))
     frozen = _frozen(setup, here, slots)
     return Roster(number, conditions.gain_linear, here, away, able, frozen, conditions.block_gain)
+
+
+def spent(setup: Setup, slots: Slots) -> Array:
+    """Returns the devices whose privacy budget is spent: one more round would be too many."""
+    if setup.budget is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero(slots["privacy_rounds"] >= setup.budget.rounds)
 
 
 def _frozen(setup: Setup, here: Array, slots: Slots) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,15 @@ from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.models import Shape, build_model, require_tokens
 from fedprune_cli.learn.parts import Parts, split_model, to_device
 from fedprune_cli.learn.personalize import personal_only
+from fedprune_cli.learn.private import require_sample_gradients
 from fedprune_cli.learn.prune import least_kept
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout, find_channels, no_channels
+from fedprune_cli.privacy.accounting import Budget, plan_budget
+from fedprune_cli.privacy.ciphers import require_ciphers
+from fedprune_cli.privacy.fixed import point_of
+from fedprune_cli.privacy.secure import exchanged_bytes
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
@@ -44,6 +51,11 @@ class Blueprint:
         counted = self.experiment.meter.mask_overhead and self.experiment.allocator.prunes
         return counted and not self.experiment.pruner.derivable
 
+    def exchanged_bytes(self, num_devices: int) -> tuple[int, int]:
+        """Returns the bytes of keys and shares that each of so many devices sends, and that all receive; none without a secure sum."""
+        sums = self.experiment.privacy.secure and self.cost.shared_params and num_devices
+        return exchanged_bytes(num_devices) if sums else (0, 0)
+
     def schedule(self, num_samples: int) -> tuple[LocalPhase, ...]:
         """Returns the local phases and steps, per round, of a device with `num_samples` training samples."""
         return self.experiment.training.schedule(self.experiment.method.phases(), num_samples)
@@ -55,12 +67,16 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rounds share. blueprint: the experiment and its model; batched: whether devices train side by side."""
+    """What all rounds share. blueprint: the experiment and its model; batched: whether devices train side by side.
+
+    budget: what may be learnt of the devices' data, None where it is not bounded.
+    """
 
     blueprint: Blueprint
     scenario: Scenario
     initial: State
     batched: bool
+    budget: Budget | None = None
 
     @property
     def experiment(self) -> Experiment:
@@ -104,7 +120,40 @@ def prepare(experiment: Experiment) -> Setup:
     own = np.zeros(1, np.float32) if experiment.execution.remote else parts.personal.numpy().copy()
     personal = untrained(own, scenario.num_devices)
     initial = State(0, parts.shared.numpy().copy(), personal, slots)
-    return Setup(blueprint, scenario, initial, batches(parts, experiment.training))
+    if experiment.privacy.dp == "example":
+        require_sample_gradients(parts, scenario.dataset.inputs.shape[1:], experiment.model.name)
+    budget = build_budget(blueprint, scenario)
+    if experiment.privacy.secure:
+        _require_sums(experiment.privacy, scenario, budget)
+    side_by_side = batches(parts, experiment.training) and experiment.privacy.dp != "example"
+    return Setup(blueprint, scenario, initial, side_by_side, budget)
+
+
+def build_budget(blueprint: Blueprint, scenario: Scenario) -> Budget | None:
+    """Returns the run's privacy budget: of the device, or of the samples of that device, of which each round tells most.
+
+    The noise that follows from a budget lets it last for as many rounds as a device takes part in, on average where they are drawn.
+    """
+    experiment = blueprint.experiment
+    share = min((experiment.devices.per_round or scenario.num_devices) / scenario.num_devices, 1.0)
+    rate, times = 1.0, 1
+    if experiment.privacy.dp == "example":
+        sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
+        schedules = {size: blueprint.schedule(size) for size in {*sizes}}
+        phases = [(phase, size) for size, schedule in schedules.items() for phase in schedule if phase.steps]
+        rate = max((phase.batch / size for phase, size in phases), default=1.0)
+        times = max(sum(phase.steps for phase in schedule) for schedule in schedules.values())
+    return plan_budget(experiment.privacy, rate, max(times, 1), math.ceil(share * experiment.rounds))
+
+
+def _require_sums(privacy: Privacy, scenario: Scenario, budget: Budget | None) -> None:
+    """Raises ConfigError where no secure sum could be made: before the first round, and not in the middle of a run."""
+    require_ciphers()
+    if scenario.num_devices < privacy.keepers:
+        few = f"an entry is of at least privacy.least + privacy.spare = {privacy.keepers} devices, there are {scenario.num_devices}"
+        raise ConfigError(f"privacy.secure=true: {few}")
+    sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
+    point_of(privacy, sizes, budget.one.noise if budget else None)
 
 
 def build_parts(experiment: Experiment, scenario: Scenario) -> Parts:

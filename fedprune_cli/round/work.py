@@ -10,6 +10,7 @@ import numpy as np
 from fedprune_cli.execute import Executor
 from fedprune_cli.learn.batched import blocks, train_block
 from fedprune_cli.learn.client import Task, Update, train
+from fedprune_cli.learn.private import Noised
 from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
@@ -71,8 +72,16 @@ def training_task(setup: Setup, state: State, masks: Masks, device: int, bits: i
     """Returns a device's training task."""
     return Task(
         "training", state.round, device, state.shared, state.personal[device], masks.kept_by(device),
-        setup.schedule(device), bits, setup.experiment.faulty,
+        setup.schedule(device), bits, setup.experiment.faulty, noised=noised_steps(setup),
     )  # fmt: skip
+
+
+def noised_steps(setup: Setup) -> Noised | None:
+    """Returns how local steps are noised, None where samples are not protected one by one."""
+    privacy, budget = setup.experiment.privacy, setup.budget
+    if privacy.dp != "example" or budget is None or privacy.clip is None:
+        return None
+    return Noised(privacy.clip, budget.one.noise)
 
 
 def personal_tasks(setup: Setup, state: State, masks: Masks, frozen: Array) -> list[Task]:
@@ -87,6 +96,8 @@ def train_round(setup: Setup, work: Work, workers: Executor) -> Results:
     """Returns what the devices made of their tasks; who died in mid-round keeps nothing of it."""
     trained = zip(train_devices(setup, workers, work.tasks), work.tasks, work.fates.died, strict=True)
     updates = [_without_training(update, task) if died else update for update, task, died in trained]
+    if setup.experiment.privacy.hides_scores:
+        updates = [replace(update, train_loss=None) for update in updates]
     return Results(updates, train_devices(setup, workers, work.personal_tasks))
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import branch_config
@@ -100,6 +100,9 @@ def _beginning(setup: Setup, config: DictConfig, state: State, origin: Path | No
     """Returns what a run's folder begins with; paths in its configuration are made absolute, and small inputs are kept."""
     experiment = setup.experiment
     config = config.copy()
+    if setup.experiment.privacy.none:  # then its section says nothing
+        with open_dict(config):
+            config.pop("privacy", None)
     for one in experiment.inputs:
         OmegaConf.update(config, one.key, os.path.abspath(one.path))
     if root := OmegaConf.select(config, ROOT):

@@ -12,7 +12,7 @@ from fedprune_cli.learn.client import Update
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.serve.failsafe import SLACK, Failsafe, quarantined
 from fedprune_cli.store.memory import Outcome, Sizes, Slots
-from fedprune_cli.store.record import KINDS, FaultLog
+from fedprune_cli.store.record import KINDS, FaultLog, PrivacyLog
 from fedprune_cli.store.state import Array, State
 from fedprune_cli.world.faults import Fates, Moment
 
@@ -44,12 +44,16 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What reached the server of a round: the arrivals, when it stopped waiting, the slots of updates under way, and the log."""
+    """What reached the server of a round: the arrivals, when it stopped waiting, the slots of updates under way, and the log.
+
+    privacy: of the sum that it has in their place, where changes are protected.
+    """
 
     arrivals: Sequence[Arrival]
     latency_s: float
     under_way: Slots
     log: FaultLog
+    privacy: PrivacyLog | None = None
 
 
 @dataclass(frozen=True)

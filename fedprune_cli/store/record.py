@@ -43,6 +43,27 @@ class FaultLog:
         return devices
 
 
+@dataclass(frozen=True)
+class PrivacyLog:
+    """What protected a round, None where that does not apply.
+
+    devices: those whose changes are in the sum; keepers: the fewest devices that an entry which was sent is of, before any dropped out;
+    withheld: how much capping the cut added to the mean ratio; exchange_bytes: what keys and shares cost each device on the uplink;
+    bits: of a change in fixed point; refused: why no sum was made, empty where one was. clip, noise: the largest norm, and the noise's
+    standard deviation over it; epsilon: what the device that has spent most has spent so far.
+    """
+
+    devices: int | None = None
+    keepers: int | None = None
+    withheld: float | None = None
+    exchange_bytes: int | None = None
+    bits: int | None = None
+    refused: str | None = None
+    clip: float | None = None
+    noise: float | None = None
+    epsilon: float | None = None
+
+
 KINDS = tuple(one.name for one in fields(FaultLog) if one.name != "waited_s")
 
 
@@ -85,7 +106,8 @@ class RoundRecord:
     devices, weighted by D_k, unweighted and their 10th percentile, and of devices that never trained; bits: of a value on the uplink,
     None where each device has its own; dense_latency_s, equal_dense_latency_s: what the round would take unpruned, on its optimal and on
     equal bandwidth; price_per_hz, residual, gap: the allocation's dual price and certificate, or how far it may be from the best one;
-    frozen: devices that stopped training the shared part, where any may; faults: where anything may go wrong.
+    frozen: devices that stopped training the shared part, where any may; faults: where anything may go wrong; privacy: where anything is
+    protected.
     """
 
     round: int
@@ -116,31 +138,36 @@ class RoundRecord:
     message: str
     frozen: int | None = None
     faults: FaultLog | None = None
+    privacy: PrivacyLog | None = None
     devices: DeviceRows = field(default_factory=DeviceRows)
 
     @property
     def rested(self) -> bool:
-        """Whether nobody trained the shared part: every device was in outage, in quarantine or frozen."""
+        """Whether nobody trained the shared part: every device was in outage, in quarantine or frozen, or had spent its privacy budget."""
         return self.status in RESTING
 
     def figures(self) -> dict[str, float | int | str | None]:
         """Returns the figures of the round as a whole, in the order of its line."""
         order = RESTED_ORDER if self.rested else ORDER
         present = [
-            key for key in order if key not in ("faults", "devices") and (key != "frozen" or self.frozen is not None)
+            key
+            for key in order
+            if key not in ("faults", "privacy", "devices") and (key != "frozen" or self.frozen is not None)
         ]
         return {key: getattr(self, key) for key in present}
 
     def as_json(self) -> dict[str, object]:
-        """Returns the line's object, keys in their order; `frozen` and `faults` only where they exist."""
+        """Returns the line's object, keys in their order; `frozen`, `faults` and `privacy` only where they exist."""
         line: dict[str, object] = dict(self.figures())
         if self.faults is not None:
             line["faults"] = asdict(self.faults)
+        if self.privacy is not None:
+            line["privacy"] = asdict(self.privacy)
         line["devices"] = {"id": []} if self.rested and not self.devices.id else self.devices.columns()
         return line
 
 
-RESTING = ("idle", "frozen")
+RESTING = ("idle", "frozen", "spent")
 ORDER = tuple(one.name for one in fields(RoundRecord))
 _LAST = (
     "latency_s",
@@ -153,6 +180,7 @@ _LAST = (
     "message",
     "frozen",
     "faults",
+    "privacy",
     "devices",
 )
 _FIRST = ("round", "simulated_s", "accuracy", "accuracy_mean", "accuracy_p10", "fresh_accuracy")
@@ -163,7 +191,7 @@ RESTED_ORDER = (
 )  # as such lines have always been written
 
 _FORMS: Mapping[object, object] = {
-    int: int, float: float, str: str, int | None: (int, None), float | None: (float, None), Sequence[int]: [int],
+    int: int, float: float, str: str, int | None: (int, None), float | None: (float, None), str | None: (str, None), Sequence[int]: [int],
     Sequence[float]: [float], Sequence[float] | None: [float], Sequence[int] | None: [int], Sequence[Sequence[int]] | None: [[int]],
     Sequence[float | None]: [(float, None)], Sequence[float | None] | None: ([(float, None)], None),
 }  # fmt: skip
@@ -173,8 +201,8 @@ def _form(of: type) -> dict[str, object]:
     return {key: _FORMS[hint] for key, hint in get_type_hints(of).items() if hint in _FORMS}
 
 
-_ROUND, _DEVICES, _LOG = _form(RoundRecord), _form(DeviceRows), _form(FaultLog)
-_OPTIONAL = ("frozen", "faults")
+_ROUND, _DEVICES, _LOG, _PRIVACY = _form(RoundRecord), _form(DeviceRows), _form(FaultLog), _form(PrivacyLog)
+_OPTIONAL = ("frozen", "faults", "privacy")
 _CHOSEN = ("clock", "power", "bits", "blocks")
 
 
@@ -183,16 +211,21 @@ def parse_record(value: object) -> RoundRecord | None:
     required = {key: form for key, form in _ROUND.items() if key not in _OPTIONAL}
     if not isinstance(value, dict) or not fits(value, required | {"devices": {"id": [int]}}):
         return None
-    rows, log = value["devices"], value.get("faults")
+    rows, log, privacy = value["devices"], value.get("faults"), value.get("privacy")
     ids = rows["id"]
     bare = value["status"] in RESTING and not ids
     aligned = all(column is None or (isinstance(column, list) and len(column) == len(ids)) for column in rows.values())
     columns = {key: form for key, form in _DEVICES.items() if key in rows or key not in _CHOSEN}
     whole = rows.keys() == {"id"} if bare else rows.keys() == columns.keys() and fits(rows, columns)
     logged = log is None or (fits(log, _LOG) and log.keys() == _LOG.keys())
+    logged = logged and (privacy is None or (fits(privacy, _PRIVACY) and privacy.keys() == _PRIVACY.keys()))
     known = value.keys() <= set(ORDER) and fits(value.get("frozen"), _ROUND["frozen"])
     known = known and all(value[key] is not None for key in _OPTIONAL if key in value)
     if not (aligned and whole and logged and known) or min(ids, default=0) < 0:
         return None
-    parts = {"devices": DeviceRows(**rows), "faults": None if log is None else FaultLog(**log)}
+    parts = {
+        "devices": DeviceRows(**rows),
+        "faults": None if log is None else FaultLog(**log),
+        "privacy": None if privacy is None else PrivacyLog(**privacy),
+    }
     return RoundRecord(**{**value, **parts})

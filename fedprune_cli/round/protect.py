@@ -1,0 +1,156 @@
+"""The sum that a server has in the place of the devices' updates: clipped, noised, and secure where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune_cli.privacy.fixed import FixedPoint, point_of
+from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
+from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, secure_sum
+from fedprune_cli.rng import stream
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.serve.aggregate import Contribution
+from fedprune_cli.serve.deliver import Arrival, Sent
+from fedprune_cli.store.record import PrivacyLog
+from fedprune_cli.store.state import Array, State
+
+
+def weight_of(setup: Setup, device: int) -> float:
+    """Returns what a device's update counts: its training samples D_k, or 1 where these are to stay unknown."""
+    return setup.experiment.privacy.weight(float(setup.scenario.partition.train.sizes[device]))
+
+
+def step_size_of(setup: Setup, device: int) -> float:
+    """Returns the sum of the sizes of a device's steps on u, over which its change is spread."""
+    steps = sum(phase.steps for phase in setup.schedule(device) if phase.kind != "personal")
+    return setup.experiment.training.lr * max(steps, 1)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The changes of a round's devices in rank order, in which each keeps the first entries.
+
+    order: the entry of each rank, int64 [U]; counts: of the devices that were to send, in their order, n_k; changes: of those that did,
+    float64 [n_k].
+    """
+
+    order: Array
+    devices: Sequence[int]
+    counts: Sequence[int]
+    changes: Mapping[int, Array]
+
+
+def rank_changes(old: Array, sent: Sent, arrivals: Sequence[Arrival]) -> Ranked:
+    """Returns the changes that arrived, of `old` u [U]; ties of rank by index, as masks have them."""
+    devices = [update.device for update in sent.updates]
+    order, counts = sent.masks.order, [int(sent.masks[device].sum()) for device in devices]
+    size_of, changes = dict(zip(devices, counts, strict=True)), {}
+    for arrival in arrivals:
+        dense = np.zeros(old.size)
+        dense[arrival.mask] = arrival.values.astype(np.float64) - old[arrival.mask]
+        changes[arrival.device] = dense[order[: size_of[arrival.device]]]
+    return Ranked(order, devices, counts, changes)
+
+
+def protected_sum(
+    setup: Setup, state: State, sent: Sent, arrivals: Sequence[Arrival]
+) -> tuple[list[Contribution], PrivacyLog]:
+    """Returns the mean change as one contribution, none where no sum was made, and what protected it.
+
+    Each entry is the weighted mean over the devices that kept it and arrived; the noise of the sum is divided by their number.
+    """
+    ranked = rank_changes(state.shared, sent, arrivals)
+    settings = setup.experiment.privacy
+    if settings.dp == "client":
+        shorter = {device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
+        ranked = replace(ranked, changes=shorter)
+    if not ranked.devices or not state.shared.size:
+        return [], PrivacyLog(devices=0, keepers=0, refused="nobody sends anything")
+    log = PrivacyLog(devices=len(ranked.changes), keepers=fewest_keepers(ranked.counts), refused="")
+    if not settings.secure:
+        return _contributions(setup, state.shared, ranked, _noised_total(setup, state.round, ranked)), log
+    log = replace(log, exchange_bytes=setup.blueprint.exchanged_bytes(len(ranked.devices))[0])
+    point = fixed_point(setup, ranked.devices)
+    try:
+        total = secure_sum(
+            terms(setup, state.round, ranked), _whole(setup, state.round, ranked, point), _keys(setup, state.round)
+        )
+    except RefusedSumError as error:
+        return [], replace(log, devices=0, refused=str(error))
+    return _contributions(setup, state.shared, ranked, total * point.step), replace(log, bits=point.bits)
+
+
+def clipped(change: Array, bound: float | None) -> Array:
+    """Returns the change, shortened to the norm `bound` where it is longer."""
+    norm = float(np.linalg.norm(change))
+    return change if bound is None or norm <= bound else change * (bound / norm)
+
+
+def terms(setup: Setup, number: int, ranked: Ranked) -> Terms:
+    """Returns what the devices of round `number` are told before they send."""
+    settings, experiment = setup.experiment.privacy, setup.experiment
+    context = f"{experiment.config_hash}-s{experiment.seed}, round {number + 1}".encode()
+    needed = settings.needed(len(ranked.devices))
+    return Terms(tuple(ranked.devices), tuple(ranked.counts), needed, settings.least, context)
+
+
+def fixed_point(setup: Setup, devices: Sequence[int]) -> FixedPoint:
+    """Returns the fixed point in which these devices' changes are summed."""
+    sizes = setup.scenario.partition.train.sizes[list(devices)].tolist()
+    return point_of(setup.experiment.privacy, sizes, setup.budget.one.noise if setup.budget else None)
+
+
+def _keys(setup: Setup, number: int) -> Callable[[int], Draw]:
+    """Returns where each device's keys come from: as no other configuration's or round's, and the same when a run is resumed."""
+    experiment, configuration = setup.experiment, int(setup.experiment.config_hash, 16)
+    return lambda device: stream(experiment.seed, "secure_sum", configuration, number, device).bytes
+
+
+def _whole(setup: Setup, number: int, ranked: Ranked, point: FixedPoint) -> dict[int, Array]:
+    """Returns what each device puts under its masks: its change as whole numbers, times what it counts, or with its share of the noise.
+
+    Clipped changes are rounded towards zero, which leaves none longer than it was. Of the noise each device adds as much that those
+    who are left in the end have enough: its variance is divided by the fewest that may be left of those that keep the entry.
+    """
+    settings, budget = setup.experiment.privacy, setup.budget
+    if settings.dp != "client" or budget is None:
+        return {device: point.whole(mine) * int(weight_of(setup, device)) for device, mine in ranked.changes.items()}
+    gone = len(ranked.devices) - settings.needed(len(ranked.devices))
+    sure = np.maximum(keepers_by_rank(ranked.counts) - gone, settings.least)
+    steps = budget.one.noise * point.most / np.sqrt(sure)  # clip is `most` steps
+    noised = {}
+    for device, mine in ranked.changes.items():
+        draws = stream(setup.experiment.seed, "privacy_noise", number, device).standard_normal(len(mine))
+        noised[device] = point.towards_zero(mine) + np.rint(draws * steps[: len(mine)]).astype(np.int64)
+    return noised
+
+
+def _noised_total(setup: Setup, number: int, ranked: Ranked) -> Array:
+    """Returns the sum of clipped changes with the server's noise, float64 [the most that any of them keeps]."""
+    sizes = [len(mine) for mine in ranked.changes.values()]
+    total = np.zeros(max(sizes, default=0))
+    for mine in ranked.changes.values():
+        total[: len(mine)] += mine
+    noise = (setup.experiment.privacy.clip or 0.0) * (setup.budget.one.noise if setup.budget else 0.0)
+    return total + noise * stream(setup.experiment.seed, "privacy_noise", number).standard_normal(len(total))
+
+
+def _contributions(setup: Setup, old: Array, ranked: Ranked, total: Array) -> list[Contribution]:
+    """Returns the mean of the changes whose sum is `total`, in rank order, as what one device would send; nothing where nobody did."""
+    if not ranked.changes:
+        return []
+    weights = np.array([weight_of(setup, device) for device in ranked.changes])
+    counted = np.zeros(len(total))
+    for mine, weight in zip(ranked.changes.values(), weights.tolist(), strict=True):
+        counted[: len(mine)] += weight
+    places = ranked.order[: len(total)]
+    new, mask = old.astype(np.float64), np.zeros(old.size, dtype=bool)
+    new[places] += total / counted
+    mask[places] = True
+    steps = np.array([step_size_of(setup, device) for device in ranked.changes])
+    return [
+        Contribution(mask, new[mask].astype(old.dtype), float(weights.sum()), float(steps @ weights / weights.sum()))
+    ]
