@@ -160,11 +160,15 @@ class ChosenCurves:
         z[inner] = increasing_roots(values, low[inner], high[inner], start[inner], exact=False)
         split = split.copy()
         split[inner] = near
-        choice = self.curve.at(z, short, split)
-        b = np.where(least, self.narrow_hz, np.where(most, self.wide_hz, choice.bandwidth_hz))
+        b, moves, widens = np.where(least, self.narrow_hz, self.wide_hz), np.zeros(len(z)), np.zeros(len(z))
+        between = np.flatnonzero(~(least | most))
+        choice = self.curve.take(between).at(z[between], short[between], split[between])
+        b[between], split[between] = choice.bandwidth_hz, choice.split
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            widens = np.where(held, 0.0, choice.elasticity / growth(choice))
-            return Shares(z, b, np.where(held, 0.0, (1 + np.exp(z)) / growth(choice)), widens, choice.split)
+            grown, still = growth(choice), held[between]
+            moves[between] = np.where(still, 0.0, (1 + np.exp(z[between])) / grown)
+            widens[between] = np.where(still, 0.0, choice.elasticity / grown)
+        return Shares(z, b, moves, widens, split)
 
 
 def steepness(curve: Curve, choice: Choice, z: Array) -> Array:
@@ -216,7 +220,7 @@ def _fill(curves: ChosenCurves, budget_hz: float) -> tuple[Array, float]:
     high = float((curves.log_weight - curves.bottom)[worth].max())
     log_price = 0.5 * (low + high)
     if count > 2 * SAMPLE:  # what a sample of the devices would pay is a good place to start
-        sample = curves.take(slice(None, None, count // SAMPLE))
+        sample = curves.take(slice(None, None, min(count // SAMPLE, 16)))
         share_hz = budget_hz * len(sample.index) / count
         if sample.narrow_hz.sum() < share_hz < sample.wide_hz.sum() and np.isfinite(sample.log_weight).any():
             log_price = float(np.clip(np.log(_fill(sample, share_hz)[1]), low, high))

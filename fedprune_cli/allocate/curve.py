@@ -19,7 +19,7 @@ import numpy as np
 
 from fedprune_cli.allocate.freedom import Means
 from fedprune_cli.allocate.inverse import BLOCK, LN2, log_ratio_slope, log_snr_fast, rate_slope
-from fedprune_cli.allocate.roots import increasing_roots
+from fedprune_cli.allocate.roots import SMOOTH, increasing_roots
 from fedprune_cli.store.state import Array
 
 LEAST = 1e-280  # of the model: what a device keeps that keeps nothing, so that its logarithm is a number
@@ -259,7 +259,7 @@ def _at_chosen_power(means: Means, work: _Work, full: _Way, start: Array) -> _Wa
         return _balance(means, work, u) if every else _balance(means.take(index), work.take(index), u)
 
     start = np.where(np.isnan(start), np.minimum(0.5 * (low + high), low + 1.0), start)
-    u = increasing_roots(values, low, high, start)
+    u = increasing_roots(values, low, high, start, near=SMOOTH)
     last_digits = 1e-14 * np.maximum(np.abs(u), 1.0)
     _, v, tau, spent_j, eps = _split(means, work, u)
     rise = work.j_slope + np.where(means.slows, 2 * work.s_slope, 0.0)
