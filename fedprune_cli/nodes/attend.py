@@ -40,39 +40,59 @@ class Post:
 def attend(post: Post) -> None:
     """Does the server's tasks until the run is over. Raises CheckpointError when the server refuses this node, or is not the right one."""
     hello = hello_of(post.place.samples.card(labels=post.labels)).encode()
-    node: Node | None = None
-    heard: Heard | None = None
-    run, pause_s, told = "", FIRST_PAUSE_S, ""
-    while True:
-        identity = read_identity(post.folder)
-        with _channel(post.address, identity) as channel:
-            outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-            outgoing.put(hello)
-            stream = channel.stream_stream(METHOD)(iter(outgoing.get, None))
-            try:
-                for message in _read(stream):
-                    pause_s, told = FIRST_PAUSE_S, ""
-                    kind = message.header["kind"]
-                    if kind == "end":
-                        return
-                    if kind == "run":
-                        heard = None
-                        if node is None or run != message.header["run"]:
-                            run = str(message.header["run"])
-                            node = _build(post.place, run, message.header["config"])
-                            post.say(f"device-{node.device}: works on {run}")
-                    elif node is not None:
-                        heard = _work(node, message, heard, outgoing)
-                why = "the server closed the stream"
-            except grpc.RpcError as error:
-                why = _why(error)
-            finally:
-                outgoing.put(None)
+    duty, pause_s, told = _Duty(post), FIRST_PAUSE_S, ""
+    while why := _session(duty, hello):
+        if duty.spoken_to:
+            pause_s, told = FIRST_PAUSE_S, ""
         if why != told:
             post.say(f"{post.address}: {why}; trying again")
         told = why
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _session(duty: _Duty, hello: bytes) -> str:
+    """Follows one stream to its end; returns why it broke, nothing when the run is over."""
+    duty.spoken_to, post = False, duty.post
+    with _channel(post.address, read_identity(post.folder)) as channel:
+        outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        outgoing.put(hello)
+        try:
+            over = duty.follow(_read(channel.stream_stream(METHOD)(iter(outgoing.get, None))), outgoing)
+        except grpc.RpcError as error:
+            return _why(error)
+        finally:
+            outgoing.put(None)
+    return "" if over else "the server closed the stream"
+
+
+@dataclass
+class _Duty:
+    """What a node is at: the run, the node for it, and what it has heard of u. spoken_to: whether the stream had any message."""
+
+    post: Post
+    run: str = ""
+    node: Node | None = None
+    heard: Heard | None = None
+    spoken_to: bool = False
+
+    def follow(self, messages: Iterator[Sealed], outgoing: queue.SimpleQueue[bytes | None]) -> bool:
+        """Does what it is told; returns whether the run is over."""
+        for message in messages:
+            self.spoken_to, kind = True, message.header["kind"]
+            if kind == "end":
+                return True
+            if kind == "run":
+                self._begin(message)
+            elif self.node is not None:
+                self.heard = _work(self.node, message, self.heard, outgoing)
+        return False
+
+    def _begin(self, message: Sealed) -> None:
+        self.heard, run = None, str(message.header["run"])
+        if self.node is None or run != self.run:
+            self.run, self.node = run, _build(self.post.place, run, message.header["config"])
+            self.post.say(f"device-{self.node.device}: works on {run}")
 
 
 def _build(place: Place, run: str, config: Plain) -> Node:

@@ -146,7 +146,8 @@ class Desk:
         return [self.links[device].hello.card for device in range(self.terms.devices)]
 
     async def _end(self) -> None:
-        await asyncio.wait_for(asyncio.gather(*(link.write(END) for link in self.links.values())), CLOSING_S)
+        with contextlib.suppress(TimeoutError):  # one that does not listen is no matter of the run's
+            await asyncio.wait_for(asyncio.gather(*(link.write(END) for link in self.links.values())), CLOSING_S)
 
     def _hand(self, link: _Link, ask: _Ask) -> None:
         if ask.giving_up:
