@@ -183,12 +183,12 @@ class Curves:
         """Returns the curves of devices whose L counts up to C = `log_cap` [K]: what of a stretch is beyond it, and then the rest."""
         if log_cap is None or not (linear := self.narrow > (cap := log_cap[self.index])).any():
             return self
-        caps = np.where(linear, cap, np.inf)
-        first = replace(self, wide=np.where(linear, np.maximum(self.wide, cap), self.wide), cap=caps)
+        straight = np.where(linear, cap, np.inf)
+        first = replace(self, wide=np.where(linear, np.maximum(self.wide, cap), self.wide))
         rest = np.flatnonzero(linear & (self.wide < cap))
         second = replace(self.take(rest), narrow=cap[rest], base_hz=bandwidth_of(cap[rest], self.snr_hz[rest]))
         joined = (np.concatenate([getattr(first, name), getattr(second, name)]) for name in ARRAYS)
-        return Curves(*joined, alpha=self.alpha, cap=np.append(caps, np.full(len(rest), np.inf)))
+        return Curves(*joined, alpha=self.alpha, cap=np.append(straight, np.full(len(rest), np.inf)))
 
     def ended(self) -> Curves:
         """Returns the curves with the marginal values at their ends."""
