@@ -173,7 +173,7 @@ def noise_multiplier(epsilon: float, rounds: int, delta: float = DELTA) -> float
     upper bound of what is spent, so a little more noise than needed.
 
     >>> round(noise_multiplier(8.0, 20), 2)
-    2.33
+    2.57
     """
     root = math.sqrt(math.log(1 / delta))
     rho = (math.sqrt(root**2 + epsilon) - root) ** 2

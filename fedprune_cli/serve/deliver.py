@@ -79,7 +79,8 @@ class UnderWay:
 def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
     """Returns what reaches the server of what was sent, and of what was under way before."""
     number, old = state.round, state.shared
-    fates = replace(sent.fates, died=sent.fates.died | [update.died for update in sent.updates])
+    died = np.array([update.died for update in sent.updates], dtype=bool)
+    fates = replace(sent.fates, died=sent.fates.died | died)
     log: Log = {kind: [] for kind in KINDS}
     cutoff_s = failsafe.wait_factor * sent.deadline_s
     gone = fates.died | fates.lost

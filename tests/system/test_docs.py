@@ -447,5 +447,6 @@ def test_the_page_of_data_names_every_dataset_and_its_licence() -> None:
         "windows",
         "arrays",
         "folder",
-    }  # of one's own: docs/guide/your-data.md
+        "nodes",
+    }  # of one's own: docs/guide/your-data.md, and on nodes: docs/guide/pilot.md
     assert all(len(row) == 4 and row[2] and row[3] for row in rows)
