@@ -15,7 +15,8 @@ import pytest
 from conftest import TINY, Line, forge, make_setup, read_lines, run_to_end, steps_of
 from typer.testing import CliRunner
 
-from fedprune_cli.audit.verify import Findings, audit_round, code_bytes, state_failures, verify_run
+from fedprune_cli.audit.metering import code_bytes
+from fedprune_cli.audit.verify import Findings, audit_round, state_failures, verify_run
 from fedprune_cli.commands.app import app
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, CheckpointError
