@@ -100,11 +100,10 @@ def estimate(row: Mapping[str, str]) -> Estimate | None:
 
 
 def beats(result: Result, arm: str, other: str) -> bool:
-    """Whether an arm is sooner than another by enough, with an interval away from 0; who misses the target loses to who never does."""
-    if result.estimates[arm]["time_to_target_s"] is None:
+    """Whether an arm is sooner than another by enough, with an interval away from 0; undecided, and no, where one misses the target."""
+    found = result.sooner[arm, other]
+    if found is None:
         return False
-    if (found := result.sooner[arm, other]) is None:
-        return result.estimates[other]["time_to_target_s"] is None
     return found.mean >= ENOUGH and found.half_width is not None and found.mean > found.half_width
 
 
@@ -171,7 +170,7 @@ def answer(results: Mapping[str, Result]) -> str:
     pays = [titles[name] for name, result in results.items() if verdict(result).startswith("pays")]
     not_there = [titles[name] for name in results if titles[name] not in pays]
     said = f"**It pays on {len(pays)} of {len(results)} settings" + (f": {'; '.join(pays)}.**" if pays else ".**")
-    return said + (f" It does not on: {'; '.join(not_there)}.\n" if not_there else "\n")
+    return said + (f" Not shown on: {'; '.join(not_there)}.\n" if not_there else "\n")
 
 
 INTRODUCTION = f"""# Where it pays
@@ -186,7 +185,8 @@ worst off fared, stands in the columns of the device with the fewest rounds and 
 seeds, of paired differences where two are compared; simulated seconds are modelled.
 
 It *pays* where `kkt`, `blocks` or `proportional` reaches the target at least {100 * ENOUGH:.0f} % sooner than equal bandwidth and than the
-fixed ratio on its best bandwidth, with the interval away from 0; an arm that misses the target on a seed loses to one that never does.
+fixed ratio on its best bandwidth, with the interval away from 0. Where an arm misses the target on one seed, as a deadline that was chosen
+on another can make it, it has no time to it, and nothing is decided.
 
 """
 

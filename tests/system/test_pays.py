@@ -58,9 +58,9 @@ def test_it_pays_where_one_joint_arm_beats_both_by_enough() -> None:
     assert PAYS.verdict(result({})) == "not against equal and fixed (kkt)"
 
 
-def test_who_misses_the_target_loses_to_who_never_does() -> None:
+def test_where_somebody_misses_the_target_nothing_is_decided() -> None:
     two = ahead("kkt", "fixed")
-    assert PAYS.verdict(result(two, missing=("equal",))) == "pays (kkt)"
+    assert PAYS.verdict(result(two, missing=("equal",))) == "not against equal (kkt)"
     assert PAYS.cell(result(two, missing=("equal",)), "kkt", "equal") == "equal misses"
     nobody = result(two, missing=("kkt", "blocks", "proportional", "equal"))
     assert PAYS.verdict(nobody) == "not against equal and fixed (kkt)"
