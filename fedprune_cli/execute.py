@@ -41,12 +41,16 @@ SEMAPHORES = "semaphores (/dev/shm), which workers need"
 SAFE = "finished rounds are safe"
 ALIGNMENT = 64  # bytes: what numpy and vector instructions like
 
+REMOTE = ("nodes", "flower")
+KINDS = ("serial", "processes", *REMOTE)
+
 _context: object = None  # what a worker process built once, at its start
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core), or on `nodes`.
+    """Where devices' work runs: `serial` in this process, `processes` in single-threaded workers (null: one a core), on `nodes`, or
+    on nodes that `flower` reaches.
 
     patience_s: how long a node may be away before its task is lost, and its device has died in mid-round. by_clock: whether the server's
     clock decides which node is late, and not the modelled seconds.
@@ -58,7 +62,7 @@ class Execution:
     by_clock: bool = False
 
     def __post_init__(self) -> None:
-        require(self.kind in ("serial", "processes", "nodes"), "kind", self.kind, "'serial', 'processes' or 'nodes'")
+        require(self.kind in KINDS, "kind", self.kind, "'serial', 'processes', 'nodes' or 'flower'")
         require(self.remote or not self.by_clock, "by_clock", self.by_clock, "false where no nodes do the work")
         require(0 <= self.patience_s <= 10**6, "patience_s", self.patience_s, "in 0..1000000")
         require(self.workers is None or 1 <= self.workers <= 4096, "workers", self.workers, "in 1..4096 or null")
@@ -66,7 +70,7 @@ class Execution:
     @property
     def remote(self) -> bool:
         """Whether nodes do the work that keep their data and personalized parts themselves."""
-        return self.kind == "nodes"
+        return self.kind in REMOTE
 
 
 def _same(task: object) -> float:
@@ -306,7 +310,7 @@ def starting(what: str) -> Iterator[None]:
 
 def ready(execution: Execution, build: Callable[[], object]) -> None:
     """Raises DeviceError or OutputError when what the executor needs cannot be had: asked before anything is written."""
-    if execution.kind in ("serial", "nodes"):
+    if execution.kind == "serial" or execution.remote:
         return
     _prepare()
     with starting(SEMAPHORES):
@@ -324,7 +328,7 @@ def executor(execution: Execution, build: Callable[[], object], preload: Sequenc
     """
     workers = execution.workers or usable_cores()
     if execution.remote:
-        raise ConfigError("execution.kind=nodes: nodes do the work of this run, and `fedprune serve` reaches them")
+        raise ConfigError(f"execution.kind={execution.kind}: nodes do the work of this run, and `fedprune serve` reaches them")
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
         return

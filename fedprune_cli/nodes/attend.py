@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedprune_cli.errors import CheckpointError, DeviceError
+from fedprune_cli.errors import CheckpointError
 from fedprune_cli.nodes.certificates import Identity, read_identity
 from fedprune_cli.nodes.channel import METHOD, REFUSALS, grpc, options
-from fedprune_cli.nodes.data import Place
-from fedprune_cli.nodes.protocol import failed, got, hello_of, read_from_server, sha256
-from fedprune_cli.store.files import Plain
+from fedprune_cli.nodes.post import Post, node_for
+from fedprune_cli.nodes.protocol import got, hello_of, read_from_server, sha256
 from fedprune_cli.store.sealed import Sealed
 
 if TYPE_CHECKING:
@@ -26,23 +23,12 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
 TLS = ("certificate", "hostname verification", "peer name")  # in what gRPC says of a server that is not the right one
 
 
-@dataclass(frozen=True)
-class Post:
-    """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told."""
-
-    address: str
-    folder: Path
-    place: Place
-    labels: bool
-    say: Callable[[str], None]
-
-
 def attend(post: Post) -> None:
     """Does the server's tasks until the run is over. Raises CheckpointError when the server refuses this node, or is not the right one."""
     hello = hello_of(post.place.samples.card(labels=post.labels)).encode()
     node: Node | None = None
     heard: Heard | None = None
-    run, pause_s, told = "", FIRST_PAUSE_S, ""
+    pause_s, told = FIRST_PAUSE_S, ""
     while True:
         identity = read_identity(post.folder)
         with _channel(post.address, identity) as channel:
@@ -56,11 +42,7 @@ def attend(post: Post) -> None:
                     if kind == "end":
                         return
                     if kind == "run":
-                        heard = None
-                        if node is None or run != message.header["run"]:
-                            run = str(message.header["run"])
-                            node = _build(post.place, run, message.header["config"])
-                            post.say(f"device-{node.device}: works on {run}")
+                        heard, node = None, node_for(post, message, node)
                     elif node is not None:
                         heard = _work(node, message, heard, outgoing)
                 why = "the server closed the stream"
@@ -73,12 +55,6 @@ def attend(post: Post) -> None:
         told = why
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def _build(place: Place, run: str, config: Plain) -> Node:
-    from fedprune_cli.nodes.node import build_node  # PyTorch with it: who waits for this node sees it meanwhile
-
-    return build_node(place, run, config if isinstance(config, dict) else {})
 
 
 def _read(stream: Iterator[bytes]) -> Iterator[Sealed]:
@@ -97,10 +73,7 @@ def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.Simp
         order, heard = node.read(message, heard)
     except ValueError as error:
         raise CheckpointError(f"the server's task was refused: {error}") from None
-    try:
-        outgoing.put(node.answer(of, order).encode())
-    except DeviceError as error:
-        outgoing.put(failed(of, str(error)))
+    outgoing.put(node.respond(of, order))
     return heard
 
 

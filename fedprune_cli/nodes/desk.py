@@ -11,17 +11,16 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 from fedprune_cli.errors import FedpruneError, OutputError
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
-from fedprune_cli.nodes.executor import Reply, Request
+from fedprune_cli.nodes.executor import Reply, Request, reply_in
 from fedprune_cli.nodes.orders import Heard
-from fedprune_cli.nodes.protocol import END, Hello, RunOrder, read_from_node, read_hello, sha256, versions
+from fedprune_cli.nodes.protocol import END, Hello, Terms, read_from_node, read_hello, sha256
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.world.datasets.roster import Card
 
@@ -66,23 +65,6 @@ class _Ask:
     sent_s: float = 0.0
     got_s: float = 0.0
     giving_up: asyncio.TimerHandle | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Under which nodes are taken. pilot: the folder with the certificates; devices: how many there are; most_bytes: of a message.
-
-    patience_s: how long a node may be away before its task is lost; cards: what their data must be like, nothing before there is a
-    roster; order: what they are to work on, None: nothing yet; say: told what happens, in one line each.
-    """
-
-    pilot: Path
-    devices: int
-    most_bytes: int
-    patience_s: float
-    say: Callable[[str], None]
-    cards: Sequence[Card] = ()
-    order: RunOrder | None = None
 
 
 @dataclass
@@ -233,12 +215,7 @@ class Desk:
         if header["kind"] == "got":
             ask.got_s = now_s
             return
-        got_s = ask.got_s or ask.sent_s
-        if header["kind"] == "failed":
-            ask.reply.set_result(Reply(None, ask.sent_s, got_s, now_s, failure=str(header["why"])))
-            return
-        result, compute_s = ask.request.read(message), float(str(header["compute_s"]))
-        ask.reply.set_result(Reply(result, ask.sent_s, got_s, now_s, compute_s))
+        ask.reply.set_result(reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s))
 
     async def _admit(self, context: grpc.aio.ServicerContext) -> _Link:
         """Returns the link of a node that may take part; refuses any other."""
@@ -257,12 +234,7 @@ class Desk:
             hello = read_hello(data if isinstance(data, bytes) else b"")
         except (ValueError, TimeoutError) as error:
             await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}")
-        mine, its = versions(), hello.versions
-        if its != mine:
-            why = f"{peer.name} runs {_words(its)}, the server {_words(mine)}: they must be the same"
-            await self._turn_away(context, Code.FAILED_PRECONDITION, why)
-        if self.terms.cards and _as_told(hello.card) != _as_told(self.terms.cards[peer.device]):
-            why = f"{peer.name}: its data are not those of the roster, which a run cannot change"
+        if why := self.terms.unfit(peer.device, hello):
             await self._turn_away(context, Code.FAILED_PRECONDITION, why)
         return _Link(peer, hello, context)
 
@@ -281,14 +253,6 @@ async def _refuse(context: grpc.aio.ServicerContext, code: grpc.StatusCode, why:
 
 def _unwanted(peer: Peer, refused: frozenset[int]) -> str:
     return f"the certificate of {peer.name} {'is revoked' if peer.serial in refused else 'has expired'}"
-
-
-def _words(of: object) -> str:
-    return ", ".join(f"{key} {value}" for key, value in vars(of).items())
-
-
-def _as_told(card: Card) -> tuple[object, ...]:
-    return card.train, card.test, card.shape, card.dtype, card.scale, card.classes
 
 
 @contextlib.contextmanager
