@@ -105,7 +105,9 @@ def serve(
     if kind not in CARRIERS:
         raise ConfigError(f"execution.kind={kind}: must be one of {', '.join(CARRIERS)}, got {kind!r}")
     if listen and kind == "flower":
-        raise ConfigError("--listen: with Flower nodes come to its SuperLink, whose unit is PILOT/flower/superlink.service")
+        raise ConfigError(
+            "--listen: with Flower nodes come to its SuperLink, whose unit is PILOT/flower/superlink.service"
+        )
     site = Pilot(pilot, listen or "0.0.0.0:8443", note, kind=kind)
     with status("waiting for the nodes"):
         count = len(site.roster())
@@ -125,7 +127,9 @@ def join(
     folder: Annotated[
         Path, typer.Argument(metavar="NODE", help="The node's folder: what enroll wrote as PILOT/device-K.")
     ],
-    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server listens, or Flower's SuperLink.")],
+    server: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="Where the server listens, or Flower's SuperLink.")
+    ],
     overrides: Overrides = None,
     part: Annotated[
         int | None,
@@ -135,7 +139,8 @@ def join(
         bool, typer.Option("--labels", help="Tell the server how many samples of each class there are.")
     ] = False,
     flower: Annotated[
-        bool, typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped.")
+        bool,
+        typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped."),
     ] = False,
     plugin: Plugins = None,
     quiet: Quiet = False,

@@ -4,11 +4,9 @@ Flower starts a process of its own for each message. Its apps, `flower_files/app
 machine: at the SuperLink to `fedprune serve`, at a SuperNode to `fedprune join`, where PyTorch and the model are warm. flwr is not imported
 here: its commands are called, so that it may as well be installed apart, on the PATH. Besides its certificates a pilot's folder then has
 
-    flower/app/                     what Flower brings to all of them
-    flower/home/config.toml         where the SuperLink is
-    flower/nodes.json               Flower's number of each device, and of which key it is
-    flower/superlink.service        a systemd unit of the SuperLink
-    device-K/node.key, node.pub     what device K proves itself by, and node.service, its systemd unit
+    flower/              app/ that Flower brings to all, home/config.toml: where the SuperLink is, nodes.json: its number of each key, and
+                         superlink.service, its systemd unit
+    device-K/            node.key and node.pub, what device K proves itself by, and node.service, its systemd unit
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ FOLDER, APP, HOME, NODES = "flower", "app", "home", "nodes.json"
 LOOK_S, ONLINE_S = 0.2, 2.0  # how often replies are asked for, and who is there
 AGAIN_S = 5.0  # between two starts of a SuperNode
 START_S = 300.0  # within which the SuperLink has the app started
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 
 
@@ -53,17 +52,16 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_
 def write_pilot(pilot: Path, devices: Sequence[int], host: str, port: int) -> list[Path]:
     """Writes what a pilot over Flower has besides its certificates; returns where. A device that has a key already keeps it."""
     here, root = pilot / FOLDER, (pilot / certificates.CA).resolve()
-    config = f'[superlink]\ndefault = "pilot"\n\n[superlink.pilot]\naddress = "{host}:{port}"\nroot-certificates = {json.dumps(str(root))}\n'
+    config = f'[superlink.pilot]\naddress = "{host}:{port}"\nroot-certificates = {json.dumps(str(root))}\n'
     with writing(here):
         shutil.rmtree(here / APP, ignore_errors=True)
         shutil.copytree(FILES / APP, here / APP, ignore=shutil.ignore_patterns("__pycache__"))
         (here / HOME).mkdir(exist_ok=True)
-    files = {here / HOME / "config.toml": config}
-    files[here / "superlink.service"] = (FILES / "superlink.service").read_text().format(host=host, port=port)
+    link, node = ((FILES / name).read_text() for name in ("superlink.service", "node.service"))
+    files = {here / HOME / "config.toml": config, here / "superlink.service": link.format(host=host, port=port)}
     for device in devices:
         folder = pilot / f"device-{device}"
-        unit = (FILES / "node.service").read_text()
-        files[folder / "node.service"] = unit.format(host=host, port=port, device=device)
+        files[folder / "node.service"] = node.format(host=host, port=port, device=device)
         if not (folder / certificates.NODE_PUBLIC).exists():
             certificates.write_node_key(folder)
     for path, text in files.items():
@@ -88,7 +86,7 @@ class _Out:
 
 @dataclass(frozen=True)
 class Flower:
-    """The nodes of a pilot. grid: asks the ServerApp, as `flower_files/app/server_app.py` answers; nodes: Flower's number of each device."""
+    """The nodes of a pilot. grid: asks the ServerApp, whose `server_app.py` says what; nodes: Flower's number of each device."""
 
     terms: Terms
     grid: Callable[[Mapping[str, object]], list]  # type: ignore[type-arg]  # of JSON
@@ -143,7 +141,8 @@ class Flower:
                 one.away_s = time.monotonic()
                 self.terms.say(f"device-{device}: {'its certificate is revoked' if is_barred else 'away'}")
         order = self.terms.order.encode() if self.terms.order else b""
-        now_s, sent = time.monotonic(), [[node, _coded(order, one.task)] for node, one in todo.items()]
+        now_s = time.monotonic()
+        sent = [[node, base64.b64encode(_joined(order, one.task)).decode()] for node, one in todo.items()]
         for one, name in zip(todo.values(), self.grid({"push": sent}) if sent else (), strict=True):
             one.name, one.sent_s = name or "", now_s
 
@@ -197,7 +196,7 @@ def _ask(app: Connection, asked: Mapping[str, object]) -> list:  # type: ignore[
         app.send_bytes(json.dumps(asked).encode())
         return json.loads(app.recv_bytes())
     except (EOFError, OSError):
-        raise DeviceError("Flower's ServerApp has ended; finished rounds are safe, the same command continues") from None
+        raise DeviceError("Flower's ServerApp has ended; the same command continues after the last round") from None
 
 
 def _registered(terms: Terms) -> dict[int, int]:
@@ -209,19 +208,16 @@ def _registered(terms: Terms) -> dict[int, int]:
         key = read_bytes(public, certificates.MAX_BYTES, CheckpointError).decode(errors="replace")
         if key not in known:
             said = _flwr(terms.pilot, "supernode", "register", str(public), "pilot", "--format", "json")
-            try:
-                known[key] = int(json.loads(said)["node-id"])
-            except (ValueError, KeyError, TypeError):
-                raise DeviceError(f"the SuperLink did not register device-{device}: {said[:300]}") from None
+            known[key] = json.loads(said)["node-id"]
             write_whole(path, (json.dumps(known) + "\n").encode())
-        nodes[device] = int(str(known[key]))
+        nodes[device] = int(known[key])
     return nodes
 
 
 def _flwr(pilot: Path, *arguments: str) -> str:
     """Returns what the command `flwr` prints; raises DeviceError with what it complains of."""
-    environment = _environment(pilot / FOLDER / HOME)
-    done = subprocess.run([_command("flwr"), *arguments], env=environment, capture_output=True, text=True)
+    home = _environment(pilot / FOLDER / HOME)
+    done = subprocess.run([_command("flwr"), *arguments], env=home, capture_output=True, text=True)
     if done.returncode:
         words = " ".join(f"{done.stdout} {done.stderr}".split())
         raise DeviceError(f"flwr {arguments[0]}: {words[-300:] or f'exit code {done.returncode}'}")
@@ -239,8 +235,7 @@ def attend(post: Post) -> None:
         ears.settimeout(0.5)
         while True:
             if supernode is None or (supernode.poll() is not None and time.monotonic() - started_s > AGAIN_S):
-                if supernode is not None:
-                    post.say(f"the SuperNode ended with exit code {supernode.returncode}: starting it again")
+                post.say(f"device-{post.place.device}: starting a SuperNode{' again' if supernode else ''}")
                 supernode, started_s = _start_supernode(post, path), time.monotonic()
                 ending.callback(supernode.terminate)
             with contextlib.suppress(EOFError, OSError):  # nobody has come, or who came is gone
@@ -265,7 +260,8 @@ def _start_supernode(post: Post, path: str) -> subprocess.Popen[bytes]:
         _command("flower-supernode"), "--superlink", post.address, "--root-certificates", str(post.folder / certificates.CA),
         "--auth-supernode-private-key", str(post.folder / certificates.NODE_KEY), "--port", port, "--node-config", f'socket="{path}"',
     ]  # fmt: skip
-    return subprocess.Popen(command, env=_environment(post.folder / FOLDER), stdout=sys.stderr, preexec_fn=_end_with_parent)
+    home = post.folder / FOLDER
+    return subprocess.Popen(command, env=_environment(home), stdout=sys.stderr, preexec_fn=_end_with_parent)
 
 
 def _end_with_parent() -> None:
@@ -274,15 +270,8 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-# --- both ----------------------------------------------------------------------------------------------------------------
-
-
 def _joined(first: bytes, second: bytes) -> bytes:
     return len(first).to_bytes(8, "little") + first + second
-
-
-def _coded(first: bytes, second: bytes) -> str:
-    return base64.b64encode(_joined(first, second)).decode()
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
@@ -300,14 +289,10 @@ def _listening() -> Iterator[tuple[socket.socket, str]]:
 
 
 def _command(name: str) -> str:
-    if found := shutil.which(name, path=_path()):
+    if found := shutil.which(name, path=PATH):
         return found
     raise ConfigError(f"{name} is not here: nodes over Flower need the package flwr: pip install 'fedprune[flower]'")
 
 
-def _path() -> str:
-    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-
-
 def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, **QUIET, "PATH": _path(), "FLWR_HOME": str(home.resolve())}
+    return {**os.environ, **QUIET, "PATH": PATH, "FLWR_HOME": str(home.resolve())}

@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _answer(grid: Grid, asked: Mapping[str, list]) -> list:
-    """Sends [node, bytes] and returns the messages' names; or returns the replies to names, [name, what went wrong, bytes]; or the nodes."""
+    """Sends [node, bytes] and returns the messages' names; or returns what there is of replies to such names; or who is there."""
     if "push" in asked:
         contents = [(node, ConfigRecord({"bytes": base64.b64decode(data)})) for node, data in asked["push"]]
         return [*grid.push_messages([Message(RecordDict({"fedprune": of}), node, "train") for node, of in contents])]
@@ -36,6 +36,7 @@ def _answer(grid: Grid, asked: Mapping[str, list]) -> list:
 
 
 def _reply(message: Message) -> list[str]:
+    """Returns the name of the message that it replies to, what went wrong, and the bytes."""
     of = message.metadata.reply_to_message_id
     if message.has_error():
         return [of, message.error.reason or f"error {message.error.code}", ""]
