@@ -41,9 +41,12 @@ FILES = Path(__file__).with_name("flower_files")
 FOLDER, APP, HOME, NODES = "flower", "app", "home", "nodes.json"
 LOOK_S, ONLINE_S = 0.2, 2.0  # how often replies are asked for, and who is there
 AGAIN_S = 5.0  # between two starts of a SuperNode
-START_S = 300.0  # within which the SuperLink has the app started
+START_S, STARTS = (
+    120.0,
+    3,
+)  # within which the app has to come: the SuperLink drops one that takes more than 30 s to start
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 # --- what `fedprune pilot init` writes -----------------------------------------------------------------------------------
@@ -181,12 +184,15 @@ def superlink(terms: Terms) -> Iterator[Flower]:
         raise CheckpointError(f"{app}: missing; `fedprune pilot init {terms.pilot} DEVICE... --host HOST` writes it")
     nodes = _registered(terms)
     with _listening() as (ears, path):
-        _flwr(terms.pilot, "run", str(app), "pilot", "--run-config", f'socket="{path}"')
         ears.settimeout(START_S)
-        try:
-            other, _ = ears.accept()
-        except TimeoutError:
-            raise DeviceError(f"the SuperLink started no app within {START_S:.0f} s: its log says why") from None
+        for _ in range(STARTS):
+            _flwr(terms.pilot, "run", str(app), "pilot", "--run-config", f'socket="{path}"')
+            with contextlib.suppress(TimeoutError):
+                other, _ = ears.accept()
+                break
+            terms.say(f"the SuperLink has started no app within {START_S:.0f} s")
+        else:
+            raise DeviceError(f"the SuperLink started no app, {STARTS} times: its log says why")
         with Connection(other.detach()) as connection:
             yield Flower(terms, lambda asked: _ask(connection, asked), nodes)
 

@@ -47,7 +47,9 @@ def started(command: list[str], where: Path, log: Path) -> Iterator[subprocess.P
     """Yields a process that is ended at the end."""
     with log.open("wb") as file:
         environment = {**flower._environment(where / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, cwd=where, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            command, cwd=where, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
         try:
             yield process
         finally:
@@ -140,10 +142,18 @@ class Scene:
         return Pilot(self.pilot, "", self.said.append, config, kind="flower")  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a simulation and of the pilot that goes with it."""
+    home = tmp_path_factory.mktemp("made")
+    flower.write_pilot(enrolled(home, simulate(home / "simulated", *SMALL)), [0, 1], "127.0.0.1", 8443)
+    return home
+
+
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    pilot = enrolled(tmp_path, simulate(tmp_path / "simulated", *SMALL))
-    flower.write_pilot(pilot, [0, 1], "127.0.0.1", 8443)
+def scene(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    pilot = tmp_path / "pilot"
     server, link = load("server_app", monkeypatch), StubLink(load("client_app", monkeypatch))
 
     def flwr(_: Path, *arguments: str) -> str:
@@ -227,6 +237,7 @@ def test_a_node_of_another_version_and_a_garbled_answer_are_refused(scene: Scene
     assert sum("they must be the same" in line for line in scene.said) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_app_that_ends_is_one_line(scene: Scene) -> None:
     with (
         pytest.raises(DeviceError, match="ServerApp has ended"),
