@@ -60,7 +60,7 @@ def read_identity(folder: Path) -> Identity:
 
 def device_in(folder: Path) -> int:
     """Returns the number of the device whose certificate lies in a folder; raises CheckpointError."""
-    device = peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError)).device
+    device = peer_in(folder).device
     if device is None:
         raise CheckpointError(f"{folder / OWN}: not the certificate of a device")
     return device
@@ -87,6 +87,13 @@ def peer_of(pem: bytes) -> Peer:
     name = _name(certificate)
     found = NAME.fullmatch(name)
     return Peer(name, int(found[1]) if found else None, certificate.serial_number, certificate.not_valid_after_utc)
+
+
+def unwanted(peer: Peer, refused: frozenset[int]) -> str:
+    """Returns why a certificate is not taken, empty when it is; refused: the serial numbers that are revoked."""
+    if peer.serial in refused:
+        return f"the certificate of {peer.name} is revoked"
+    return f"the certificate of {peer.name} has expired" if peer.expired else ""
 
 
 def revoked(pilot: Path) -> frozenset[int]:
@@ -132,12 +139,12 @@ def begin(pilot: Path, hosts: Sequence[str], days: int) -> None:
 def is_enrolled(pilot: Path, device: int) -> bool:
     """Whether a device has a certificate that is not revoked."""
     folder = pilot / f"device-{device}"
-    return (folder / OWN).exists() and serial_in(folder) not in revoked(pilot)
+    return (folder / OWN).exists() and peer_in(folder).serial not in revoked(pilot)
 
 
-def serial_in(folder: Path) -> int:
-    """Returns the serial number of the certificate in a folder; raises CheckpointError."""
-    return peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError)).serial
+def peer_in(folder: Path) -> Peer:
+    """Returns whose certificate is in a folder; raises CheckpointError."""
+    return peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError))
 
 
 def enroll(pilot: Path, device: int, days: int) -> Path:
@@ -153,7 +160,7 @@ def enroll(pilot: Path, device: int, days: int) -> Path:
 
 def revoke(pilot: Path, device: int) -> None:
     """Puts the certificate of a device on the list of those that the server refuses; raises CheckpointError when it has none."""
-    peer = peer_of(read_bytes(pilot / f"device-{device}" / OWN, MAX_BYTES, CheckpointError))
+    peer = peer_in(pilot / f"device-{device}")
     if peer.serial in revoked(pilot):
         raise CheckpointError(f"{pilot / REVOKED}: has device-{device} already")
     path = pilot / REVOKED

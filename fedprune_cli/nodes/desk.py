@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from fedprune_cli.errors import FedpruneError, OutputError
-from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked
+from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked, unwanted
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
 from fedprune_cli.nodes.executor import Reply, Request, reply_in
 from fedprune_cli.nodes.orders import Heard
@@ -155,8 +155,8 @@ class Desk:
         """Asks those to leave whose certificates are revoked or have expired since they came."""
         refused = revoked(self.terms.pilot)
         for link in self.links.values():
-            if link.peer.serial in refused or link.peer.expired:
-                link.leave(_unwanted(link.peer, refused))
+            if why := unwanted(link.peer, refused):
+                link.leave(why)
 
     def _soon(self, work: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(work)
@@ -224,8 +224,8 @@ class Desk:
             refused = revoked(self.terms.pilot)
         except (FedpruneError, KeyError, IndexError) as error:
             await self._turn_away(context, Code.PERMISSION_DENIED, f"{context.peer()}: {error}")
-        if peer.serial in refused or peer.expired:
-            await self._turn_away(context, Code.PERMISSION_DENIED, _unwanted(peer, refused))
+        if why := unwanted(peer, refused):
+            await self._turn_away(context, Code.PERMISSION_DENIED, why)
         if peer.device is None or peer.device >= self.terms.devices:
             why = f"{peer.name} is no device of this pilot: it has device-0 to device-{self.terms.devices - 1}"
             await self._turn_away(context, Code.PERMISSION_DENIED, why)
@@ -249,10 +249,6 @@ _running: set[asyncio.Task[None]] = set()  # tasks that nobody else holds
 async def _refuse(context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
     await context.abort(code, why)
     raise AssertionError  # abort has raised
-
-
-def _unwanted(peer: Peer, refused: frozenset[int]) -> str:
-    return f"the certificate of {peer.name} {'is revoked' if peer.serial in refused else 'has expired'}"
 
 
 @contextlib.contextmanager

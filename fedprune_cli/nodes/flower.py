@@ -4,9 +4,8 @@ Flower starts a process of its own for each message. Its apps, `flower_files/app
 machine: at the SuperLink to `fedprune serve`, at a SuperNode to `fedprune join`, where PyTorch and the model are warm. flwr is not imported
 here: its commands are called, so that it may as well be installed apart, on the PATH. Besides its certificates a pilot's folder then has
 
-    flower/              app/ that Flower brings to all, home/config.toml: where the SuperLink is, nodes.json: its number of each key, and
-                         superlink.service, its systemd unit
-    device-K/            node.key and node.pub, what device K proves itself by, and node.service, its systemd unit
+    flower/      app/, which Flower brings to all; home/, where the SuperLink is; nodes.json, its number of each key; its systemd unit
+    device-K/    node.key and node.pub, what device K proves itself by, and its systemd unit
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ FILES = Path(__file__).with_name("flower_files")
 FOLDER, APP, HOME, NODES = "flower", "app", "home", "nodes.json"
 LOOK_S, ONLINE_S = 0.2, 2.0  # how often replies are asked for, and who is there
 AGAIN_S = 5.0  # between two starts of a SuperNode
-START_S, STARTS = (
-    120.0,
-    3,
-)  # within which the app has to come: the SuperLink drops one that takes more than 30 s to start
+START_S, STARTS = 120.0, 3  # within which the app has to come: Flower drops one that needs more than 30 s to start
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
@@ -135,14 +131,12 @@ class Flower:
         online, refused = set(self.grid({})), certificates.revoked(self.terms.pilot)
         todo = dict[int, _Out]()
         for device, one in out.items():
-            if one.name:
-                continue
-            is_barred = certificates.serial_in(self.terms.pilot / f"device-{device}") in refused
-            if self.nodes[device] in online and not is_barred:
+            unwanted = certificates.unwanted(certificates.peer_in(self.terms.pilot / f"device-{device}"), refused)
+            if not one.name and self.nodes[device] in online and not unwanted:
                 todo[self.nodes[device]] = one
-            elif one.away_s is None:
+            elif not one.name and one.away_s is None:
                 one.away_s = time.monotonic()
-                self.terms.say(f"device-{device}: {'its certificate is revoked' if is_barred else 'away'}")
+                self.terms.say(unwanted or f"device-{device}: away")
         order = self.terms.order.encode() if self.terms.order else b""
         now_s = time.monotonic()
         sent = [[node, base64.b64encode(_joined(order, one.task)).decode()] for node, one in todo.items()]
