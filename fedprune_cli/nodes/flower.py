@@ -253,6 +253,7 @@ def attend(post: Post) -> None:
 
 
 def _start_supernode(post: Post, path: str) -> subprocess.Popen[bytes]:
+    read_bytes(post.folder / certificates.NODE_KEY, certificates.MAX_BYTES, CheckpointError)  # that it is there
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

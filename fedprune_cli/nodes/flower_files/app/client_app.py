@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 app = ClientApp()
 
 
-@app.train()
+@app.train()  # type: ignore[untyped-decorator]
 def work(message: Message, context: Context) -> Message:
     """Returns what the worker answers."""
     with Client(context.node_config["socket"], "AF_UNIX") as worker:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Answers `serve` until it closes the connection."""
     with Client(context.run_config["socket"], "AF_UNIX") as server:
@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
             server.send_bytes(json.dumps(_answer(grid, asked)).encode())
 
 
-def _answer(grid: Grid, asked: Mapping[str, list]) -> list:
+def _answer(grid: Grid, asked: Mapping[str, list]) -> list:  # type: ignore[type-arg]  # of JSON
     """Sends [node, bytes] and returns the messages' names; or returns what there is of replies to such names; or who is there."""
     if "push" in asked:
         contents = [(node, ConfigRecord({"bytes": base64.b64decode(data)})) for node, data in asked["push"]]
