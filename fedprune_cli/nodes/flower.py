@@ -39,7 +39,7 @@ from fedprune_cli.world.datasets.roster import Card
 FILES = Path(__file__).with_name("flower_files")
 FOLDER, APP, HOME, NODES = "flower", "app", "home", "nodes.json"
 LOOK_S, ONLINE_S = 0.2, 2.0  # how often replies are asked for, and who is there
-AGAIN_S = 5.0  # between two starts of a SuperNode
+AGAIN_S = 15.0  # between two starts of a SuperNode
 START_S, STARTS = 120.0, 3  # within which the app has to come: Flower drops one that needs more than 30 s to start
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
