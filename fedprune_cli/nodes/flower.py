@@ -160,7 +160,11 @@ class Flower:
         return reply_in(answer, one.request, one.sent_s, None, now_s)
 
     def _is_lost(self, device: int, one: _Out) -> bool:
-        now_s, patience_s, within_s = time.monotonic(), self.terms.patience_s, one.request and one.request.within_s
+        now_s, patience_s, within_s = (
+            time.monotonic(),
+            self.terms.patience_s,
+            one.request.within_s if one.request else None,
+        )
         if within_s is not None and now_s - one.asked_s > within_s:
             self.terms.say(f"device-{device}: late, nobody waits for it")
             return True
