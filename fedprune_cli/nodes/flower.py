@@ -160,17 +160,13 @@ class Flower:
         return reply_in(answer, one.request, one.sent_s, None, now_s)
 
     def _is_lost(self, device: int, one: _Out) -> bool:
-        now_s, patience_s, within_s = (
-            time.monotonic(),
-            self.terms.patience_s,
-            one.request.within_s if one.request else None,
-        )
+        now_s, within_s = time.monotonic(), one.request.within_s if one.request else None
         if within_s is not None and now_s - one.asked_s > within_s:
             self.terms.say(f"device-{device}: late, nobody waits for it")
             return True
-        if one.name or one.away_s is None or one.request is None or now_s - one.away_s < patience_s:
+        if one.name or one.away_s is None or one.request is None or now_s - one.away_s < self.terms.patience_s:
             return False
-        self.terms.say(f"device-{device}: away for {patience_s:.3g} s, its task is lost")
+        self.terms.say(f"device-{device}: away for {self.terms.patience_s:.3g} s, its task is lost")
         return True
 
 
