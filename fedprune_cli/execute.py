@@ -43,12 +43,15 @@ SEMAPHORES = "semaphores (/dev/shm), which workers need"
 SAFE = "finished rounds are safe"
 ALIGNMENT = 64  # bytes: what numpy and vector instructions like
 
+REMOTE = ("nodes", "flower")
+KINDS = ("serial", "processes", "ray", *REMOTE)
+
 _context: object = None  # what a worker process built once, at its start
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Where devices' work runs: `serial` in this process, else in single-threaded workers (null: one a core), or on `nodes`.
+    """Where devices' work runs: `serial` in this process, else in single-threaded workers (null: one a core), or on nodes.
 
     kind: `processes` of this machine, actors on the `ray` cluster at `address`, null starting one on this machine, or nodes that keep
     their data. patience_s: how long a node may be away before its task is lost, and its device has died in mid-round. by_clock: whether
@@ -62,8 +65,7 @@ class Execution:
     by_clock: bool = False
 
     def __post_init__(self) -> None:
-        kinds = ("serial", "processes", "ray", "nodes")
-        require(self.kind in kinds, "kind", self.kind, "'serial', 'processes', 'ray' or 'nodes'")
+        require(self.kind in KINDS, "kind", self.kind, "'serial', 'processes', 'ray', 'nodes' or 'flower'")
         good = self.address in (None, "auto") or re.fullmatch(r"[\w.:\[\]-]+:\d{1,5}", str(self.address), re.ASCII)
         require(bool(good), "address", self.address, "HOST:PORT of a Ray cluster's head, auto or null")
         require(self.remote or not self.by_clock, "by_clock", self.by_clock, "false where no nodes do the work")
@@ -73,7 +75,7 @@ class Execution:
     @property
     def remote(self) -> bool:
         """Whether nodes do the work that keep their data and personalized parts themselves."""
-        return self.kind == "nodes"
+        return self.kind in REMOTE
 
 
 def _same(task: object) -> float:
@@ -313,7 +315,7 @@ def starting(what: str) -> Iterator[None]:
 
 def ready(execution: Execution, build: Callable[[], object]) -> None:
     """Raises DeviceError or OutputError when what the executor needs cannot be had: asked before anything is written."""
-    if execution.kind in ("serial", "nodes"):
+    if execution.kind == "serial" or execution.remote:
         return
     if execution.kind == "ray":
         on_ray.reachable(execution.address)
@@ -334,7 +336,9 @@ def executor(execution: Execution, build: Callable[[], object], preload: Sequenc
     """
     workers = execution.workers or usable_cores()
     if execution.remote:
-        raise ConfigError("execution.kind=nodes: nodes do the work of this run, and `fedprune serve` reaches them")
+        raise ConfigError(
+            f"execution.kind={execution.kind}: nodes do the work of this run, and `fedprune serve` reaches them"
+        )
     if execution.kind == "serial":
         yield _Serial(_single_threaded(build))
         return

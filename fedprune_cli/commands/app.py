@@ -19,7 +19,7 @@ from fedprune_cli.commands.leak import leak
 from fedprune_cli.commands.look import completion, report, runs, verify, watch
 from fedprune_cli.commands.measure import bench, calibrate
 from fedprune_cli.commands.new import new
-from fedprune_cli.commands.pilot import enroll, join, serve
+from fedprune_cli.commands.pilot import enroll, join, pilot, serve
 from fedprune_cli.commands.take import export, predict, rounds
 from fedprune_cli.commands.train import resume, train
 from fedprune_cli.errors import ConfigError, FedpruneError, OutputError, explained
@@ -72,7 +72,7 @@ def _check_here() -> None:
 
 for command in (
     train, resume, report, compare, runs, watch, export, predict, rounds, completion, allocate, ladder, verify, leak, bench,
-    calibrate, new, enroll, serve, join,
+    calibrate, new, enroll, pilot, serve, join,
 ):  # fmt: skip
     app.command()(_shielded(command))
 

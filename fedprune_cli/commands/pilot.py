@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +49,43 @@ def enroll(
         say(f"written: {certificates.enroll(pilot, device, days)}")
 
 
+class Step(StrEnum):
+    """What `fedprune pilot` can do."""
+
+    INIT = "init"
+
+
+def pilot(
+    step: Annotated[Step, typer.Argument(metavar="init", help="Write what is not there yet.")],
+    pilot: PilotFolder,
+    devices: Annotated[list[int], typer.Argument(metavar="DEVICE...", help="Numbers of devices: 0 1 2.", min=0)],
+    host: Annotated[str, typer.Option("--host", help="The name or address at which nodes reach the SuperLink.")],
+    port: Annotated[int, typer.Option(help="Its port.", min=1, max=65535)] = 8443,
+    days: Annotated[int, typer.Option(help="For how long new certificates are valid.", min=1, max=3650)] = 365,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a pilot over Flower needs: certificates as enroll does, the app, each node's key, and systemd units.
+
+    A device that has a certificate and a key keeps them. PILOT/device-K is what is brought to the node.
+    """
+    from fedprune_cli.nodes import certificates
+    from fedprune_cli.nodes.flower import write_pilot
+
+    if not (pilot / certificates.CA).exists():
+        certificates.begin(pilot, [host], days)
+    for device in devices:
+        if not certificates.is_enrolled(pilot, device):
+            certificates.enroll(pilot, device, days)
+    for path in write_pilot(pilot, devices, host, port):
+        say(f"written: {path}")
+
+
 def serve(
     pilot: PilotFolder,
     overrides: Overrides = None,
-    listen: Annotated[str, typer.Option(help="HOST:PORT where nodes come.")] = "0.0.0.0:8443",
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT where nodes come, 0.0.0.0:8443 unless given; not for Flower.")
+    ] = None,
     plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -62,24 +97,29 @@ def serve(
     from fedprune_cli.config.compose import compose_config
     from fedprune_cli.config.plain import plain
     from fedprune_cli.many.one import SHOWN, resumable, run_to_end
-    from fedprune_cli.nodes.pilot import ROSTER, Pilot
+    from fedprune_cli.nodes.pilot import CARRIERS, ROSTER, Pilot
     from fedprune_cli.runs.life import begin_or_reopen
 
-    given = overrides or []
-    site = Pilot(pilot, listen, note)
+    given = ["data=nodes", f"data.file={pilot / ROSTER}", *(overrides or [])]
+    kind = str(compose_config(given).execution.kind)
+    if kind not in CARRIERS:
+        raise ConfigError(f"execution.kind={kind}: must be one of {', '.join(CARRIERS)}, got {kind!r}")
+    if listen and kind == "flower":
+        raise ConfigError(
+            "--listen: with Flower nodes come to its SuperLink, whose unit is PILOT/flower/superlink.service"
+        )
+    site = Pilot(pilot, listen or "0.0.0.0:8443", note, kind=kind)
     with status("waiting for the nodes"):
         count = len(site.roster())
     keys = {override.lstrip("+").partition("=")[0] for override in given}
     fleet = (
         {"devices.count": count, "devices.fresh": 0} if not keys & {"devices", "devices.count", "devices.fresh"} else {}
     )
-    config = compose_config(
-        ["data=nodes", f"data.file={pilot / ROSTER}", *[f"{key}={value}" for key, value in fleet.items()], *given]
-    )
+    config = compose_config([*given[:2], *[f"{key}={value}" for key, value in fleet.items()], *given[2:]])
     setup = begin_or_reopen(config)
     run_dir = setup.experiment.run_dir
     with resumable(run_dir):
-        page = run_to_end(setup, run_dir, SHOWN, site=Pilot(pilot, listen, note, plain(config, resolve=True)))
+        page = run_to_end(setup, run_dir, SHOWN, site=replace(site, config=plain(config, resolve=True)))
         print_run(run_dir, page, as_json=as_json)
 
 
@@ -87,7 +127,9 @@ def join(
     folder: Annotated[
         Path, typer.Argument(metavar="NODE", help="The node's folder: what enroll wrote as PILOT/device-K.")
     ],
-    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server listens.")],
+    server: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="Where the server listens, or Flower's SuperLink.")
+    ],
     overrides: Overrides = None,
     part: Annotated[
         int | None,
@@ -95,6 +137,10 @@ def join(
     ] = None,
     labels: Annotated[
         bool, typer.Option("--labels", help="Tell the server how many samples of each class there are.")
+    ] = False,
+    flower: Annotated[
+        bool,
+        typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped."),
     ] = False,
     plugin: Plugins = None,
     quiet: Quiet = False,
@@ -104,9 +150,14 @@ def join(
     The first time the overrides say what its data are (data=table data.file=...), of which it writes samples.safetensors; later
     they are read from there.
     """
-    from fedprune_cli.nodes.attend import Post, attend
     from fedprune_cli.nodes.certificates import device_in
     from fedprune_cli.nodes.data import SAMPLES, Place, read_samples, write_samples
+    from fedprune_cli.nodes.post import Post
+
+    if flower:
+        from fedprune_cli.nodes.flower import attend
+    else:
+        from fedprune_cli.nodes.attend import attend
 
     device = device_in(folder)
     if not (folder / SAMPLES).exists():

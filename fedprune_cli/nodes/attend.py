@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedprune_cli.errors import CheckpointError, DeviceError
+from fedprune_cli.errors import CheckpointError
 from fedprune_cli.nodes.certificates import Identity, read_identity
 from fedprune_cli.nodes.channel import METHOD, REFUSALS, grpc, options
-from fedprune_cli.nodes.data import Place
-from fedprune_cli.nodes.protocol import failed, got, hello_of, read_from_server, sha256
-from fedprune_cli.store.files import Plain
+from fedprune_cli.nodes.post import Post, node_for
+from fedprune_cli.nodes.protocol import got, hello_of, read_from_server, sha256
 from fedprune_cli.store.sealed import Sealed
 
 if TYPE_CHECKING:
@@ -24,17 +22,6 @@ if TYPE_CHECKING:
 MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
 TLS = ("certificate", "hostname verification", "peer name")  # in what gRPC says of a server that is not the right one
-
-
-@dataclass(frozen=True)
-class Post:
-    """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told."""
-
-    address: str
-    folder: Path
-    place: Place
-    labels: bool
-    say: Callable[[str], None]
 
 
 def attend(post: Post) -> None:
@@ -68,10 +55,9 @@ def _session(duty: _Duty, hello: bytes) -> str:
 
 @dataclass
 class _Duty:
-    """What a node is at: the run, the node for it, and what it has heard of u. spoken_to: whether the stream had any message."""
+    """What a node is at: the node for the run, and what it has heard of u. spoken_to: whether the stream had any message."""
 
     post: Post
-    run: str = ""
     node: Node | None = None
     heard: Heard | None = None
     spoken_to: bool = False
@@ -83,22 +69,10 @@ class _Duty:
             if kind == "end":
                 return True
             if kind == "run":
-                self._begin(message)
+                self.heard, self.node = None, node_for(self.post, message, self.node)
             elif self.node is not None:
                 self.heard = _work(self.node, message, self.heard, outgoing)
         return False
-
-    def _begin(self, message: Sealed) -> None:
-        self.heard, run = None, str(message.header["run"])
-        if self.node is None or run != self.run:
-            self.run, self.node = run, _build(self.post.place, run, message.header["config"])
-            self.post.say(f"device-{self.node.device}: works on {run}")
-
-
-def _build(place: Place, run: str, config: Plain) -> Node:
-    from fedprune_cli.nodes.node import build_node  # PyTorch with it: who waits for this node sees it meanwhile
-
-    return build_node(place, run, config if isinstance(config, dict) else {})
 
 
 def _read(stream: Iterator[bytes]) -> Iterator[Sealed]:
@@ -117,10 +91,7 @@ def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.Simp
         order, heard = node.read(message, heard)
     except ValueError as error:
         raise CheckpointError(f"the server's task was refused: {error}") from None
-    try:
-        outgoing.put(node.answer(of, order).encode())
-    except DeviceError as error:
-        outgoing.put(failed(of, str(error)))
+    outgoing.put(node.respond(of, order))
     return heard
 
 

@@ -5,6 +5,7 @@ The one home of `cryptography`. A pilot's folder holds
     ca.pem, ca.key            the authority; its key signs, and stays here
     server/                   ca.pem, own.pem, own.key of the server
     device-K/                 the same of device K: what is brought to the node
+    device-K/node.key, .pub   where Flower carries: what device K proves itself by to a SuperLink
     revoked.txt               serial numbers, one a line, that the server refuses
 """
 
@@ -32,6 +33,7 @@ except ImportError:
 
 CA, OWN, KEY, REVOKED, SERVER = "ca.pem", "own.pem", "own.key", "revoked.txt", "server"
 CA_KEY = "ca.key"
+NODE_KEY, NODE_PUBLIC = "node.key", "node.pub"
 NAME = re.compile(r"device-(\d{1,6})")
 CA_DAYS = 3650
 MAX_BYTES = 100_000
@@ -58,7 +60,7 @@ def read_identity(folder: Path) -> Identity:
 
 def device_in(folder: Path) -> int:
     """Returns the number of the device whose certificate lies in a folder; raises CheckpointError."""
-    device = peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError)).device
+    device = peer_in(folder).device
     if device is None:
         raise CheckpointError(f"{folder / OWN}: not the certificate of a device")
     return device
@@ -85,6 +87,13 @@ def peer_of(pem: bytes) -> Peer:
     name = _name(certificate)
     found = NAME.fullmatch(name)
     return Peer(name, int(found[1]) if found else None, certificate.serial_number, certificate.not_valid_after_utc)
+
+
+def unwanted(peer: Peer, refused: frozenset[int]) -> str:
+    """Returns why a certificate is not taken, empty when it is; refused: the serial numbers that are revoked."""
+    if peer.serial in refused:
+        return f"the certificate of {peer.name} is revoked"
+    return f"the certificate of {peer.name} has expired" if peer.expired else ""
 
 
 def revoked(pilot: Path) -> frozenset[int]:
@@ -127,19 +136,31 @@ def begin(pilot: Path, hosts: Sequence[str], days: int) -> None:
     _issue(pilot, SERVER, [_subject(host) for host in hosts], days)
 
 
+def is_enrolled(pilot: Path, device: int) -> bool:
+    """Whether a device has a certificate that is not revoked."""
+    folder = pilot / f"device-{device}"
+    return (folder / OWN).exists() and peer_in(folder).serial not in revoked(pilot)
+
+
+def peer_in(folder: Path) -> Peer:
+    """Returns whose certificate is in a folder; raises CheckpointError."""
+    return peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError))
+
+
 def enroll(pilot: Path, device: int, days: int) -> Path:
     """Makes the folder of a device with its certificate; returns it. Raises CheckpointError when there is one that is not revoked."""
     folder = pilot / f"device-{device}"
-    if (folder / OWN).exists() and peer_of(read_bytes(folder / OWN, MAX_BYTES, CheckpointError)).serial not in revoked(
-        pilot
-    ):
+    if is_enrolled(pilot, device):
         raise CheckpointError(f"{folder}: is enrolled; --revoke {device} first, to give it a new certificate")
+    for name in (NODE_KEY, NODE_PUBLIC):  # as old as the certificate, and so as stolen
+        with writing(folder):
+            (folder / name).unlink(missing_ok=True)
     return _issue(pilot, f"device-{device}", [x509.DNSName(f"device-{device}")], days)
 
 
 def revoke(pilot: Path, device: int) -> None:
     """Puts the certificate of a device on the list of those that the server refuses; raises CheckpointError when it has none."""
-    peer = peer_of(read_bytes(pilot / f"device-{device}" / OWN, MAX_BYTES, CheckpointError))
+    peer = peer_in(pilot / f"device-{device}")
     if peer.serial in revoked(pilot):
         raise CheckpointError(f"{pilot / REVOKED}: has device-{device} already")
     path = pilot / REVOKED
@@ -168,6 +189,15 @@ def _issue(pilot: Path, name: str, subjects: Sequence[x509.GeneralName], days: i
     write_whole(folder / CA, ca)
     write_whole(folder / OWN, _public(certificate))
     return folder
+
+
+def write_node_key(folder: Path) -> None:
+    """Writes the key that a device proves itself by to Flower's SuperLink, and its public half, both as OpenSSH has them."""
+    key, form = ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    _write_private(folder / NODE_KEY, private)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    write_whole(folder / NODE_PUBLIC, public + b"\n")
 
 
 def _builder(key: ec.EllipticCurvePrivateKey, name: x509.Name, days: int) -> x509.CertificateBuilder:

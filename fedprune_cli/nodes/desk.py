@@ -11,17 +11,16 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from fedprune_cli.errors import FedpruneError, OutputError
-from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked
+from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked, unwanted
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
-from fedprune_cli.nodes.executor import Reply, Request
+from fedprune_cli.nodes.executor import Reply, Request, reply_in
 from fedprune_cli.nodes.orders import Heard
-from fedprune_cli.nodes.protocol import END, Hello, RunOrder, read_from_node, read_hello, sha256, versions
+from fedprune_cli.nodes.protocol import END, Hello, Terms, read_from_node, read_hello, sha256
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.world.datasets.roster import Card
 
@@ -67,23 +66,6 @@ class _Ask:
     sent_s: float = 0.0
     got_s: float = 0.0
     giving_up: asyncio.TimerHandle | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Under which nodes are taken. pilot: the folder with the certificates; devices: how many there are; most_bytes: of a message.
-
-    patience_s: how long a node may be away before its task is lost; cards: what their data must be like, nothing before there is a
-    roster; order: what they are to work on, None: nothing yet; say: told what happens, in one line each.
-    """
-
-    pilot: Path
-    devices: int
-    most_bytes: int
-    patience_s: float
-    say: Callable[[str], None]
-    cards: Sequence[Card] = ()
-    order: RunOrder | None = None
 
 
 @dataclass
@@ -175,8 +157,8 @@ class Desk:
         """Asks those to leave whose certificates are revoked or have expired since they came."""
         refused = revoked(self.terms.pilot)
         for link in self.links.values():
-            if link.peer.serial in refused or link.peer.expired:
-                link.leave(_unwanted(link.peer, refused))
+            if why := unwanted(link.peer, refused):
+                link.leave(why)
 
     def _soon(self, work: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(work)
@@ -235,12 +217,7 @@ class Desk:
         if header["kind"] == "got":
             ask.got_s = now_s
             return
-        got_s = ask.got_s or ask.sent_s
-        if header["kind"] == "failed":
-            ask.reply.set_result(Reply(None, ask.sent_s, got_s, now_s, failure=str(header["why"])))
-            return
-        result, compute_s = ask.request.read(message), float(str(header["compute_s"]))
-        ask.reply.set_result(Reply(result, ask.sent_s, got_s, now_s, compute_s))
+        ask.reply.set_result(reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s))
 
     async def _admit(self, context: grpc.aio.ServicerContext) -> _Link:
         """Returns the link of a node that may take part; refuses any other."""
@@ -249,8 +226,8 @@ class Desk:
             refused = revoked(self.terms.pilot)
         except (FedpruneError, KeyError, IndexError) as error:
             await self._turn_away(context, Code.PERMISSION_DENIED, f"{context.peer()}: {error}")
-        if peer.serial in refused or peer.expired:
-            await self._turn_away(context, Code.PERMISSION_DENIED, _unwanted(peer, refused))
+        if why := unwanted(peer, refused):
+            await self._turn_away(context, Code.PERMISSION_DENIED, why)
         if peer.device is None or peer.device >= self.terms.devices:
             why = f"{peer.name} is no device of this pilot: it has device-0 to device-{self.terms.devices - 1}"
             await self._turn_away(context, Code.PERMISSION_DENIED, why)
@@ -259,12 +236,7 @@ class Desk:
             hello = read_hello(data if isinstance(data, bytes) else b"")
         except (ValueError, TimeoutError) as error:
             await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}")
-        mine, its = versions(), hello.versions
-        if its != mine:
-            why = f"{peer.name} runs {_words(its)}, the server {_words(mine)}: they must be the same"
-            await self._turn_away(context, Code.FAILED_PRECONDITION, why)
-        if self.terms.cards and _as_told(hello.card) != _as_told(self.terms.cards[peer.device]):
-            why = f"{peer.name}: its data are not those of the roster, which a run cannot change"
+        if why := self.terms.unfit(peer.device, hello):
             await self._turn_away(context, Code.FAILED_PRECONDITION, why)
         return _Link(peer, hello, context)
 
@@ -279,18 +251,6 @@ _running: set[asyncio.Task[None]] = set()  # tasks that nobody else holds
 async def _refuse(context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
     await context.abort(code, why)
     raise AssertionError  # abort has raised
-
-
-def _unwanted(peer: Peer, refused: frozenset[int]) -> str:
-    return f"the certificate of {peer.name} {'is revoked' if peer.serial in refused else 'has expired'}"
-
-
-def _words(of: object) -> str:
-    return ", ".join(f"{key} {value}" for key, value in vars(of).items())
-
-
-def _as_told(card: Card) -> tuple[object, ...]:
-    return card.train, card.test, card.shape, card.dtype, card.scale, card.classes
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from fedprune_cli.learn.structured import Layout
 from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
 from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.sealed import Sealed
+from fedprune_cli.world.datasets.roster import Card
 
 Context = TypeVar("Context")
 OneTask = TypeVar("OneTask")
@@ -38,15 +39,23 @@ class Request:
 class Reply:
     """What came back, and when by the server's clock: sent, there (the node said so), and answered. failure: why there is no result.
 
-    compute_s: how long the node worked, by its own clock.
+    got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock.
     """
 
     result: Update | Score | None
     sent_s: float
-    got_s: float
+    got_s: float | None
     done_s: float
     compute_s: float = 0.0
     failure: str = ""
+
+
+def reply_in(message: Sealed, request: Request, sent_s: float, got_s: float | None, done_s: float) -> Reply:
+    """Returns the reply in what a node answered with; raises ValueError for what cannot be an answer to the request."""
+    header = message.header
+    if header["kind"] == "failed":
+        return Reply(None, sent_s, got_s, done_s, failure=str(header["why"]))
+    return Reply(request.read(message), sent_s, got_s, done_s, float(str(header["compute_s"])))
 
 
 class Carrier(Protocol):
@@ -54,6 +63,16 @@ class Carrier(Protocol):
 
     def exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
         """Returns the replies by device; one that is away for longer than may be waited for, or is not within its time, has none."""
+
+
+class Host(Carrier, Protocol):
+    """A carrier as a pilot has it."""
+
+    def gather(self) -> list[Card]:
+        """Returns the cards of all devices once all of them have come."""
+
+    def end(self) -> None:
+        """Tells every node that is here that the run has had its last round."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +114,11 @@ class NodeExecutor:
         replies = self._exchange(work, tasks)
         last_s = max((reply.done_s for reply in replies.values()), default=0.0)
         for device, reply in replies.items():
-            moved_s = reply.done_s - reply.got_s - reply.compute_s
-            self.done[device] = {
-                "compute_s": reply.compute_s, "downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0),
-                "waiting_s": last_s - reply.done_s,
-            }  # fmt: skip
+            ways = {"carried_s": max(reply.done_s - reply.sent_s - reply.compute_s, 0.0)}
+            if reply.got_s is not None:
+                moved_s = reply.done_s - reply.got_s - reply.compute_s
+                ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
+            self.done[device] = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
         return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
 
     def _update(self, task: Task, reply: Reply | None) -> Update:

@@ -11,12 +11,14 @@ import torch
 from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
+from fedprune_cli.errors import DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.nodes.data import Place, Versions, versions_of
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order
+from fedprune_cli.nodes.protocol import failed
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
@@ -29,6 +31,11 @@ class Node:
     device: int
     learner: Learner
     versions: Versions
+
+    @property
+    def run(self) -> str:
+        """The name of its run."""
+        return self.versions.folder.name
 
     def read(self, message: Sealed, heard: Heard | None) -> tuple[Order, Heard]:
         """Returns the task in a message and what of u is heard by then; raises ValueError for one of another model or device."""
@@ -45,6 +52,13 @@ class Node:
         started = time.perf_counter()
         result, moved = self._work(order)
         return Answer(of, result, time.perf_counter() - started, moved)
+
+    def respond(self, of: str, order: Order) -> bytes:
+        """Returns the message that it answers a task with: what it makes of it, or why it makes nothing."""
+        try:
+            return self.answer(of, order).encode()
+        except DeviceError as error:
+            return failed(of, str(error))
 
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
         task = replace(order.task, personal=self.versions.read(order.base))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.certificates import NAME
-from fedprune_cli.nodes.desk import Terms, desk
-from fedprune_cli.nodes.executor import NodeExecutor, measured
-from fedprune_cli.nodes.protocol import SPARE_BYTES, RunOrder
+from fedprune_cli.nodes.executor import Host, NodeExecutor, measured
+from fedprune_cli.nodes.protocol import SPARE_BYTES, RunOrder, Terms
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.record import RoundRecord
@@ -22,15 +22,31 @@ from fedprune_cli.world.datasets.roster import Card, read_cards, roster_json
 ROSTER = "roster.json"
 
 
+def _over_grpc(address: str, terms: Terms) -> AbstractContextManager[Host]:
+    from fedprune_cli.nodes.desk import desk
+
+    return desk(address, terms)
+
+
+def _over_flower(_: str, terms: Terms) -> AbstractContextManager[Host]:
+    from fedprune_cli.nodes.flower import superlink
+
+    return superlink(terms)
+
+
+CARRIERS = {"nodes": _over_grpc, "flower": _over_flower}  # by execution.kind; each needs packages of its own
+
+
 @dataclass(frozen=True)
 class Pilot:
-    """Where the server listens, its folder, and who is told what happens; config: of the run, for the nodes."""
+    """Where the server listens, its folder, and who is told what happens; config: of the run, for the nodes; kind: one of CARRIERS."""
 
     folder: Path
     address: str
     say: Callable[[str], None]
     config: Mapping[str, Plain] = field(default_factory=dict)
     done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    kind: str = "nodes"
 
     @contextlib.contextmanager
     def executor(self, setup: Setup) -> Iterator[Executor]:
@@ -40,7 +56,7 @@ class Pilot:
         cards = read_cards(self.folder / ROSTER)
         most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
         terms = Terms(self.folder, len(cards), most_bytes, experiment.execution.patience_s, self.say, cards, order)
-        with desk(self.address, terms) as here:
+        with CARRIERS[self.kind](self.address, terms) as here:
             policy = experiment.failsafe.policy
             yield NodeExecutor(here, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
             here.end()
@@ -54,7 +70,7 @@ class Pilot:
         path = self.folder / ROSTER
         if not path.exists():
             terms = Terms(self.folder, self._enrolled(), SPARE_BYTES, 0.0, self.say)
-            with desk(self.address, terms) as here:
+            with CARRIERS[self.kind](self.address, terms) as here:
                 cards = here.gather()
             write_whole(path, roster_json(cards))
         return read_cards(path)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
@@ -69,6 +70,14 @@ def read_hello(data: bytes) -> Hello:
     return Hello(of, str(header["machine"])[:200], card)
 
 
+def _words(of: Versions) -> str:
+    return ", ".join(f"{key} {value}" for key, value in vars(of).items())
+
+
+def _as_told(card: Card) -> tuple[object, ...]:
+    return card.train, card.test, card.shape, card.dtype, card.scale, card.classes
+
+
 @dataclass(frozen=True)
 class RunOrder:
     """Which run the tasks are of that follow, and its configuration, of which a node takes the model and how it is trained."""
@@ -79,6 +88,32 @@ class RunOrder:
     def encode(self) -> bytes:
         """Returns the message."""
         return Sealed({"kind": "run", "run": self.run, "config": dict(self.config)}).encode()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under which nodes are taken. pilot: the folder with the certificates; devices: how many there are; most_bytes: of a message.
+
+    patience_s: how long a node may be away before its task is lost; cards: what their data must be like, nothing before there is a
+    roster; order: what they are to work on, None: nothing yet; say: told what happens, in one line each.
+    """
+
+    pilot: Path
+    devices: int
+    most_bytes: int
+    patience_s: float
+    say: Callable[[str], None]
+    cards: Sequence[Card] = ()
+    order: RunOrder | None = None
+
+    def unfit(self, device: int, hello: Hello) -> str:
+        """Returns why the node of a device cannot take part, empty when it can."""
+        mine, its = versions(), hello.versions
+        if its != mine:
+            return f"device-{device} runs {_words(its)}, the server {_words(mine)}: they must be the same"
+        if self.cards and _as_told(hello.card) != _as_told(self.cards[device]):
+            return f"device-{device}: its data are not those of the roster, which a run cannot change"
+        return ""
 
 
 END = Sealed({"kind": "end"}).encode()

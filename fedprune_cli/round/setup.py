@@ -104,7 +104,7 @@ def prepare(experiment: Experiment) -> Setup:
     """
     if experiment.execution.remote != (experiment.data.name == "nodes"):
         raise ConfigError(
-            "data=nodes and execution.kind=nodes go together: nodes that keep their data do the work themselves"
+            "data=nodes and execution.kind=nodes or flower go together: nodes that keep their data do the work themselves"
         )
     world = World(
         experiment.data,

@@ -45,7 +45,7 @@ BAD = [
     ("experiment=nope", "unknown experiment option 'nope'|experiment"),
     ("name=../../etc", "name"),
     ("name=''", "name"),
-    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial', 'processes', 'ray' or 'nodes'"),
+    ("execution.kind=cluster", "execution.kind=cluster: must be 'serial', 'processes', 'ray', 'nodes' or 'flower'"),
     ("out=${oc.env:NOPE}", "out|NOPE"),
     ("training.lr=${nope}", "nope"),
 ]
