@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprune_cli.errors import CheckpointError, ConfigError, DeviceError, FedpruneError
 from fedprune_cli.nodes import certificates
@@ -35,6 +36,9 @@ from fedprune_cli.nodes.protocol import Terms, failed, hello_of, read_from_node,
 from fedprune_cli.store.files import read_bytes, read_json
 from fedprune_cli.store.write import write_whole, writing
 from fedprune_cli.world.datasets.roster import Card
+
+if TYPE_CHECKING:
+    from fedprune_cli.nodes.node import Node
 
 FILES = Path(__file__).with_name("flower_files")
 FOLDER, APP, HOME, NODES = "flower", "app", "home", "nodes.json"
@@ -230,7 +234,8 @@ def _flwr(pilot: Path, *arguments: str) -> str:
 def attend(post: Post) -> None:
     """Does the tasks that a SuperNode brings, which is started here, and again whenever it ends; does so until it is stopped."""
     hello = hello_of(post.place.samples.card(labels=post.labels)).encode()
-    node, supernode, started_s = None, None, 0.0
+    node: Node | None = None
+    supernode, started_s = None, 0.0
     with _listening() as (ears, path), contextlib.ExitStack() as ending:
         ears.settimeout(0.5)
         while True:
@@ -239,17 +244,26 @@ def attend(post: Post) -> None:
                 supernode, started_s = _start_supernode(post, path), time.monotonic()
                 ending.callback(supernode.terminate)
             with contextlib.suppress(EOFError, OSError):  # nobody has come, or who came is gone
-                app, _ = ears.accept()
-                with Connection(app.detach()) as connection:
-                    order, task = _split(connection.recv_bytes())
-                    answer = b""
-                    if task:
-                        try:
-                            node = node_for(post, read_from_server(order), node)
-                            answer = node.respond(sha256(task), node.read(read_from_server(task), None)[0])
-                        except (FedpruneError, ValueError, KeyError, OSError) as error:
-                            answer = failed(sha256(task), f"device-{post.place.device}: {error}")
-                    connection.send_bytes(_joined(hello, answer))
+                node = _attend_one(post, ears, hello, node)
+
+
+def _attend_one(post: Post, ears: socket.socket, hello: bytes, node: Node | None) -> Node | None:
+    """Does the task that the next app brings, if it brings one; returns the node that did."""
+    app, _ = ears.accept()
+    with Connection(app.detach()) as connection:
+        order, task = _split(connection.recv_bytes())
+        node, answer = _answer(post, order, task, node) if task else (node, b"")
+        connection.send_bytes(_joined(hello, answer))
+    return node
+
+
+def _answer(post: Post, order: bytes, task: bytes, node: Node | None) -> tuple[Node | None, bytes]:
+    """Returns the node of the order's run, and what it makes of a task, or why it could not."""
+    try:
+        node = node_for(post, read_from_server(order), node)
+        return node, node.respond(sha256(task), node.read(read_from_server(task), None)[0])
+    except (FedpruneError, ValueError, KeyError, OSError) as error:
+        return node, failed(sha256(task), f"device-{post.place.device}: {error}")
 
 
 def _start_supernode(post: Post, path: str) -> subprocess.Popen[bytes]:

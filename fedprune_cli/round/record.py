@@ -89,7 +89,7 @@ def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome,
     certificate, gradient = allocation.certificate, np.zeros(0) if outcome.gradient is None else outcome.gradient
     frozen = len(results.personal_updates)
     really_failed = any(update.died or update.late for update in results.updates)  # on a node, and not by design
-    given: dict[str, list[Any]] = {"bandwidth_hz": allocation.bandwidth_hz[admitted].tolist() + [0.0] * frozen}
+    given = {"bandwidth_hz": allocation.bandwidth_hz[admitted].tolist() + [0.0] * frozen}
     given |= {key: values.tolist() + [1.0] * frozen for key, values in plan.chosen.items()}
     given |= {} if plan.bits is not None else {"bits": plan.sent_bits.tolist() + [0] * frozen}
     given |= {} if plan.blocks is None else {"blocks": plan.blocks + [[] for _ in range(frozen)]}
