@@ -134,8 +134,9 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
         error = FedpruneError(f"tune: {reference} sets the target and failed, see above")
         error.exit_code = failures[0].exit_code
         raise error
-    base = read_run(first[0].run_dir)
-    contest = replace(contest, round_s={member.seed: _median_s(read_run(member.run_dir)) for member in first})
+    runs = {member.seed: read_run(member.run_dir) for member in first}
+    base = runs[tuning.seed]
+    contest = replace(contest, round_s={seed: _median_s(run) for seed, run in runs.items()})
     choices = [(arm, setting) for arm, of in tuning.settings.items() for setting in of if len(of) > 1]
     members = [_named(build_member(contest, arm, setting, tuning.seed)[0], setting) for arm, setting in choices]
     failures = run(members)

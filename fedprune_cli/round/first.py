@@ -142,7 +142,7 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
             raise DataError(f"{file}, line 1: column {missing[0]} is missing beside {some[0]}")
         default = {"max_bandwidth_hz": math.inf, "energy_budget_j": math.inf, "tx_power_w": 1.0}
         limits = Limits(**{name: rows.get(name, np.full(size, default.get(name, 0.0))) for name in OWN_LIMITS})
-    radio, caps = radio_of(experiment.channel), experiment.channel
+    caps = experiment.channel
     modem = caps.max_bits_per_hz if isinstance(caps, Capped) else None
     if isinstance(caps, Capped) and caps.control is not None:
         raise ConfigError(
@@ -168,13 +168,14 @@ def _own_problem(file: Path, experiment: Experiment) -> tuple[Problem, tuple[str
 
 def _gain_columns(file: Path, radio: Radio) -> list[str]:
     """Returns the columns gain_0, gain_1, ... of a table: gains in each block relative to the device's own; raises DataError."""
-    count = sum(bool(re.fullmatch(r"gain_\d+", name)) for name in read_header(str(file)))
+    header = read_header(str(file))
+    count = sum(bool(re.fullmatch(r"gain_\d+", name)) for name in header)
     if count and radio.block_hz is not None and count != round(radio.band_hz / radio.block_hz):
         raise DataError(
             f"{file}, line 1: {count} columns gain_0, gain_1 ... for the channel's {round(radio.band_hz / radio.block_hz)} blocks"
         )
     names = [f"gain_{block}" for block in range(count)]
-    if missing := [name for name in names if name not in read_header(str(file))]:
+    if missing := [name for name in names if name not in header]:
         raise DataError(f"{file}, line 1: column {missing[0]} is missing beside the other gains of blocks")
     return names
 
