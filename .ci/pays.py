@@ -178,11 +178,11 @@ INTRODUCTION = f"""# Where it pays
 Where does the joint choice of ratio and bandwidth pay, and under which kind of deadline, when every arm has the one that suits it best?
 This page is written by `python .ci/pays.py keep` from the tables beside it, and a test holds it to them.
 
-Each arm chose its setting on seed 99, which is not reported, among fractions of the round's own dense time, stretched where it must be,
-and seconds after which whoever is not there is left out, given in median rounds of `personalized` on the seed's own site. `dense, drop` is
-`personalized` with such seconds to choose from, and the fixed ratio, which is chosen too, has them as well. Who took part, and how the
-worst off fared, stands in the columns of the device with the fewest rounds and of the 10th percentile. ± is half the 95 % interval over 5
-seeds, of paired differences where two are compared; simulated seconds are modelled.
+Each arm chose its setting on seeds 97, 98 and 99, which are not reported, among fractions of the round's own dense time, stretched where
+it must be, and seconds after which whoever is not there is left out, given in median rounds of `personalized` on the seed's own site.
+`dense, drop` is `personalized` with such seconds to choose from, and the fixed ratio, which is chosen too, has them as well. Who took part,
+and how the worst off fared, stands in the columns of the device with the fewest rounds and of the 10th percentile. ± is half the 95 %
+interval over 5 seeds, of paired differences where two are compared; simulated seconds are modelled.
 
 It *pays* where `kkt`, `blocks` or `proportional` reaches the target at least {100 * ENOUGH:.0f} % sooner than equal bandwidth and than the
 fixed ratio on its best bandwidth, with the interval away from 0. Where an arm misses the target on one seed, as a deadline that was chosen

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
+from fedprune_cli.learn.flops import FlopCounter
 from fedprune_cli.learn.models import Shape
 from fedprune_cli.learn.parts import Parts, one_layer, set_trained
 from fedprune_cli.store.state import Array
@@ -52,7 +53,7 @@ class ModelCost:
 
 
 def count_cost(parts: Parts, shape: Shape) -> ModelCost:
-    """Returns the model's cost, from one real step of each kind on a single sample under PyTorch's FLOP counter."""
+    """Returns the model's cost, from one real step of each kind on a single sample with PyTorch's rules for FLOPs."""
     flops = {}
     for kind in ("personal", "shared", "both"):
         trained = parts.shared_params * (kind != "personal") + parts.personal_params * (kind != "shared")
@@ -67,16 +68,8 @@ def _kind(layer: nn.Module) -> str:
     return "dense" if isinstance(layer, nn.Linear) else "recurrent" if one_layer(layer) else "elementwise"
 
 
-def _conv_backward_flops(
-    grad_out: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: object, **_: object
-) -> int:
-    """Each gradient of a convolution costs what its forward pass costs; PyTorch's own formula forgets the groups."""
-    transposed, output_mask = bool(args[4]), args[7]
-    return conv_flop_count(list(x), list(weight), list(grad_out), transposed) * sum(output_mask[:2])  # type: ignore[index]
-
-
 def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -> Array:
-    """Returns the FLOPs of one sample's step by parameter: of layers by their rule, of what blocks do besides by PyTorch's counter."""
+    """Returns the FLOPs of one sample's step by parameter: of layers by their rule, of what blocks do besides by PyTorch's rules."""
     set_trained(parts, trained)
     of_param: dict[str, float] = {}
 
@@ -103,17 +96,17 @@ def _step_flops(parts: Parts, shape: Shape, trained: tuple[nn.Parameter, ...]) -
     recurrent = [(name, layer) for name, layer in named if one_layer(layer)]
     hooks = [layer.register_forward_hook(functools.partial(count, name)) for name, layer in layers]
     hooks += [layer.register_forward_hook(functools.partial(count_steps, name)) for name, layer in recurrent]
-    conv_backward = {torch.ops.aten.convolution_backward: _conv_backward_flops}
     # oneDNN's LSTM is one operation, of which the counter knows nothing; without it the steps are matrix products
     with (
         torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None),
-        FlopCounterMode(display=False, custom_mapping=conv_backward) as counter,
+        ModuleTracker() as tracker,
+        FlopCounter(tracker) as counter,
     ):
         loss = nn.functional.cross_entropy(parts.model(torch.zeros(1, *shape)), torch.zeros(1, dtype=torch.long))
         torch.autograd.grad(loss, trained)
     for hook in hooks:
         hook.remove()
-    of_block = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    of_block = {name.partition(".")[2]: count for name, count in counter.flops.items()}
     names = [name for name, _ in parts.names]
     flops = np.array([of_param.get(name, 0.0) for name in names], dtype=np.float64)
     for block, _ in parts.model.named_children():

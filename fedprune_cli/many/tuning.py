@@ -1,7 +1,7 @@
-"""Every arm at its own best setting: what each may choose from, the runs that choose, on a seed of their own, and what it takes.
+"""Every arm at its own best setting: what each may choose from, the runs that choose, on seeds of their own, and what it takes.
 
     tune:
-      seed: 99
+      seeds: [97, 98, 99]
       settings:                                                # of all arms; or arm -> such a list, and others stay as they are
         - deadline.fraction=0.2
         - deadline.seconds=1 allocator.on_infeasible=drop
@@ -16,8 +16,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
+from pathlib import Path
 
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.config.overrides import parse_override
@@ -26,20 +25,20 @@ from fedprune_cli.errors import ConfigError, FedpruneError, unknown
 from fedprune_cli.many.compared import OF_A_ROUND, OWN_KEYS, Contest, build_member, draw
 from fedprune_cli.many.side_by_side import Failure, Member
 from fedprune_cli.report.comparison import SAME_WORLD, reference_arm
-from fedprune_cli.report.read import Run, read_run
-from fedprune_cli.report.tuning import UNCHANGED, Trial, Tuned, best_of, target_of
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.tuning import UNCHANGED, Trial, Tuned, best_of, round_s
 from fedprune_cli.store.files import Plain
 
-KEYS = ("seed", "settings")
+KEYS = ("seeds", "settings")
 Setting = tuple[str, ...]  # overrides
 Runner = Callable[[Sequence[Member]], Sequence[Failure]]  # takes members to their ends, and returns those that failed
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How arms are tuned: the seed of the runs that choose, arm -> its settings in their order, and the arm that sets the target."""
+    """How arms are tuned: the seeds of the runs that choose, arm -> its settings in their order, and the arm that sets the targets."""
 
-    seed: int
+    seeds: tuple[int, ...]
     settings: Mapping[str, Sequence[Setting]]
     reference: str
 
@@ -58,19 +57,19 @@ def read_tuning(contest: Contest) -> Tuning | None:
     if tune is None:
         return None
     if not isinstance(tune, dict):
-        raise ConfigError(f"tune={tune}: must be null, or a seed and settings")
+        raise ConfigError(f"tune={tune}: must be null, or seeds and settings")
     for key in tune:
         if key not in KEYS:
             raise unknown("key 'tune' has", str(key), KEYS)
     if missing := [key for key in KEYS if key not in tune]:
         raise ConfigError(f"tune.{missing[0]}: missing value")
-    seed = tune["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"tune.seed={seed}: must be in 0..2^63-1")
-    if seed in contest.seeds:
-        raise ConfigError(f"--seeds: {seed} is tune.seed, which chooses the settings and is not reported; give others")
+    seeds = _seeds(tune["seeds"])
+    if both := [seed for seed in seeds if seed in contest.seeds]:
+        raise ConfigError(
+            f"--seeds: {both[0]} is of tune.seeds, which choose the settings and are not reported; give others"
+        )
     settings = {arm: _settings(arm, contest, tune["settings"]) for arm in contest.arms}
-    built = {arm: [_build(contest, arm, setting, seed) for setting in of] for arm, of in settings.items()}
+    built = {arm: [_build(contest, arm, setting, seeds[0]) for setting in of] for arm, of in settings.items()}
     reference = reference_arm({arm: of[0].method.name for arm, of in built.items()})
     if reference is None:
         raise ConfigError("tune: needs an arm with method=personalized, which sets the target")
@@ -86,7 +85,15 @@ def read_tuning(contest: Contest) -> Tuning | None:
                 raise ConfigError(
                     f"tune.settings: {arm}, {called(setting)}: another {other[0]}; arms are compared in the same world"
                 )
-    return Tuning(seed, settings, reference)
+    return Tuning(seeds, settings, reference)
+
+
+def _seeds(given: Plain) -> tuple[int, ...]:
+    seeds = given if isinstance(given, list) else []
+    whole = [one for one in seeds if isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= MAX_SEED]
+    if not whole or len(whole) < len(seeds):
+        raise ConfigError(f"tune.seeds={given}: must be a list of seeds in 0..2^63-1")
+    return tuple(dict.fromkeys(whole))
 
 
 def _settings(arm: str, contest: Contest, given: Plain) -> tuple[Setting, ...]:
@@ -128,44 +135,41 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
     Raises FedpruneError, with the exit code of the first failure, where the reference or every setting of an arm failed.
     """
     reference = tuning.reference
-    seeds = (tuning.seed, *contest.seeds)
+    seeds = (*tuning.seeds, *contest.seeds)
     first = [build_member(contest, reference, tuning.settings[reference][0], seed)[0] for seed in seeds]
     if failures := run(first):
         error = FedpruneError(f"tune: {reference} sets the target and failed, see above")
         error.exit_code = failures[0].exit_code
         raise error
-    runs = {member.seed: read_run(member.run_dir) for member in first}
-    base = runs[tuning.seed]
-    contest = replace(contest, round_s={seed: _median_s(run) for seed, run in runs.items()})
+    bases = {member.seed: read_run(member.run_dir) for member in first}
+    contest = replace(contest, round_s={seed: round_s(run) for seed, run in bases.items()})
     choices = [(arm, setting) for arm, of in tuning.settings.items() for setting in of if len(of) > 1]
-    members = [_named(build_member(contest, arm, setting, tuning.seed)[0], setting) for arm, setting in choices]
-    failures = run(members)
-    failed = {failure.member.run_dir: failure.message for failure in failures}
-    trials = {
-        choice: _trial(choice, member, failed.get(member.run_dir))
-        for choice, member in zip(choices, members, strict=True)
+    members = {
+        choice: [_named(build_member(contest, *choice, seed)[0], choice[1]) for seed in tuning.seeds]
+        for choice in choices
     }
+    failures = run([member for of in members.values() for member in of])
+    failed = {failure.member.run_dir: failure.message for failure in failures}
+    trials = {choice: _trial(choice, of, failed) for choice, of in members.items()}
+    tuned = Tuned(reference, {seed: bases[seed] for seed in tuning.seeds}, tuple(trials.values()), {})
     taken = {arm: of[0] for arm, of in tuning.settings.items()}
     for arm in dict.fromkeys(arm for arm, _ in choices):
-        best = best_of([trial for trial in trials.values() if trial.arm == arm], target_of(base))
+        best = best_of([trial for trial in trials.values() if trial.arm == arm], tuned.bases)
         if best is None:
             error = FedpruneError(f"tune: every setting of {arm} failed, see above")
             error.exit_code = failures[0].exit_code
             raise error
         taken[arm] = next(setting for (of, setting), trial in trials.items() if of == arm and trial is best)
     chosen = {arm: called(taken[arm]) for arm, _ in choices}
-    tuned = Tuned(tuning.seed, reference, target_of(base), tuple(trials.values()), chosen)
-    return replace(contest, arms={arm: (*of, *taken[arm]) for arm, of in contest.arms.items()}), tuned
-
-
-def _median_s(run: Run) -> float:
-    return float(np.median([record.latency_s for record in run.rounds]))
+    contest = replace(contest, arms={arm: (*of, *taken[arm]) for arm, of in contest.arms.items()})
+    return contest, replace(tuned, chosen=chosen)
 
 
 def _named(member: Member, setting: Setting) -> Member:
     return replace(member, arm=f"{member.arm}, {called(setting)}")
 
 
-def _trial(choice: tuple[str, Setting], member: Member, failure: str | None) -> Trial:
+def _trial(choice: tuple[str, Setting], members: Sequence[Member], failed: Mapping[Path, str]) -> Trial:
     arm, setting = choice
-    return Trial(arm, called(setting), None if failure else read_run(member.run_dir), failure)
+    failure = next((failed[one.run_dir] for one in members if one.run_dir in failed), None)
+    return Trial(arm, called(setting), () if failure else tuple(read_run(one.run_dir) for one in members), failure)

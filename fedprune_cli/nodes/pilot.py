@@ -79,6 +79,10 @@ class Pilot:
         """Returns how many devices have certificates; raises CheckpointError unless their numbers are 0, 1, 2 and so on."""
         found = [NAME.fullmatch(path.name) for path in self.folder.glob("device-*")]
         numbers = sorted(int(one[1]) for one in found if one)
-        if not numbers or numbers != [*range(len(numbers))]:
+        if not numbers:
+            raise CheckpointError(
+                f"{self.folder}: no device is enrolled here; fedprune enroll {self.folder} DEVICE... does it"
+            )
+        if numbers != [*range(len(numbers))]:
             raise CheckpointError(f"{self.folder}: devices must be 0, 1, 2 and so on, enrolled are {numbers}")
         return len(numbers)

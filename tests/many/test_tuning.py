@@ -1,4 +1,4 @@
-"""Every arm at its own best setting: as by hand, on a seed of its own, and refused before the first run where it is unsound."""
+"""Every arm at its own best setting: as by hand, on seeds of its own, and refused before the first run where it is unsound."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fedprune_cli.report import drawing
 from fedprune_cli.report.comparison import compare
 from fedprune_cli.report.estimate import mean_over_seeds
 from fedprune_cli.report.read import Run, crossing, held_accuracy, read_run
-from fedprune_cli.report.tuning import Trial, best_of
+from fedprune_cli.report.tuning import Trial, best_of, target_of
 from fedprune_cli.report.versus import less_time, versus_csv
 
 TINY = (*LONGER, "rounds=2")
 ARMS = 'arms={personalized: ["method=personalized"], kkt: ["method=proposed"]}'
 TUNE = (
-    'tune={seed: 9, settings: {kkt: ["deadline.fraction=0.9", '
+    'tune={seeds: [9], settings: {kkt: ["deadline.fraction=0.9", '
     '"deadline.seconds=0.5*round allocator.on_infeasible=drop"]}}'
 )
 
@@ -59,7 +59,7 @@ def test_each_arm_takes_what_a_choice_by_hand_takes(monkeypatch: pytest.MonkeyPa
     ]
     given = [settings[0], ("deadline.seconds=0.5*round", "allocator.on_infeasible=drop")]
     target = held_accuracy(base) - 0.005
-    assert (tuned.seed, tuned.reference, tuned.target) == (9, "personalized", target)
+    assert (tuned.reference, [*tuned.bases], target_of(tuned.bases[9])) == ("personalized", [9], target)
     runs = [read_run(build_member(contest, "kkt", setting, 9)[0].run_dir) for setting in settings]
     reached = [crossing(run, target) for run in runs]
     seconds = [np.inf if at is None else run.rounds[at].simulated_s for run, at in zip(runs, reached, strict=True)]
@@ -80,50 +80,63 @@ def test_seconds_in_rounds_are_of_the_seed_that_a_run_is_of() -> None:
     contest, tuned = tune(contest_of(ARMS, TUNE, seeds=(0, 1)), tuning_of(ARMS, TUNE), alone)
     own = {seed: read_run(build_member(contest, "personalized", (), seed)[0].run_dir) for seed in (0, 1, 9)}
     assert contest.round_s == {seed: np.median([one.latency_s for one in run.rounds]) for seed, run in own.items()}
-    assert tuned.seed == 9
+    assert [*tuned.bases] == [9]
 
 
 def test_the_rule_of_choice_is_time_then_accuracy_then_order(tmp_path: Path) -> None:
     run_to_end(tmp_path / "run", "rounds=1")
     run = read_run(tmp_path / "run")
 
-    def trial(name: str, *tests: tuple[float, float]) -> Trial:
-        """Returns a trial with (simulated seconds, accuracy) after each round."""
+    def tested(*tests: tuple[float, float], round_s: float = 1.0) -> Run:
+        """Returns a run with (simulated seconds, accuracy) after each round."""
         records = tuple(
-            replace(run.rounds[0], simulated_s=s, accuracy=a, accuracy_mean=a, accuracy_p10=a) for s, a in tests
+            replace(run.rounds[0], latency_s=round_s, simulated_s=s, accuracy=a, accuracy_mean=a, accuracy_p10=a)
+            for s, a in tests
         )
-        return Trial("arm", name, replace(run, rounds=records))
+        return replace(run, rounds=records)
 
+    def trial(name: str, *tests: tuple[float, float]) -> Trial:
+        return Trial("arm", name, (tested(*tests),))
+
+    bases = {9: tested((1, 0.8))}  # sets a target of 0.795
     slow, soon = trial("slow", (1, 0.2), (9, 0.9)), trial("soon", (1, 0.2), (3, 0.8))
     as_soon = trial("as soon", (3, 0.8), (4, 0.85))
     missed, closer = trial("missed", (1, 0.2), (2, 0.3)), trial("closer", (1, 0.2), (8, 0.79))
-    failed = Trial("arm", "failed", None, "no")
-    assert best_of([failed, missed, slow, soon], 0.8) is soon
-    assert best_of([soon, as_soon], 0.8) is as_soon
-    assert best_of([missed, slow], 0.8) is slow
-    assert best_of([missed, closer, failed], 0.8) is closer
-    assert best_of([closer, trial("equal", (1, 0.79))], 0.8) is closer
-    assert best_of([failed], 0.8) is None
+    failed = Trial("arm", "failed", (), "no")
+    assert best_of([failed, missed, slow, soon], bases) is soon
+    assert best_of([soon, as_soon], bases) is as_soon
+    assert best_of([missed, slow], bases) is slow
+    assert best_of([missed, closer, failed], bases) is closer
+    assert best_of([closer, trial("equal", (1, 0.79))], bases) is closer
+    assert best_of([failed], bases) is None
+
+    sites = {8: tested((1, 0.8)), 9: tested((1, 0.8), round_s=100.0)}  # of the second, a second weighs a hundredth
+    risky = Trial("arm", "risky", (tested((1, 0.9)), tested((1, 0.3))))
+    steady = Trial("arm", "steady", (tested((8, 0.9)), tested((100, 0.9))))
+    there = Trial("arm", "there", (tested((7, 0.9)), tested((190, 0.8))))
+    assert best_of([risky, steady, there], sites) is there
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("tune=3",), "tune=3: must be null, or a seed and settings"),
-        (("tune={seeds: 3}",), "key 'tune' has 'seeds'. Did you mean 'seed'?"),
-        (("tune={seed: 3}",), "tune.settings: missing value"),
-        (('tune={seed: -1, settings: ["rounds=2"]}',), "tune.seed=-1: must be in 0..2^63-1"),
-        (('tune={seed: 0, settings: ["rounds=2"]}',), "--seeds: 0 is tune.seed, which chooses the settings and is not reported"),
-        (('tune={seed: 9, settings: {ktk: ["rounds=2"]}}',), "arm of tune.settings 'ktk'. Did you mean 'kkt'?"),
-        (("tune={seed: 9, settings: []}",), "tune.settings=[]: must be a list of settings"),
-        (("tune={seed: 9, settings: {kkt: rounds}}",), "tune.settings=rounds: must be a list"),
-        (('tune={seed: 9, settings: ["deadline.fractoin=1"]}',), "tune.settings: personalized, deadline.fractoin=1: unknown"),
-        (('tune={seed: 9, settings: ["deadline.fraction=-1"]}',), "deadline.fraction=-1: must be > 0"),
-        (("tune={seed: 9, settings: {kkt: ['rounds=2 \"']}}",), "no closing quotation"),
-        (('tune={seed: 9, settings: {kkt: ["", "partition.alpha=3"]}}',), "tune.settings: kkt, partition.alpha=3: another partition"),
-        (('tune={seed: 9, settings: ["method=fedavg"]}',), "tune.settings: method=fedavg: no setting chooses method"),
-        (('tune={seed: 9, settings: ["seed=3"]}',), "no setting chooses seed"),
-        (('tune={seed: 9, settings: ["deadline.seconds=1*round"]}',), "personalized measures a round with it"),
+        (("tune=3",), "tune=3: must be null, or seeds and settings"),
+        (("tune={seed: 3}",), "key 'tune' has 'seed'. Did you mean 'seeds'?"),
+        (("tune={seeds: [3]}",), "tune.settings: missing value"),
+        (('tune={seeds: 3, settings: ["rounds=2"]}',), "tune.seeds=3: must be a list of seeds in 0..2^63-1"),
+        (('tune={seeds: [], settings: ["rounds=2"]}',), "tune.seeds=[]: must be a list of seeds"),
+        (('tune={seeds: [9,-1], settings: ["rounds=2"]}',), "tune.seeds=[9, -1]: must be a list of seeds"),
+        (('tune={seeds: [9,0], settings: ["rounds=2"]}',), "--seeds: 0 is of tune.seeds, which choose the settings and are not reported"),
+        (('tune={seeds: [9], settings: {ktk: ["rounds=2"]}}',), "arm of tune.settings 'ktk'. Did you mean 'kkt'?"),
+        (("tune={seeds: [9], settings: []}",), "tune.settings=[]: must be a list of settings"),
+        (("tune={seeds: [9], settings: {kkt: rounds}}",), "tune.settings=rounds: must be a list"),
+        (('tune={seeds: [9], settings: ["deadline.fractoin=1"]}',), "tune.settings: personalized, deadline.fractoin=1: unknown"),
+        (('tune={seeds: [9], settings: ["deadline.fraction=-1"]}',), "deadline.fraction=-1: must be > 0"),
+        (("tune={seeds: [9], settings: {kkt: ['rounds=2 \"']}}",), "no closing quotation"),
+        (('tune={seeds: [9], settings: {kkt: ["", "partition.alpha=3"]}}',), "tune.settings: kkt, partition.alpha=3: another partition"),
+        (('tune={seeds: [9], settings: ["method=fedavg"]}',), "tune.settings: method=fedavg: no setting chooses method"),
+        (('tune={seeds: [9], settings: ["seed=3"]}',), "no setting chooses seed"),
+        (('tune={seeds: [9], settings: ["deadline.seconds=1*round"]}',), "personalized measures a round with it"),
     ],
 )  # fmt: skip
 def test_unsound_tuning_is_refused_before_the_first_run(overrides: tuple[str, ...], said: str) -> None:
@@ -141,7 +154,7 @@ def test_a_comparison_without_a_reference_is_not_tuned() -> None:
 
 
 def test_settings_for_all_are_a_list_and_an_arm_without_is_left_as_it_is() -> None:
-    tuning = tuning_of(ARMS, 'tune={seed: 9, settings: ["", "deadline.fraction=0.3"]}')
+    tuning = tuning_of(ARMS, 'tune={seeds: [9], settings: ["", "deadline.fraction=0.3"]}')
     assert tuning.settings == dict.fromkeys(("personalized", "kkt"), ((), ("deadline.fraction=0.3",)))
     assert tuning_of(ARMS, TUNE).settings["personalized"] == ((),)
 
@@ -149,7 +162,7 @@ def test_settings_for_all_are_a_list_and_an_arm_without_is_left_as_it_is() -> No
 @pytest.mark.slow
 def test_a_setting_that_fails_loses_and_an_arm_of_which_all_fail_is_refused() -> None:
     fails = "deadline.fraction=1e-6 allocator.on_infeasible=fail"
-    tuned = 'tune={{seed: 9, settings: {{kkt: ["{0}", "{1}"]}}}}'
+    tuned = 'tune={{seeds: [9], settings: {{kkt: ["{0}", "{1}"]}}}}'
     some = fedprune("compare", *TINY, ARMS, tuned.format(fails, "deadline.fraction=0.5"), "--jobs", "1", "--json")
     assert some.returncode == 0, some.stderr
     assert f"error: kkt, {fails}, seed 9: " in some.stderr

@@ -40,7 +40,7 @@ def test_enroll_makes_folders_whose_keys_only_their_owner_reads(tmp_path: Path) 
         ("enroll pilot 0", 2, "--host: missing"),
         ("enroll pilot 0 --host bad/name", 2, "neither a host's name nor an address"),
         ("join nowhere 127.0.0.1:1", 5, "nowhere/own.pem: No such file"),
-        ("serve nowhere", 5, "devices must be 0, 1, 2 and so on"),
+        ("serve nowhere", 5, "nowhere: no device is enrolled here; fedprune enroll nowhere DEVICE... does it"),
         ("train data=nodes data.file=nowhere.json", 6, "nowhere.json: No such file"),
     ],
 )
