@@ -6,14 +6,18 @@ import functools
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from fedprune_cli.allocate.blocks import Grid, solve_blocks
 from fedprune_cli.allocate.deadline import dense_deadline
+from fedprune_cli.allocate.freedom import Freedom
 from fedprune_cli.allocate.kkt import solve_p1
+from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Problem, kept_fraction
+from fedprune_cli.allocate.selective import select
 from fedprune_cli.bench.measure import Effort, Measure, Say, exact, ratio, seconds
 from fedprune_cli.errors import CertificateError
 from fedprune_cli.rng import stream
@@ -34,7 +38,7 @@ def literature_problem(count: int, fraction: float = 0.1) -> Problem:
 
 def measure_allocator(effort: Effort, say: Say) -> tuple[Measure, ...]:
     """Measures the exact solution of P1: against Clarabel's own solve time, and how its time grows with the devices."""
-    return (*_against_clarabel(effort), *_growth(effort, say), *_in_blocks(effort, say))
+    return (*_against_clarabel(effort), *_growth(effort, say), *_in_blocks(effort, say), *_with_more(effort, say))
 
 
 def _against_clarabel(effort: Effort) -> tuple[Measure, ...]:
@@ -99,6 +103,37 @@ def _in_blocks(effort: Effort, say: Say) -> tuple[Measure, ...]:
             ratio(f"allocator/blocks_1e{power}", "x without blocks", "smaller", ours_s, continuous_s, figure)
         )
     return tuple(measures)
+
+
+def _with_more(effort: Effort, say: Say) -> tuple[Measure, ...]:
+    """Capped signals, chosen clocks and powers, and who gets which block, as ratios to P1 without them on the same devices."""
+    rows: list[tuple[str, int, Callable[[Problem], object]]] = [
+        ("capped_1e5", 10**5, lambda problem: solve_p1(replace(problem, max_snr=np.full(10**5, 10.0)))),
+        ("chosen_1e4", 10**4, lambda problem: solve_p1(free_problem(problem))),
+        ("selective_20", 20, lambda problem: select(problem, stream(0, "fleet", 20).exponential(size=(20, 51)))),
+    ]
+    if not effort.quick:
+        rows.append(("chosen_1e6", 10**6, lambda problem: solve_p1(free_problem(problem))))
+    measures = []
+    for name, count, solve in rows:
+        problem = literature_problem(count)
+        again = functools.partial(solve, problem)
+        turns = [(seconds(again, time.process_time), _solve_s(problem)) for _ in range(1 + effort.repeats)]
+        ours_s, plain_s = zip(*turns, strict=True)
+        say(f"allocator: {name}: {statistics.median(ours_s):.3g} s")
+        measures.append(ratio(f"allocator/{name}", "x P1", "smaller", ours_s, plain_s, statistics.median(plain_s)))
+    return tuple(measures)
+
+
+def free_problem(problem: Problem) -> Problem:
+    """Returns the problem of devices that choose their clock and power within a budget of energy that binds most of them."""
+    size = len(problem.weight)
+    nothing, compute_s = np.zeros(size), 0.5 * problem.fixed_s
+    limits = Limits(
+        nothing, np.full(size, np.inf), problem.deadline_s * np.full(size, 0.1), problem.shared_compute_s, compute_s,
+        np.full(size, 0.2), compute_s, nothing,
+    )  # fmt: skip
+    return replace(problem, limits=limits, freedom=Freedom(clock=True, power=True))
 
 
 AGAIN = 3  # solutions of which the mean is taken

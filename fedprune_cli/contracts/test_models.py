@@ -5,13 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from fedprune_cli.contracts.inputs import config_of, model_cases, model_inputs, shape_of
 from fedprune_cli.learn.cost import count_cost
+from fedprune_cli.learn.flops import RULES, FlopCounter
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import Parts, split_model
 
 each_model = pytest.mark.parametrize("name", model_cases())
+
+
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
+
+
+def raw_rule(*args: object, **words: object) -> int:
+    """As ours, and FlopCounterMode leaves the tensors to it, as it does for what has this mark."""
+    return int(RULES[CONVOLUTION_BACKWARD](*args, **words))
+
+
+raw_rule._get_raw = True  # type: ignore[attr-defined]
 
 
 def parts_of(name: str, personal: str) -> Parts:
@@ -79,6 +93,17 @@ def test_the_flops_of_a_step_are_those_of_three_forward_passes_less_gradients_th
         module.register_forward_hook(count)
     parts.model(torch.zeros(1, *shape_of(name)))
     assert count_cost(parts_of(name, "none"), shape_of(name)).flops["shared"][0] == 3 * flops - unneeded
+
+
+@each_model
+def test_products_are_counted_as_pytorch_counts_them(name: str) -> None:
+    """Its own formula forgets the groups of a convolution, and that is corrected for it too."""
+    parts, x = parts_of(name, "none"), model_inputs(name, 1)
+    with ModuleTracker() as tracker, FlopCounter(tracker) as ours:
+        parts.model(x).sum().backward()
+    with FlopCounterMode(display=False, custom_mapping={CONVOLUTION_BACKWARD: raw_rule}) as theirs:
+        parts.model(x).sum().backward()
+    assert ours.flops == {name: sum(of.values()) for name, of in theirs.get_flop_counts().items() if of}
 
 
 @each_model

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
-def _conv_backward_flops(grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *args: Any, **_: object) -> int:
+
+def _conv_backward_flops(
+    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *args: object, **_: object
+) -> int:
     """Each gradient of a convolution costs what its forward pass costs; PyTorch's own formula forgets the groups."""
     transposed, output_mask = bool(args[4]), args[7]
-    return conv_flop_count([*x.shape], [*weight.shape], [*grad_out.shape], transposed) * sum(output_mask[:2])
+    return conv_flop_count([*x.shape], [*weight.shape], [*grad_out.shape], transposed) * sum(output_mask[:2])  # type: ignore[index]
 
 
 RULES = {**flop_registry, torch.ops.aten.convolution_backward: _conv_backward_flops}
@@ -31,7 +36,11 @@ class _Counting:
     tracker: ModuleTracker
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         words = dict(kwargs or {})
         with self:  # type: ignore[attr-defined]

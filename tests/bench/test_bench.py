@@ -267,7 +267,8 @@ def test_a_quick_run_measures_the_allocator() -> None:
     assert result.returncode == 0, result.stderr
     measures = {entry["name"]: entry for entry in json.loads(result.stdout)["measures"]}
     assert set(measures) == {"allocator/p1_vs_clarabel", "allocator/objective", "allocator/device_s_1e4",
-                             "allocator/device_s_1e5", "allocator/exponent", "allocator/blocks_1e3", "allocator/blocks_1e5"}  # fmt: skip
+                             "allocator/device_s_1e5", "allocator/exponent", "allocator/blocks_1e3", "allocator/blocks_1e5",
+                             "allocator/capped_1e5", "allocator/chosen_1e4", "allocator/selective_20"}  # fmt: skip
     assert 0 < measures["allocator/objective"]["value"] < 1
     assert all(entry["value"] > 0 for entry in measures.values())
     for wall in (entry for entry in measures.values() if entry["kind"] == "wall"):

@@ -127,3 +127,13 @@ def test_the_allocator_needs_no_torch_and_the_world_no_cvxpy() -> None:
         code = f"import sys, fedprune_cli.{module}; print(sorted({heavy} & set(sys.modules)))"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "[]", module
+
+
+def test_a_run_imports_no_compiler() -> None:
+    """PyTorch's own takes as long as everything else that a short run imports."""
+    code = (
+        "import sys; from fedprune_cli import api; api.run(api.compose('rounds=1', 'devices.count=2')); "
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'cvxpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
