@@ -66,8 +66,15 @@ def run_to_end(
 
     wait: for another process that is writing the run, instead of raising CheckpointError; site: where its work is done, None: here.
     """
+    run_rounds(setup, run_dir, display, wait=wait, site=site)
+    with display.status("drawing the report"):
+        return write_report(run_dir)
+
+
+def run_rounds(
+    setup: Setup, run_dir: Path, display: Display = HIDDEN, *, wait: bool = False, site: Site | None = None
+) -> None:
+    """As run_to_end, without the report, which takes as long as many a short run: `fedprune report` writes it when it is wanted."""
     with display.progress(display.title or setup.experiment.method.name, setup.experiment.rounds) as seen:
         for record in run(setup, run_dir, wait=wait, site=site):
             seen(record)
-    with display.status("drawing the report"):
-        return write_report(run_dir)

@@ -13,20 +13,28 @@ from omegaconf import DictConfig, OmegaConf
 from fedprune_cli import plugins
 from fedprune_cli.errors import DeviceError, explained
 from fedprune_cli.execute import begin_child, forkserver, starting
-from fedprune_cli.many.one import Display, run_to_end
+from fedprune_cli.many.one import HIDDEN, Display, run_rounds, run_to_end
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs.life import begin_or_reopen, serially
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison: its arm and seed, its configuration as YAML, where it is kept, and whether it was finished before."""
+    """One run of a comparison: its arm and seed, its configuration as YAML, where it is kept, and whether it was finished before.
+
+    reported: whether it gets a report of its own; the trials that choose a setting are many, and stand in the comparison's.
+    """
 
     arm: str
     seed: int
     config: str
     run_dir: Path
     finished: bool = False
+    reported: bool = True
+
+    def take(self, setup: Setup, display: Display = HIDDEN) -> None:
+        """Takes the begun run to its end."""
+        (run_to_end if self.reported else run_rounds)(setup, self.run_dir, display)
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"
@@ -50,7 +58,7 @@ def run_one_by_one(members: Sequence[Member], display: Display) -> Iterator[tupl
         try:
             with display.status("loading data and building the world"):
                 setup = _begin(member)
-            run_to_end(setup, member.run_dir, display)
+            member.take(setup, display)
         except Exception as error:
             known = explained(error)
             yield member, Failure(member, known.exit_code, str(known))
@@ -103,7 +111,7 @@ def _work(member: Member, files: Sequence[plugins.PluginFile], sender: Connectio
     begin_child()
     try:
         plugins.give(files)
-        run_to_end(serially(_begin(member)), member.run_dir)
+        member.take(serially(_begin(member)))
     except Exception as error:
         known = explained(error)
         sender.send((known.exit_code, str(known)))

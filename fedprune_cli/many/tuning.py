@@ -145,7 +145,7 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
     contest = replace(contest, round_s={seed: round_s(run) for seed, run in bases.items()})
     choices = [(arm, setting) for arm, of in tuning.settings.items() for setting in of if len(of) > 1]
     members = {
-        choice: [_named(build_member(contest, *choice, seed)[0], choice[1]) for seed in tuning.seeds]
+        choice: [_trying(build_member(contest, *choice, seed)[0], choice[1]) for seed in tuning.seeds]
         for choice in choices
     }
     failures = run([member for of in members.values() for member in of])
@@ -165,8 +165,8 @@ def tune(contest: Contest, tuning: Tuning, run: Runner) -> tuple[Contest, Tuned]
     return contest, replace(tuned, chosen=chosen)
 
 
-def _named(member: Member, setting: Setting) -> Member:
-    return replace(member, arm=f"{member.arm}, {called(setting)}")
+def _trying(member: Member, setting: Setting) -> Member:
+    return replace(member, arm=f"{member.arm}, {called(setting)}", reported=False)
 
 
 def _trial(choice: tuple[str, Setting], members: Sequence[Member], failed: Mapping[Path, str]) -> Trial:
