@@ -97,7 +97,8 @@ def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:
     updates = []
     for row, (task, loss) in enumerate(zip(tasks, losses, strict=False)):
         mask = None if keep is None else keep[row].numpy() > 0
-        updates.append(send(learner.seed, task, mask, shared[row].numpy(), personal[row].numpy().copy(), loss))
+        values = shared[row].numpy().copy() if mask is None else shared[row].numpy()[mask]
+        updates.append(send(learner.seed, task, mask, values, personal[row].numpy().copy(), loss))
     return updates
 
 

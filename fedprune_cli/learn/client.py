@@ -162,17 +162,15 @@ def train(learner: Learner, task: Task) -> Update:
     loss: float | None = None
     for index, phase in enumerate(task.schedule):
         loss = _run_phase(learner, task, index, phase, model.keep, loss)
-    shared = model.shared.cpu().numpy()
     personal = model.personal.cpu().numpy()
     if model.personal_mask is not None:
         personal, personal[model.personal_mask] = task.personal.copy(), personal
-    return send(learner.seed, task, model.mask, shared, personal.copy(), loss)
+    return send(learner.seed, task, model.mask, model.kept(), personal.copy(), loss)
 
 
-def send(seed: int, task: Task, mask: Array | None, shared: Array, personal: Array, loss: float | None) -> Update:
-    """Returns the update that carries the entries of `shared` [U] in the mask, all when None, rounded to the task's bits."""
+def send(seed: int, task: Task, mask: Array | None, values: Array, personal: Array, loss: float | None) -> Update:
+    """Returns the update that carries `values` [n_k], the entries of u in the mask, all when None, rounded to the task's bits."""
     where = slice(None) if mask is None else mask
-    values = shared.copy() if mask is None else shared[mask]
     if task.bits == BITS_PER_PARAM or (task.may_diverge and not np.isfinite(values).all()):
         return Update(task.device, values, personal, loss, values.nbytes)
     change = values - task.shared[where]

@@ -18,8 +18,8 @@ from fedprune_cli.store.state import Array
 class Loaded:
     """A device's model as vectors that its parameters share, u * m_k or what is left of it, and what stays fixed.
 
-    mask: which of the `shared` entries the device keeps, None for all of them; keep: the same, cut like the parameters;
-    personal_mask: which entries of v_k are in the model, None for all.
+    mask: which entries of u the device keeps, bool [U], None for all of them; keep: the same, cut like the parameters, None where the
+    model has no others; personal_mask: which entries of v_k are in the model, None for all.
     """
 
     shared: Tensor
@@ -27,6 +27,11 @@ class Loaded:
     mask: Array | None = None
     keep: tuple[Tensor, ...] | None = None
     personal_mask: Array | None = None
+
+    def kept(self) -> Array:
+        """Returns the entries of the shared part that the device keeps as they are now [n_k]; a smaller model has no others."""
+        values = self.shared.cpu().numpy()
+        return values.copy() if self.mask is None or self.keep is None else values[self.mask]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Channels:
         entries = shared[mask], personal[personal_mask]
         mine, own = (torch.from_numpy(values).to(parts.shared.device) for values in entries)
         parts.point(mine, own, shapes)
-        return Loaded(mine, own, personal_mask=personal_mask)
+        return Loaded(mine, own, mask, personal_mask=personal_mask)
 
 
 Kept = Whole | Entries | Channels

@@ -105,3 +105,13 @@ def test_an_unknown_layer_is_named() -> None:
 def test_methods_that_never_prune_need_no_channels() -> None:
     assert not make_setup(CHANNEL, "method=personalized").blueprint.layout.slices
     assert make_setup(CHANNEL).blueprint.layout.slices
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_is_left_of_whole_channels_is_rounded_too(tmp_path: Path, bits: int) -> None:
+    words = (CHANNEL, "allocator=fixed", "allocator.ratio=0.5", "rounds=2")
+    plain, rounded = (run_to_end(tmp_path / word, *words, f"payload.bits=[{word}]") for word in ("32", str(bits)))
+    assert plain[0]["max_ratio"] > 0.3
+    assert 0 < rounded[0]["rounding_error"] < (1e-6 if bits == 16 else 1)
+    assert [len(one["devices"]["id"]) for one in rounded] == [len(one["devices"]["id"]) for one in plain]
+    assert rounded[0]["bytes_up"] < plain[0]["bytes_up"]

@@ -92,7 +92,7 @@ def deal(setup: Setup, home: Path) -> dict[int, Place]:
 
 def on_nodes(home: Path, overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of the same run on nodes."""
-    own = [one for one in (*TINY, *overrides) if not one.startswith(("execution.kind", "data=", "partition"))]
+    own = [one for one in (*TINY, *overrides) if not one.startswith(("execution.kind", "data=", "data.", "partition"))]
     return ["data=nodes", f"data.file={home / 'roster.json'}", *own]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ pytest.importorskip("cryptography")
 
 from nodes.fleet import begin, enrolled, free_port, result, simulate, stand
 
-from fedprune_cli.errors import CheckpointError
+from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.nodes import certificates, desk, protocol
 from fedprune_cli.nodes.attend import _channel
 from fedprune_cli.nodes.certificates import Identity, read_identity
@@ -233,3 +234,39 @@ def test_a_node_that_is_away_for_some_rounds_comes_back(fleet: Fleet, monkeypatc
     fleet.until("device-1: here")
     assert [record.faults for record in run][-1] is None  # type: ignore[attr-defined]
     assert [wait() for wait in waits] == [""] * 3
+
+
+CLOTHES = (
+    "data=fmnist",
+    "model=cnn",
+    "model.hidden=16",
+    "data.limit=900",
+    "devices.count=2",
+    "devices.fresh=1",
+    "rounds=2",
+    "training.batch_size=16",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("block", [1, 10])
+def test_the_cnn_of_fashion_mnist_has_the_simulators_bytes(
+    tmp_path: Path, block: int, bits: int, granularity: str
+) -> None:
+    words = (*CLOTHES, f"training.block={block}", f"payload.bits=[{bits}]", f"pruner.granularity={granularity}")
+    try:
+        pilot = enrolled(tmp_path, simulate(tmp_path / "simulated", *words))
+    except DataError as error:
+        pytest.skip(str(error))
+    here = Fleet(tmp_path, pilot, free_port(), [])
+    context = multiprocessing.get_context("forkserver")  # threads of one process would share its convolutions' threads
+    nodes = [context.Process(target=stand, args=(pilot / f"device-{device}", here.port)) for device in range(3)]
+    for node in nodes:
+        node.start()
+    setup, config = begin(pilot, tmp_path / "run", words)
+    list(life.run(setup, tmp_path / "run", site=here.site(config)))
+    for node in nodes:
+        node.join(60)
+    assert result(tmp_path / "run") == result(tmp_path / "simulated")

@@ -22,8 +22,8 @@ from fedprune_cli.world.datasets.roster import read_card
 CASES = (
     "training.block=10 payload.bits=[32]",
     "training.block=1 payload.bits=[8] deadline.fraction=0.2",
-    "training.block=1 pruner.granularity=channel",
-    "training.block=10 payload.bits=[8] pruner.granularity=channel",
+    "training.block=1 pruner.granularity=channel deadline.fraction=0.2",
+    "training.block=10 payload.bits=[8] pruner.granularity=channel deadline.fraction=0.2",
     "faults.die=0.3 faults.lose_enter=0.2 rounds=6",
     "participation.freeze_below=0.5 participation.freeze_window=1 rounds=5",
     "devices.per_round=2 evaluation.every=2 rounds=4 pruner=taylor payload.bits=[2,16]",
