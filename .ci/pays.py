@@ -21,6 +21,7 @@ from bound import bounds
 from fedprune_cli.report.comparison_page import read_table
 from fedprune_cli.report.estimate import BY_KEY, Estimate, Estimates, mean_over_seeds
 from fedprune_cli.report.page import csv_text
+from fedprune_cli.report.versus import Versus
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results" / "where_it_pays.md"
@@ -82,7 +83,7 @@ class Result:
     """
 
     estimates: Mapping[str, Estimates]
-    sooner: Mapping[tuple[str, str], Estimate | None]
+    sooner: Mapping[tuple[str, str], Versus]
     taken: Mapping[str, str]
     bound: Estimate
 
@@ -96,7 +97,7 @@ def read_result(kept: Path, setting: Setting) -> Result | None:
         pairs = [*csv.DictReader(file)]
     with tuning.open(newline="") as file:
         taken = {row["arm"]: row["setting"] for row in csv.DictReader(file) if row["taken"] == "True"}
-    sooner = {(row["arm"], row["than"]): estimate(row) for row in pairs}
+    sooner = {(row["arm"], row["than"]): Versus(estimate(row), int(row["others_miss"])) for row in pairs}
     with bound.open(newline="") as file:
         room = mean_over_seeds([float(row["room"]) for row in csv.DictReader(file)])
     assert room is not None
@@ -110,8 +111,8 @@ def estimate(row: Mapping[str, str]) -> Estimate | None:
 
 
 def beats(result: Result, arm: str, other: str) -> bool:
-    """Whether an arm is sooner than another by enough, with an interval away from 0; undecided, and no, where one misses the target."""
-    found = result.sooner[arm, other]
+    """Whether an arm is sooner than another by enough, with an interval away from 0; undecided, and no, where it misses the target."""
+    found = result.sooner[arm, other].saved
     if found is None:
         return False
     return found.mean >= ENOUGH and found.half_width is not None and found.mean > found.half_width
@@ -121,7 +122,7 @@ def best(result: Result) -> str:
     """Returns which of the joint arms beats more of those that it must, then which is sooner than `equal`, the first of equals."""
 
     def worth(arm: str) -> tuple[int, float]:
-        sooner = result.sooner[arm, "equal"]
+        sooner = result.sooner[arm, "equal"].saved
         return sum(beats(result, arm, other) for other in NEEDED), -1.0 if sooner is None else sooner.mean
 
     return max(JOINT, key=worth)
@@ -135,12 +136,9 @@ def verdict(result: Result) -> str:
 
 
 def cell(result: Result, arm: str, other: str) -> str:
-    """Returns how much sooner an arm is than another, or who misses the target."""
+    """Returns how much sooner an arm is than another, or that it misses the target."""
     found = result.sooner[arm, other]
-    if found is not None:
-        return BY_KEY["time_reduction"].cell(found)
-    missing = [name for name in (arm, other) if result.estimates[name]["time_to_target_s"] is None]
-    return " and ".join(f"{name} misses" for name in missing)
+    return f"{arm} misses" if found.saved is None else found.cell()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -195,8 +193,12 @@ and how the worst off fared, stands in the columns of the device with the fewest
 interval over 5 seeds, of paired differences where two are compared; simulated seconds are modelled.
 
 It *pays* where `kkt`, `blocks` or `proportional` reaches the target at least {100 * ENOUGH:.0f} % sooner than equal bandwidth and than the
-fixed ratio on its best bandwidth, with the interval away from 0. Where an arm misses the target on one seed, as a deadline that was chosen
-on another can make it, it has no time to it, and nothing is decided.
+fixed ratio on its best bandwidth, with the interval away from 0. Where another arm misses the target on a seed, as a deadline that was
+chosen on others can make it, it counts there with the seconds of its whole run, which is less than it needs, and "at least" says so; where
+the arm itself misses it, nothing is decided.
+
+The most at equal's weight is a bound: how much sooner any allocation at all could end the rounds of equal bandwidth, at the setting that it
+took, while the same devices keep as much of the model in their weighted sum. `minlatency` finds that least time, and P1 is concave.
 
 """
 

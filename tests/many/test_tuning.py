@@ -23,7 +23,7 @@ from fedprune_cli.report.comparison import compare
 from fedprune_cli.report.estimate import mean_over_seeds
 from fedprune_cli.report.read import Run, crossing, held_accuracy, read_run
 from fedprune_cli.report.tuning import Trial, best_of, target_of
-from fedprune_cli.report.versus import less_time, versus_csv
+from fedprune_cli.report.versus import Versus, versus, versus_csv
 
 TINY = (*LONGER, "rounds=2")
 ARMS = 'arms={personalized: ["method=personalized"], kkt: ["method=proposed"]}'
@@ -216,8 +216,26 @@ def test_arm_against_arm_is_paired_by_seed(tmp_path: Path) -> None:
     low = replace(comparison, targets={0: 0.0, 1: 0.0})  # all reach it in their first round
     first_s = {(run.method, run.seed): run.rounds[0].simulated_s for run in runs}
     by_hand = mean_over_seeds([1 - first_s["proposed", seed] / first_s["personalized", seed] for seed in (0, 1)])
-    assert less_time(low, "proposed", "personalized") == by_hand
-    assert less_time(replace(low, targets={0: 0.0, 1: 1.1}), "proposed", "fedavg") is None
+    assert versus(low, "proposed", "personalized") == Versus(by_hand, 0)
+    end_s = {run.seed: run.rounds[-1].simulated_s for run in runs if run.method == "personalized"}
+    high = replace(
+        low, runs=low.runs | {"personalized": tuple(_accurate(run, 0.5) for run in low.runs["personalized"])}
+    )
+    high = replace(high, runs=high.runs | {"proposed": tuple(_accurate(run, 0.9) for run in low.runs["proposed"])})
+    never = replace(high, targets={0: 0.4, 1: 0.6})  # which personalized misses on seed 1, and proposed does not
+    ends = mean_over_seeds(
+        [1 - first_s["proposed", 0] / first_s["personalized", 0], 1 - first_s["proposed", 1] / end_s[1]]
+    )
+    assert versus(never, "proposed", "personalized") == Versus(ends, 1)
+    assert versus(never, "proposed", "personalized").cell().startswith("at least ")
+    assert versus(never, "personalized", "proposed") == Versus(None, 0)
+    assert versus(never, "personalized", "proposed").cell() == "-"
     rows = list(csv.DictReader(versus_csv(low).splitlines()))
     assert len(rows) == 6
-    assert float(rows[0]["mean"]) == pytest.approx(less_time(low, rows[0]["arm"], rows[0]["than"]).mean)  # type: ignore[union-attr]
+    saved = versus(low, rows[0]["arm"], rows[0]["than"]).saved
+    assert saved
+    assert float(rows[0]["mean"]) == pytest.approx(saved.mean)
+
+
+def _accurate(run: Run, accuracy: float) -> Run:
+    return replace(run, rounds=tuple(replace(record, accuracy=accuracy) for record in run.rounds))

@@ -12,6 +12,7 @@ from conftest import make_setup
 
 from fedprune_cli.report.estimate import Estimate
 from fedprune_cli.report.page import csv_text
+from fedprune_cli.report.versus import Versus
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,7 +39,7 @@ def result(sooner: dict[tuple[str, str], tuple[float, float]], missing: tuple[st
     time_s = Estimate(10.0, 1.0, 5)
     estimates = {arm: {"time_to_target_s": None if arm in missing else time_s} for arm in ARMS}
     pairs = {
-        (arm, other): None if {arm, other} & {*missing} else Estimate(*sooner.get((arm, other), (0.0, 0.1)), 5)
+        (arm, other): Versus(None if arm in missing else Estimate(*sooner.get((arm, other), (0.0, 0.1)), 5), other in missing)
         for arm in ARMS for other in ARMS if arm != other
     }  # fmt: skip
     return PAYS.Result(estimates, pairs, {"kkt": "deadline.fraction=0.2"}, Estimate(0.1, 0.01, 5))
@@ -61,13 +62,13 @@ def test_it_pays_where_one_joint_arm_beats_both_by_enough() -> None:
     assert PAYS.verdict(result({})) == "not against equal and fixed (kkt)"
 
 
-def test_where_somebody_misses_the_target_nothing_is_decided() -> None:
-    two = ahead("kkt", "fixed")
-    assert PAYS.verdict(result(two, missing=("equal",))) == "not against equal (kkt)"
-    assert PAYS.cell(result(two, missing=("equal",)), "kkt", "equal") == "equal misses"
+def test_who_misses_the_target_decides_nothing_and_is_beaten_by_the_least_that_it_needs() -> None:
+    two = ahead("kkt", *PAYS.NEEDED)
+    assert PAYS.verdict(result(two, missing=("equal",))) == "pays (kkt)"
+    assert PAYS.cell(result(two, missing=("equal",)), "kkt", "equal") == "at least 30.0 ± 10.0"
     nobody = result(two, missing=("kkt", "blocks", "proportional", "equal"))
     assert PAYS.verdict(nobody) == "not against equal and fixed (kkt)"
-    assert PAYS.cell(nobody, "kkt", "equal") == "kkt misses and equal misses"
+    assert PAYS.cell(nobody, "kkt", "equal") == "kkt misses"
 
 
 def test_kept_tables_stand_on_the_page(tmp_path: Path) -> None:
@@ -76,8 +77,10 @@ def test_kept_tables_stand_on_the_page(tmp_path: Path) -> None:
     rows = [[key, *(cell for _ in ARMS for cell in (0.25, 0.125, 5))] for key in figures]
     header = ["figure", *(f"{arm} {part}" for arm in ARMS for part in ("mean", "half_width_95", "seeds"))]
     (tmp_path / f"{name}-table.csv").write_text(csv_text(header, rows))
-    pairs = [[arm, other, 0.5, 0.25, 5] for arm in ARMS for other in ARMS if arm != other]
-    (tmp_path / f"{name}-versus.csv").write_text(csv_text(["arm", "than", "mean", "half_width_95", "seeds"], pairs))
+    pairs = [[arm, other, 0.5, 0.25, 5, 0] for arm in ARMS for other in ARMS if arm != other]
+    (tmp_path / f"{name}-versus.csv").write_text(
+        csv_text(["arm", "than", "mean", "half_width_95", "seeds", "others_miss"], pairs)
+    )
     tried = [["kkt", "deadline.fraction=0.1", False], ["kkt", "deadline.fraction=0.2", True]]
     (tmp_path / f"{name}-tuning.csv").write_text(csv_text(["arm", "setting", "taken"], tried))
     (tmp_path / f"{name}-bound.csv").write_text(csv_text(["seed", "room"], [[0, 0.125], [1, 0.125]]))
