@@ -262,7 +262,7 @@ def note(line: str) -> None:
     """Prints a line about what is going on."""
     if not _quiet.get():
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)  # what nodes and libraries say may be in it
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from fedprune_cli.errors import FedpruneError, OutputError
+from fedprune_cli.nodes.board import SHOW_S, SILENT_S, Board
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked, unwanted
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
 from fedprune_cli.nodes.executor import Reply, Request, reply_in
@@ -78,6 +79,12 @@ class Desk:
     asks: dict[int, _Ask] = field(default_factory=dict)
     came: asyncio.Event = field(default_factory=asyncio.Event)
     opened_s: float = field(default_factory=time.monotonic)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    board: Board = field(init=False)
+    tardy: dict[int, str] = field(default_factory=dict)  # devices whose last training was late, and in what words
+
+    def __post_init__(self) -> None:
+        self.board = self.terms.board()
 
     # --- for the run's thread -------------------------------------------------------------------------------------------
 
@@ -108,9 +115,7 @@ class Desk:
         self.asks = {device: _Ask(request, self.loop.create_future()) for device, request in requests.items()}
         for device, ask in self.asks.items():
             if ask.request.within_s is not None:
-                self.loop.call_later(
-                    ask.request.within_s, self._lose, ask, f"device-{device}: late, nobody waits for it"
-                )
+                self.loop.call_later(ask.request.within_s, self._overdue, device, ask)
             if device in self.links:
                 self._hand(self.links[device], ask)
             else:
@@ -145,13 +150,21 @@ class Desk:
         """Waits for a device that is away, and no longer than may be."""
 
         wait_s = max(self.terms.patience_s, self.opened_s + FIRST_S - time.monotonic())
-        why = f"device-{device}: away for {wait_s:.3g} s, its task is lost"
+        why = f"device-{device}: away for {wait_s:.3g} s, its task is lost ({ask.request.what})"
         ask.giving_up = self.loop.call_later(wait_s, self._lose, ask, why)
 
     def _lose(self, ask: _Ask, why: str) -> None:
         if not ask.reply.done():
             self.terms.say(why)
             ask.reply.set_result(None)
+
+    def _overdue(self, device: int, ask: _Ask) -> None:
+        """Gives up a task whose time is over."""
+        if ask.reply.done():
+            return
+        if ask.link:
+            self.tardy[device] = f"{ask.request.what}: not within {ask.request.within_s:.3g} s"
+        self._lose(ask, f"device-{device}: late, nobody waits for it ({ask.request.what})")
 
     def _turn_out(self) -> None:
         """Asks those to leave whose certificates are revoked or have expired since they came."""
@@ -174,6 +187,10 @@ class Desk:
             old.leave(f"another connection took the place of this one of {link.peer.name}")
         self.links[device] = link
         self.came.set()
+        version, torch = link.hello.versions.fedprune, link.hello.versions.torch
+        self.board.know(device, version=version, torch=torch, machine=link.hello.machine)
+        self.board.see(device, "up")
+        self.tardy.pop(device, None)
         self.terms.say(f"{link.peer.name}: here ({link.hello.machine})")
         try:
             if self.terms.order:
@@ -184,8 +201,11 @@ class Desk:
         finally:
             if self.links.get(device) is link:
                 del self.links[device]
-                self.terms.say(f"{link.peer.name}: gone{f' ({link.why})' if link.why else ''}")
-                if (ask := self.asks.get(device)) and not ask.reply.done():
+                ask = self.asks.get(device)
+                left = f", and {ask.request.what} is not done" if ask and not ask.reply.done() else ""
+                self.board.see(device, "refused" if link.why else "away", link.why or f"gone{left}")
+                self.terms.say(f"{link.peer.name}: gone{f' ({link.why})' if link.why else ''}{left}")
+                if ask and not ask.reply.done():
                     self._miss(device, ask)
 
     async def _listen(self, link: _Link, device: int) -> None:
@@ -218,6 +238,12 @@ class Desk:
             ask.got_s = now_s
             return
         ask.reply.set_result(reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s))
+        self.board.know(device, round=ask.request.round)
+        if ask.request.due_s is not None:
+            self.tardy.pop(device, None)
+            if now_s - ask.sent_s > ask.request.due_s:
+                took = f"{now_s - ask.sent_s:.3g} s, {ask.request.due_s:.3g} s are given"
+                self.tardy[device] = f"{ask.request.what}: {took}"
 
     async def _admit(self, context: grpc.aio.ServicerContext) -> _Link:
         """Returns the link of a node that may take part; refuses any other."""
@@ -227,22 +253,53 @@ class Desk:
         except (FedpruneError, KeyError, IndexError) as error:
             await self._turn_away(context, Code.PERMISSION_DENIED, f"{context.peer()}: {error}")
         if why := unwanted(peer, refused):
-            await self._turn_away(context, Code.PERMISSION_DENIED, why)
+            await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
         if peer.device is None or peer.device >= self.terms.devices:
             why = f"{peer.name} is no device of this pilot: it has device-0 to device-{self.terms.devices - 1}"
-            await self._turn_away(context, Code.PERMISSION_DENIED, why)
+            await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
         try:
             data = await asyncio.wait_for(context.read(), HELLO_S)
             hello = read_hello(data if isinstance(data, bytes) else b"")
         except (ValueError, TimeoutError) as error:
-            await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}")
+            await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}", peer)
         if why := self.terms.unfit(peer.device, hello):
-            await self._turn_away(context, Code.FAILED_PRECONDITION, why)
+            if peer.device not in self.links:
+                self.board.know(peer.device, version=hello.versions.fedprune, torch=hello.versions.torch)
+            await self._turn_away(context, Code.FAILED_PRECONDITION, why, peer)
         return _Link(peer, hello, context)
 
-    async def _turn_away(self, context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
+    async def _turn_away(
+        self, context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str, peer: Peer | None = None
+    ) -> NoReturn:
         self.terms.say(f"refused: {why}")
+        if peer and peer.device is not None and peer.device not in self.links:  # else somebody else has its certificate
+            self.board.see(peer.device, "refused", why)
         await _refuse(context, code, why)
+
+    # --- for whoever watches ----------------------------------------------------------------------------------------------
+
+    async def show(self) -> None:
+        """Keeps the pilot's nodes.json true until the desk closes."""
+        while not self.closing.is_set():
+            self._observe()
+            await asyncio.to_thread(self.board.write, self.board.news())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.closing.wait(), SHOW_S)
+        gathered = self.terms.order is None  # the run is yet to begin
+        await asyncio.to_thread(self.board.write, self.board.news(serving=gathered))
+
+    def _observe(self) -> None:
+        """Notes of the nodes that are here which do not say a word, and which are late."""
+        now_s = time.monotonic()
+        for device in self.links:
+            ask, state, why = self.asks.get(device), "late" if device in self.tardy else "up", self.tardy.get(device, "")
+            if ask and ask.link is self.links[device] and not ask.reply.done():
+                out_s, due_s = now_s - ask.sent_s, ask.request.due_s
+                if not ask.got_s and out_s > SILENT_S:
+                    state, why = "silent", f"{ask.request.what}: does not say that it is there"
+                elif due_s is not None and out_s > due_s:
+                    state, why = "late", f"{ask.request.what}: not within {due_s:.3g} s"
+            self.board.see(device, state, why)
 
 
 _running: set[asyncio.Task[None]] = set()  # tasks that nobody else holds
@@ -279,9 +336,13 @@ def desk(address: str, terms: Terms) -> Iterator[Desk]:
     except RuntimeError as error:
         loop.call_soon_threadsafe(loop.stop)
         raise OutputError(f"cannot listen at {address}: {' '.join(str(error).split())[:200]}") from None
+    showing = asyncio.run_coroutine_threadsafe(here.show(), loop)
     try:
         yield here
     finally:
+        loop.call_soon_threadsafe(here.closing.set)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            showing.result(CLOSING_S)
         with contextlib.suppress(concurrent.futures.TimeoutError):
             wait(server.stop(0.5), CLOSING_S)
         loop.call_soon_threadsafe(loop.stop)

@@ -27,12 +27,16 @@ class Request:
     """What is asked of a node, and how its answer is read: what is wrong with it is a ValueError.
 
     write: from what the node has heard of u to the message and what it has heard then; within_s: after which nobody waits for the
-    answer any longer, None: as long as it takes.
+    answer any longer, None: as long as it takes. due_s: after which it is late, None: never; round, what: of which round it is, and what
+    it asks for, for whoever watches.
     """
 
     write: Callable[[Heard | None], tuple[bytes, Heard]]
     read: Callable[[Sealed], Update | Score]
     within_s: float | None = None
+    due_s: float | None = None
+    round: int = 0
+    what: str = "its task"
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,12 @@ class NodeExecutor:
 
     def _request(self, order: Order) -> Request:
         layout = self.layout
-        within_s = order.task.due_s if self.drops else None
+        due_s, test = order.task.due_s, order.work == "test"
+        number = order.task.round + (not test)
         return Request(
-            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout), within_s
-        )
+            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout),
+            due_s if self.drops else None, due_s, number, f"the {'test' if test else 'training'} of round {number}",
+        )  # fmt: skip
 
 
 def _lost(task: Task, layout: Layout) -> Update:

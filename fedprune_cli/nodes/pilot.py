@@ -55,7 +55,9 @@ class Pilot:
         order = RunOrder(f"{experiment.config_hash}-s{experiment.seed}", self.config)
         cards = read_cards(self.folder / ROSTER)
         most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
-        terms = Terms(self.folder, len(cards), most_bytes, experiment.execution.patience_s, self.say, cards, order)
+        run_dir = str(experiment.run_dir.absolute())
+        patience_s = experiment.execution.patience_s
+        terms = Terms(self.folder, len(cards), most_bytes, patience_s, self.say, cards, order, run_dir)
         with CARRIERS[self.kind](self.address, terms) as here:
             policy = experiment.failsafe.policy
             yield NodeExecutor(here, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
