@@ -292,7 +292,11 @@ class Desk:
         """Notes of the nodes that are here which do not say a word, and which are late."""
         now_s = time.monotonic()
         for device in self.links:
-            ask, state, why = self.asks.get(device), "late" if device in self.tardy else "up", self.tardy.get(device, "")
+            ask, state, why = (
+                self.asks.get(device),
+                "late" if device in self.tardy else "up",
+                self.tardy.get(device, ""),
+            )
             if ask and ask.link is self.links[device] and not ask.reply.done():
                 out_s, due_s = now_s - ask.sent_s, ask.request.due_s
                 if not ask.got_s and out_s > SILENT_S:

@@ -93,7 +93,7 @@ class _Out:
         return self.request.what if self.request else "its card"
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """What came back is of a node that cannot take part."""
 
 
@@ -134,7 +134,7 @@ class Flower:
                     replies[device] = self._take(device, out[device], wrong, base64.b64decode(data))
                 except (ValueError, IndexError, KeyError, TypeError) as error:
                     self.terms.say(f"device-{device}: {error}; trying again ({out[device].what})")
-                    self.board.see(device, "refused" if isinstance(error, Refused) else "away", str(error))
+                    self.board.see(device, "refused" if isinstance(error, RefusedError) else "away", str(error))
                     out[device].name, out[device].away_s = "", out[device].away_s or time.monotonic()
             for device, one in [*out.items()]:
                 if device in replies or self._is_lost(device, one):
@@ -169,7 +169,7 @@ class Flower:
         hello = read_hello(first)
         self.board.know(device, version=hello.versions.fedprune, torch=hello.versions.torch, machine=hello.machine)
         if why := self.terms.unfit(device, hello):
-            raise Refused(f"refused: {why}")
+            raise RefusedError(f"refused: {why}")
         self.cards[device] = hello.card
         due_s = one.request.due_s if one.request else None
         late = due_s is not None and now_s - one.sent_s > due_s

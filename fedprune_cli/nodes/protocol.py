@@ -21,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedprune_cli.errors import one_line
-from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.nodes.board import Board, board_for
+from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
 
