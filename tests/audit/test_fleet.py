@@ -78,6 +78,7 @@ def shown(now: Look, limits: tuple[str, ...] = (), columns: int = 80) -> str:
 # --- what the server posts ------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=25)
 @given(st.lists(st.builds(Standing, st.integers(0, 10**6), st.sampled_from(STATES), st.floats(0, 1e10), st.integers(0, 10**6),
                           st.text(), st.text(), st.text(), st.text())), st.text(), st.booleans())  # fmt: skip
 def test_what_is_posted_is_read_back(
