@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from fedprune_cli.errors import FedpruneError, OutputError
+from fedprune_cli.learn.client import Score
 from fedprune_cli.nodes.board import SHOW_S, SILENT_S, Board
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked, unwanted
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
-from fedprune_cli.nodes.executor import Reply, Request, reply_in
+from fedprune_cli.nodes.executor import Invite, Reply, Request, reply_in
 from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import END, Hello, Terms, read_from_node, read_hello, sha256
 from fedprune_cli.store.sealed import Sealed
@@ -29,6 +30,7 @@ T = TypeVar("T")
 Code = grpc.StatusCode
 HELLO_S = 10.0  # within which a new stream has to say who it is
 CLOSING_S = 2.0
+GUESTS_S = 30.0  # for newcomers, once the run has had its last round
 FIRST_S = 10.0  # after a server's start within which nodes come that were there before
 
 
@@ -82,6 +84,10 @@ class Desk:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     board: Board = field(init=False)
     tardy: dict[int, str] = field(default_factory=dict)  # devices whose last training was late, and in what words
+    guests: dict[int, _Ask] = field(default_factory=dict)  # what newcomers were handed last
+    began: dict[int, str] = field(default_factory=dict)  # how newcomers began, in words
+    invite: Invite | None = None
+    over: bool = False  # whether the run has had its last round
 
     def __post_init__(self) -> None:
         self.board = self.terms.board()
@@ -96,8 +102,12 @@ class Desk:
         """Returns the cards of all devices once all of them have come."""
         return self._wait(self._gather())
 
+    def welcome(self, invite: Invite) -> None:
+        """As Carrier.welcome."""
+        self._wait(self._welcome(invite))
+
     def end(self) -> None:
-        """Tells every node that is here that the run has had its last round."""
+        """Tells every node that is here that the run has had its last round, once newcomers have what they begin with."""
         self._wait(self._end())
 
     def _wait(self, work: Coroutine[None, None, T]) -> T:
@@ -132,7 +142,38 @@ class Desk:
             await self.came.wait()
         return [self.links[device].hello.card for device in range(self.terms.devices)]
 
+    async def _welcome(self, invite: Invite) -> None:
+        self.invite = invite
+        for device in self.links:
+            self._greet(device)
+
+    def _greet(self, device: int) -> None:
+        """Hands a newcomer what it begins with, once it has answered to what it was handed before."""
+        link, old = self.links[device], self.guests.get(device)
+        if self.invite is None or device < self.terms.devices or (old and old.link is link and not old.reply.done()):
+            return
+        self.guests[device] = _Ask(self.invite(device, link.hello.card), self.loop.create_future())
+        self._hand(link, self.guests[device])
+
+    def _meet(self, device: int, ask: _Ask, reply: Reply) -> None:
+        """Notes how a newcomer begins, and hands it what has changed meanwhile."""
+        score, what = reply.result, f"begins with the shared part of round {ask.request.round}"
+        if isinstance(score, Score):
+            self.began[device] = f"a newcomer, {what}: {score.correct} of {score.total} test samples are right"
+        else:
+            self.began[device] = f"a newcomer, cannot {what.replace('begins', 'begin')}: {reply.failure}"
+        self.terms.say(f"device-{device}: {self.began[device]}")
+        if self.invite and self.invite(device, self.links[device].hello.card).round > ask.request.round:
+            self._greet(device)
+
     async def _end(self) -> None:
+        until_s = time.monotonic() + GUESTS_S
+        while waiting := [
+            ask.reply for ask in self.guests.values() if ask.link in self.links.values() and not ask.reply.done()
+        ]:
+            if not (await asyncio.wait(waiting, timeout=until_s - time.monotonic()))[0]:
+                break
+        self.over = True
         with contextlib.suppress(TimeoutError):  # one that does not listen is no matter of the run's
             await asyncio.wait_for(asyncio.gather(*(link.write(END) for link in self.links.values())), CLOSING_S)
 
@@ -197,13 +238,15 @@ class Desk:
                 await link.write(self.terms.order.encode())
             if ask := self.asks.get(device):
                 self._hand(link, ask)
+            self._greet(device)
             await self._listen(link, device)
         finally:
             if self.links.get(device) is link:
                 del self.links[device]
                 ask = self.asks.get(device)
                 left = f", and {ask.request.what} is not done" if ask and not ask.reply.done() else ""
-                self.board.see(device, "refused" if link.why else "away", link.why or f"gone{left}")
+                why = link.why or ("the run is over" if self.over else f"gone{left}")
+                self.board.see(device, "refused" if link.why else "away", why)
                 self.terms.say(f"{link.peer.name}: gone{f' ({link.why})' if link.why else ''}{left}")
                 if ask and not ask.reply.done():
                     self._miss(device, ask)
@@ -230,15 +273,18 @@ class Desk:
 
     def _take(self, device: int, message: Sealed) -> None:
         """Takes what a node says of a task; what it says of one that is out no longer is passed over."""
-        ask, header = self.asks.get(device), message.header
+        ask, header = self.asks.get(device) or self.guests.get(device), message.header
         if ask is None or header["of"] != ask.of or ask.reply.done():
             return
         now_s = time.monotonic()
         if header["kind"] == "got":
             ask.got_s = now_s
             return
-        ask.reply.set_result(reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s))
+        reply = reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s)
+        ask.reply.set_result(reply)
         self.board.know(device, round=ask.request.round)
+        if device >= self.terms.devices:
+            self._meet(device, ask, reply)
         if ask.request.due_s is not None:
             self.tardy.pop(device, None)
             if now_s - ask.sent_s > ask.request.due_s:
@@ -254,7 +300,7 @@ class Desk:
             await self._turn_away(context, Code.PERMISSION_DENIED, f"{context.peer()}: {error}")
         if why := unwanted(peer, refused):
             await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
-        if peer.device is None or peer.device >= self.terms.devices:
+        if peer.device is None or (peer.device >= self.terms.devices and not self.terms.cards):
             why = f"{peer.name} is no device of this pilot: it has device-0 to device-{self.terms.devices - 1}"
             await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
         try:
@@ -285,6 +331,7 @@ class Desk:
             await asyncio.to_thread(self.board.write, self.board.news())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.closing.wait(), SHOW_S)
+        self._observe()
         gathered = self.terms.order is None  # the run is yet to begin
         await asyncio.to_thread(self.board.write, self.board.news(serving=gathered))
 
@@ -292,11 +339,8 @@ class Desk:
         """Notes of the nodes that are here which do not say a word, and which are late."""
         now_s = time.monotonic()
         for device in self.links:
-            ask, state, why = (
-                self.asks.get(device),
-                "late" if device in self.tardy else "up",
-                self.tardy.get(device, ""),
-            )
+            ask, state = self.asks.get(device) or self.guests.get(device), "late" if device in self.tardy else "up"
+            why = self.tardy.get(device) or self.began.get(device, "")
             if ask and ask.link is self.links[device] and not ask.reply.done():
                 out_s, due_s = now_s - ask.sent_s, ask.request.due_s
                 if not ask.got_s and out_s > SILENT_S:

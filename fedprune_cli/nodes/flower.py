@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from fedprune_cli.errors import CheckpointError, ConfigError, DeviceError, FedpruneError
 from fedprune_cli.nodes import certificates
 from fedprune_cli.nodes.board import Board
-from fedprune_cli.nodes.executor import Reply, Request, reply_in
+from fedprune_cli.nodes.executor import Invite, Reply, Request, reply_in
 from fedprune_cli.nodes.post import Post, node_for
 from fedprune_cli.nodes.protocol import Terms, failed, hello_of, read_from_node, read_from_server, read_hello, sha256
 from fedprune_cli.store.files import read_bytes, read_json
@@ -110,6 +110,9 @@ class Flower:
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
         """As Carrier.exchange. Each message stands for itself: it says nothing of what a node has heard before."""
         return self._carry({device: _Out(one.write(None)[0], one) for device, one in requests.items()})
+
+    def welcome(self, invite: Invite) -> None:
+        """As Carrier.welcome: over Flower there are no newcomers, as nobody is heard who was not asked."""
 
     def gather(self) -> list[Card]:
         """As Host.gather."""

@@ -63,7 +63,11 @@ class Node:
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
         task = replace(order.task, personal=self.versions.read(order.base))
         if order.work == "test":
-            return evaluate(self.learner, task), False
+            score = evaluate(self.learner, task)
+            if task.schedule:  # a device that never trained: what it begins with is its own from here on
+                self.versions.write(task.round, self.learner.parts.personal.cpu().numpy().copy())
+                self.versions.keep((task.round,))
+            return score, False
         update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
         if moved:

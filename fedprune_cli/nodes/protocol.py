@@ -123,7 +123,9 @@ class Terms:
         mine, its = versions(), hello.versions
         if its != mine:
             return f"device-{device} runs {_words(its)}, the server {_words(mine)}: they must be the same"
-        if self.cards and _as_told(hello.card) != _as_told(self.cards[device]):
+        if self.cards and device >= len(self.cards) and _as_told(hello.card)[2:] != _as_told(self.cards[0])[2:]:
+            return f"device-{device}: its data are of another form than those of the roster"
+        if device < len(self.cards) and _as_told(hello.card) != _as_told(self.cards[device]):
             return f"device-{device}: its data are not those of the roster, which a run cannot change"
         return ""
 
