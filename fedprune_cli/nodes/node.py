@@ -64,8 +64,9 @@ class Node:
         task = replace(order.task, personal=self.versions.read(order.base))
         if order.work == "test":
             score = evaluate(self.learner, task)
-            if task.schedule:  # a device that never trained: what it begins with is its own from here on
-                self.versions.write(task.round, self.learner.parts.personal.cpu().numpy().copy())
+            personal = self.learner.parts.personal.cpu().numpy().copy()
+            if task.schedule and np.isfinite(personal).all():  # a device that never trained: what it begins with is its own now
+                self.versions.write(task.round, personal)
                 self.versions.keep((task.round,))
             return score, False
         update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
