@@ -262,20 +262,31 @@ def note(line: str) -> None:
     """Prints a line about what is going on."""
     if not _quiet.get():
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)  # what nodes and libraries say may be in it
 
 
 @contextlib.contextmanager
-def live() -> Iterator[Callable[[Table], None]]:
-    """Yields a function that shows a table in the place of the one before; where there is no terminal, below it."""
+def live() -> Iterator[Callable[[Table, Sequence[str] | None], None]]:
+    """Yields a function that shows a table in the place of the one before; where there is no terminal, the lines that say what is new.
+
+    Without such lines, None, it shows the table there too, below the one before.
+    """
     from rich.console import Console
     from rich.live import Live
 
     if not sys.stdout.isatty() or _quiet.get():
-        yield show
+        yield _tell_news
         return
     with Live(console=Console(markup=False, emoji=False), auto_refresh=False) as shown:
-        yield lambda table: shown.update(table, refresh=True)
+        yield lambda table, lines: shown.update(table, refresh=True)
+
+
+def _tell_news(table: Table, lines: Sequence[str] | None) -> None:
+    """Prints what is new in a table, or where nobody says what is the whole of it."""
+    if lines is None:
+        show(table)
+    for line in lines or ():
+        say(one_line(line))
 
 
 @contextlib.contextmanager

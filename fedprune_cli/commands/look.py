@@ -10,6 +10,7 @@ import typer
 
 from fedprune_cli.commands.completion import BASH
 from fedprune_cli.commands.options import Json, Plugins, Quiet
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.terminal import live, print_json, say, show, status
 
 if TYPE_CHECKING:
@@ -78,30 +79,54 @@ def runs(
 
 
 def watch(
-    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|PILOT", help="The folder of a run, or of a pilot that is served.")
+    ],
     limit: Annotated[
         list[str] | None,
         typer.Option(
-            help="FIGURE<=VALUE, kept in every round, or FIGURE>=VALUE[@ROUND], kept at the end or from a round on."
+            help="FIGURE<=VALUE, kept in every round, or FIGURE>=VALUE[@ROUND], kept at the end or from a round on; "
+            "of nodes: nodes_late<=1."
         ),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once instead of until the run is finished.")] = False,
     price_per_gb: Annotated[float, typer.Option(help="What a gigabyte sent costs.")] = 0.0,
     price_per_kwh: Annotated[float, typer.Option(help="What a kilowatt-hour costs.")] = 0.0,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Serve the same as a page, and at /metrics for Prometheus; to this machine unless HOST is given.",
+        ),
+    ] = None,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="Post a JSON there when a limit is broken; needs --limit.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a run's key figures live; exit code 9 as soon as one breaks its limit, 5 when nobody runs it any more."""
+    """Show a run's key figures live, and the nodes of a pilot; exit code 9 when one breaks its limit, 5 when nobody runs it any more.
+
+    A broken limit ends it at once; with --serve or --webhook it goes on to the run's end.
+    """
     from fedprune_cli.audit import watch as watching
 
     limits, prices = [watching.parse_limit(text) for text in limit or ()], watching.Prices(price_per_gb, price_per_kwh)
+    if webhook and not limits:
+        raise ConfigError("--webhook: needs a --limit, of which it tells that it is broken")
+    looks = watching.watch(run_dir, limits, prices, once=once, go_on=bool(serve or webhook))
+    if serve or webhook:
+        from fedprune_cli.audit.window import outward
+
+        looks = outward(looks, str(run_dir), limits, serve, webhook)
+    before = None
     with live() as update:
-        for seen in watching.watch(run_dir, limits, prices, once=once):
+        for seen in looks:
             if as_json:
-                last = seen.rows[-1] if seen.rows else {}
-                print_json({"round": len(seen.rows), "finished": seen.finished, **last})
+                print_json(seen.plain())
             else:
-                update(seen.table(limits))
+                update(seen.table(limits), None if seen.fleet is None else seen.lines(before))
+            before = seen
 
 
 def verify(

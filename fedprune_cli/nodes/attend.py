@@ -32,7 +32,7 @@ def attend(post: Post) -> None:
         if duty.spoken_to:
             pause_s, told = FIRST_PAUSE_S, ""
         if why != told:
-            post.say(f"{post.address}: {why}; trying again")
+            post.say(f"device-{post.place.device}: {post.address}: {why}; trying again")
         told = why
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

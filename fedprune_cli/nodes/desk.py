@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from fedprune_cli.errors import FedpruneError, OutputError
+from fedprune_cli.learn.client import Score
+from fedprune_cli.nodes.board import SHOW_S, SILENT_S, Board
 from fedprune_cli.nodes.certificates import Peer, peer_of, read_identity, revoked, unwanted
 from fedprune_cli.nodes.channel import ATTEND, SERVICE, grpc, options
-from fedprune_cli.nodes.executor import Reply, Request, reply_in
+from fedprune_cli.nodes.executor import Invite, Reply, Request, reply_in
 from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import END, Hello, Terms, read_from_node, read_hello, sha256
 from fedprune_cli.store.sealed import Sealed
@@ -28,6 +30,7 @@ T = TypeVar("T")
 Code = grpc.StatusCode
 HELLO_S = 10.0  # within which a new stream has to say who it is
 CLOSING_S = 2.0
+GUESTS_S = 30.0  # for newcomers, once the run has had its last round
 FIRST_S = 10.0  # after a server's start within which nodes come that were there before
 
 
@@ -78,6 +81,16 @@ class Desk:
     asks: dict[int, _Ask] = field(default_factory=dict)
     came: asyncio.Event = field(default_factory=asyncio.Event)
     opened_s: float = field(default_factory=time.monotonic)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    board: Board = field(init=False)
+    tardy: dict[int, str] = field(default_factory=dict)  # devices whose last training was late, and in what words
+    guests: dict[int, _Ask] = field(default_factory=dict)  # what newcomers were handed last
+    began: dict[int, str] = field(default_factory=dict)  # how newcomers began, in words
+    invite: Invite | None = None
+    over: bool = False  # whether the run has had its last round
+
+    def __post_init__(self) -> None:
+        self.board = self.terms.board()
 
     # --- for the run's thread -------------------------------------------------------------------------------------------
 
@@ -89,8 +102,12 @@ class Desk:
         """Returns the cards of all devices once all of them have come."""
         return self._wait(self._gather())
 
+    def welcome(self, invite: Invite) -> None:
+        """As Carrier.welcome."""
+        self._wait(self._welcome(invite))
+
     def end(self) -> None:
-        """Tells every node that is here that the run has had its last round."""
+        """Tells every node that is here that the run has had its last round, once newcomers have what they begin with."""
         self._wait(self._end())
 
     def _wait(self, work: Coroutine[None, None, T]) -> T:
@@ -108,9 +125,7 @@ class Desk:
         self.asks = {device: _Ask(request, self.loop.create_future()) for device, request in requests.items()}
         for device, ask in self.asks.items():
             if ask.request.within_s is not None:
-                self.loop.call_later(
-                    ask.request.within_s, self._lose, ask, f"device-{device}: late, nobody waits for it"
-                )
+                self.loop.call_later(ask.request.within_s, self._overdue, device, ask)
             if device in self.links:
                 self._hand(self.links[device], ask)
             else:
@@ -127,7 +142,38 @@ class Desk:
             await self.came.wait()
         return [self.links[device].hello.card for device in range(self.terms.devices)]
 
+    async def _welcome(self, invite: Invite) -> None:
+        self.invite = invite
+        for device in self.links:
+            self._greet(device)
+
+    def _greet(self, device: int) -> None:
+        """Hands a newcomer what it begins with, once it has answered to what it was handed before."""
+        link, old = self.links[device], self.guests.get(device)
+        if self.invite is None or device < self.terms.devices or (old and old.link is link and not old.reply.done()):
+            return
+        self.guests[device] = _Ask(self.invite(device, link.hello.card), self.loop.create_future())
+        self._hand(link, self.guests[device])
+
+    def _meet(self, device: int, ask: _Ask, reply: Reply) -> None:
+        """Notes how a newcomer begins, and hands it what has changed meanwhile."""
+        score, what = reply.result, f"begins with the shared part of round {ask.request.round}"
+        if isinstance(score, Score):
+            self.began[device] = f"a newcomer, {what}: {score.correct} of {score.total} test samples are right"
+        else:
+            self.began[device] = f"a newcomer, cannot {what.replace('begins', 'begin')}: {reply.failure}"
+        self.terms.say(f"device-{device}: {self.began[device]}")
+        if self.invite and self.invite(device, self.links[device].hello.card).round > ask.request.round:
+            self._greet(device)
+
     async def _end(self) -> None:
+        until_s = time.monotonic() + GUESTS_S
+        while waiting := [
+            ask.reply for ask in self.guests.values() if ask.link in self.links.values() and not ask.reply.done()
+        ]:
+            if not (await asyncio.wait(waiting, timeout=until_s - time.monotonic()))[0]:
+                break
+        self.over = True
         with contextlib.suppress(TimeoutError):  # one that does not listen is no matter of the run's
             await asyncio.wait_for(asyncio.gather(*(link.write(END) for link in self.links.values())), CLOSING_S)
 
@@ -145,13 +191,21 @@ class Desk:
         """Waits for a device that is away, and no longer than may be."""
 
         wait_s = max(self.terms.patience_s, self.opened_s + FIRST_S - time.monotonic())
-        why = f"device-{device}: away for {wait_s:.3g} s, its task is lost"
+        why = f"device-{device}: away for {wait_s:.3g} s, its task is lost ({ask.request.what})"
         ask.giving_up = self.loop.call_later(wait_s, self._lose, ask, why)
 
     def _lose(self, ask: _Ask, why: str) -> None:
         if not ask.reply.done():
             self.terms.say(why)
             ask.reply.set_result(None)
+
+    def _overdue(self, device: int, ask: _Ask) -> None:
+        """Gives up a task whose time is over."""
+        if ask.reply.done():
+            return
+        if ask.link:
+            self.tardy[device] = f"{ask.request.what}: not within {ask.request.within_s:.3g} s"
+        self._lose(ask, f"device-{device}: late, nobody waits for it ({ask.request.what})")
 
     def _turn_out(self) -> None:
         """Asks those to leave whose certificates are revoked or have expired since they came."""
@@ -174,18 +228,27 @@ class Desk:
             old.leave(f"another connection took the place of this one of {link.peer.name}")
         self.links[device] = link
         self.came.set()
+        version, torch = link.hello.versions.fedprune, link.hello.versions.torch
+        self.board.know(device, version=version, torch=torch, machine=link.hello.machine)
+        self.board.see(device, "up")
+        self.tardy.pop(device, None)
         self.terms.say(f"{link.peer.name}: here ({link.hello.machine})")
         try:
             if self.terms.order:
                 await link.write(self.terms.order.encode())
             if ask := self.asks.get(device):
                 self._hand(link, ask)
+            self._greet(device)
             await self._listen(link, device)
         finally:
             if self.links.get(device) is link:
                 del self.links[device]
-                self.terms.say(f"{link.peer.name}: gone{f' ({link.why})' if link.why else ''}")
-                if (ask := self.asks.get(device)) and not ask.reply.done():
+                ask = self.asks.get(device)
+                left = f", and {ask.request.what} is not done" if ask and not ask.reply.done() else ""
+                why = link.why or ("the run is over" if self.over else f"gone{left}")
+                self.board.see(device, "refused" if link.why else "away", why)
+                self.terms.say(f"{link.peer.name}: gone{f' ({link.why})' if link.why else ''}{left}")
+                if ask and not ask.reply.done():
                     self._miss(device, ask)
 
     async def _listen(self, link: _Link, device: int) -> None:
@@ -210,14 +273,23 @@ class Desk:
 
     def _take(self, device: int, message: Sealed) -> None:
         """Takes what a node says of a task; what it says of one that is out no longer is passed over."""
-        ask, header = self.asks.get(device), message.header
+        ask, header = self.asks.get(device) or self.guests.get(device), message.header
         if ask is None or header["of"] != ask.of or ask.reply.done():
             return
         now_s = time.monotonic()
         if header["kind"] == "got":
             ask.got_s = now_s
             return
-        ask.reply.set_result(reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s))
+        reply = reply_in(message, ask.request, ask.sent_s, ask.got_s or ask.sent_s, now_s)
+        ask.reply.set_result(reply)
+        self.board.know(device, round=ask.request.round)
+        if device >= self.terms.devices:
+            self._meet(device, ask, reply)
+        if ask.request.due_s is not None:
+            self.tardy.pop(device, None)
+            if now_s - ask.sent_s > ask.request.due_s:
+                took = f"{now_s - ask.sent_s:.3g} s, {ask.request.due_s:.3g} s are given"
+                self.tardy[device] = f"{ask.request.what}: {took}"
 
     async def _admit(self, context: grpc.aio.ServicerContext) -> _Link:
         """Returns the link of a node that may take part; refuses any other."""
@@ -227,22 +299,55 @@ class Desk:
         except (FedpruneError, KeyError, IndexError) as error:
             await self._turn_away(context, Code.PERMISSION_DENIED, f"{context.peer()}: {error}")
         if why := unwanted(peer, refused):
-            await self._turn_away(context, Code.PERMISSION_DENIED, why)
-        if peer.device is None or peer.device >= self.terms.devices:
+            await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
+        if peer.device is None or (peer.device >= self.terms.devices and not self.terms.cards):
             why = f"{peer.name} is no device of this pilot: it has device-0 to device-{self.terms.devices - 1}"
-            await self._turn_away(context, Code.PERMISSION_DENIED, why)
+            await self._turn_away(context, Code.PERMISSION_DENIED, why, peer)
         try:
             data = await asyncio.wait_for(context.read(), HELLO_S)
             hello = read_hello(data if isinstance(data, bytes) else b"")
         except (ValueError, TimeoutError) as error:
-            await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}")
+            await self._turn_away(context, Code.INVALID_ARGUMENT, f"{peer.name}: its hello was refused: {error}", peer)
         if why := self.terms.unfit(peer.device, hello):
-            await self._turn_away(context, Code.FAILED_PRECONDITION, why)
+            if peer.device not in self.links:
+                self.board.know(peer.device, version=hello.versions.fedprune, torch=hello.versions.torch)
+            await self._turn_away(context, Code.FAILED_PRECONDITION, why, peer)
         return _Link(peer, hello, context)
 
-    async def _turn_away(self, context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
+    async def _turn_away(
+        self, context: grpc.aio.ServicerContext, code: grpc.StatusCode, why: str, peer: Peer | None = None
+    ) -> NoReturn:
         self.terms.say(f"refused: {why}")
+        if peer and peer.device is not None and peer.device not in self.links:  # else somebody else has its certificate
+            self.board.see(peer.device, "refused", why)
         await _refuse(context, code, why)
+
+    # --- for whoever watches ----------------------------------------------------------------------------------------------
+
+    async def show(self) -> None:
+        """Keeps the pilot's nodes.json true until the desk closes."""
+        while not self.closing.is_set():
+            self._observe()
+            await asyncio.to_thread(self.board.write, self.board.news())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.closing.wait(), SHOW_S)
+        self._observe()
+        gathered = self.terms.order is None  # the run is yet to begin
+        await asyncio.to_thread(self.board.write, self.board.news(serving=gathered))
+
+    def _observe(self) -> None:
+        """Notes of the nodes that are here which do not say a word, and which are late."""
+        now_s = time.monotonic()
+        for device in self.links:
+            ask, state = self.asks.get(device) or self.guests.get(device), "late" if device in self.tardy else "up"
+            why = self.tardy.get(device) or self.began.get(device, "")
+            if ask and ask.link is self.links[device] and not ask.reply.done():
+                out_s, due_s = now_s - ask.sent_s, ask.request.due_s
+                if not ask.got_s and out_s > SILENT_S:
+                    state, why = "silent", f"{ask.request.what}: does not say that it is there"
+                elif due_s is not None and out_s > due_s:
+                    state, why = "late", f"{ask.request.what}: not within {due_s:.3g} s"
+            self.board.see(device, state, why)
 
 
 _running: set[asyncio.Task[None]] = set()  # tasks that nobody else holds
@@ -279,9 +384,13 @@ def desk(address: str, terms: Terms) -> Iterator[Desk]:
     except RuntimeError as error:
         loop.call_soon_threadsafe(loop.stop)
         raise OutputError(f"cannot listen at {address}: {' '.join(str(error).split())[:200]}") from None
+    showing = asyncio.run_coroutine_threadsafe(here.show(), loop)
     try:
         yield here
     finally:
+        loop.call_soon_threadsafe(here.closing.set)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            showing.result(CLOSING_S)
         with contextlib.suppress(concurrent.futures.TimeoutError):
             wait(server.stop(0.5), CLOSING_S)
         loop.call_soon_threadsafe(loop.stop)

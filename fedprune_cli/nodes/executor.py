@@ -11,6 +11,8 @@ import numpy as np
 from fedprune_cli.errors import DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
+from fedprune_cli.learn.kept import Whole
+from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
 from fedprune_cli.store.record import RoundRecord
@@ -27,12 +29,16 @@ class Request:
     """What is asked of a node, and how its answer is read: what is wrong with it is a ValueError.
 
     write: from what the node has heard of u to the message and what it has heard then; within_s: after which nobody waits for the
-    answer any longer, None: as long as it takes.
+    answer any longer, None: as long as it takes. due_s: after which it is late, None: never; round, what: of which round it is, and what
+    it asks for, for whoever watches.
     """
 
     write: Callable[[Heard | None], tuple[bytes, Heard]]
     read: Callable[[Sealed], Update | Score]
     within_s: float | None = None
+    due_s: float | None = None
+    round: int = 0
+    what: str = "its task"
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,15 @@ def reply_in(message: Sealed, request: Request, sent_s: float, got_s: float | No
     return Reply(request.read(message), sent_s, got_s, done_s, float(str(header["compute_s"])))
 
 
+# from the number and the card of a newcomer, who is no device of the run's, to what is asked of it
+Invite = Callable[[int, Card], Request]
+
+
 class Carrier(Protocol):
     """Carries messages to nodes and their answers back."""
+
+    def welcome(self, invite: Invite) -> None:
+        """Asks it of every newcomer that is here, and of those that come later; the run neither waits for them nor hears of them."""
 
     def exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
         """Returns the replies by device; one that is away for longer than may be waited for, or is not within its time, has none."""
@@ -79,13 +92,15 @@ class Host(Carrier, Protocol):
 class NodeExecutor:
     """Maps the functions of a device's work over nodes. drops: whether the update of who is late counts for nothing.
 
-    done: the last round's training, by device, until somebody takes it.
+    done: the last round's training, by device, until somebody takes it. fresh: the steps that a newcomer with so many training samples
+    takes on v, None: newcomers are asked nothing.
     """
 
     carrier: Carrier
     layout: Layout
     drops: bool = False
     done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    fresh: Callable[[int], tuple[LocalPhase, ...]] | None = None
 
     def map(
         self,
@@ -108,7 +123,19 @@ class NodeExecutor:
         if work is not evaluate:
             raise TypeError(f"nodes have no {f.__name__}")
         scores = self._exchange("test", todo)
+        if self.fresh and todo:
+            self._welcome(todo[0], self.fresh)
         return cast(list[Result], [scores[task.device].result for task in todo if task.device in scores])
+
+    def _welcome(self, tested: Task, fresh: Callable[[int], tuple[LocalPhase, ...]]) -> None:
+        """Has newcomers begin as the run's fresh devices do, with the shared part that was tested."""
+
+        def invite(device: int, card: Card) -> Request:
+            start = np.zeros(1, np.float32)  # v_k of round 0
+            task = Task("fresh-device test", tested.round, device, tested.shared, start, Whole(), fresh(card.train))
+            return self._request(Order("test", task, 0))
+
+        self.carrier.welcome(invite)
 
     def _train(self, work: str, tasks: Sequence[Task]) -> dict[int, Update]:
         replies = self._exchange(work, tasks)
@@ -137,10 +164,12 @@ class NodeExecutor:
 
     def _request(self, order: Order) -> Request:
         layout = self.layout
-        within_s = order.task.due_s if self.drops else None
+        due_s, test = order.task.due_s, order.work == "test"
+        number = order.task.round + (not test)
         return Request(
-            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout), within_s
-        )
+            lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout),
+            due_s if self.drops else None, due_s, number, f"the {'test' if test else 'training'} of round {number}",
+        )  # fmt: skip
 
 
 def _lost(task: Task, layout: Layout) -> Update:

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 
 from fedprune_cli.errors import CheckpointError, ConfigError, DeviceError, FedpruneError
 from fedprune_cli.nodes import certificates
-from fedprune_cli.nodes.executor import Reply, Request, reply_in
+from fedprune_cli.nodes.board import Board
+from fedprune_cli.nodes.executor import Invite, Reply, Request, reply_in
 from fedprune_cli.nodes.post import Post, node_for
 from fedprune_cli.nodes.protocol import Terms, failed, hello_of, read_from_node, read_from_server, read_hello, sha256
 from fedprune_cli.store.files import read_bytes, read_json
@@ -86,6 +87,15 @@ class _Out:
     sent_s: float = 0.0
     away_s: float | None = None
 
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        return self.request.what if self.request else "its card"
+
+
+class RefusedError(ValueError):
+    """What came back is of a node that cannot take part."""
+
 
 @dataclass(frozen=True)
 class Flower:
@@ -94,11 +104,15 @@ class Flower:
     terms: Terms
     grid: Callable[[Mapping[str, object]], list]  # type: ignore[type-arg]  # of JSON
     nodes: Mapping[int, int]
+    board: Board
     cards: dict[int, Card] = field(default_factory=dict)
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
         """As Carrier.exchange. Each message stands for itself: it says nothing of what a node has heard before."""
         return self._carry({device: _Out(one.write(None)[0], one) for device, one in requests.items()})
+
+    def welcome(self, invite: Invite) -> None:
+        """As Carrier.welcome: over Flower there are no newcomers, as nobody is heard who was not asked."""
 
     def gather(self) -> list[Card]:
         """As Host.gather."""
@@ -122,11 +136,13 @@ class Flower:
                 try:
                     replies[device] = self._take(device, out[device], wrong, base64.b64decode(data))
                 except (ValueError, IndexError, KeyError, TypeError) as error:
-                    self.terms.say(f"device-{device}: {error}; trying again")
+                    self.terms.say(f"device-{device}: {error}; trying again ({out[device].what})")
+                    self.board.see(device, "refused" if isinstance(error, RefusedError) else "away", str(error))
                     out[device].name, out[device].away_s = "", out[device].away_s or time.monotonic()
             for device, one in [*out.items()]:
                 if device in replies or self._is_lost(device, one):
                     del out[device]
+            self.board.write(self.board.news())
             time.sleep(LOOK_S if out else 0.0)
         return replies
 
@@ -140,7 +156,8 @@ class Flower:
                 todo[self.nodes[device]] = one
             elif not one.name and one.away_s is None:
                 one.away_s = time.monotonic()
-                self.terms.say(unwanted or f"device-{device}: away")
+                self.board.see(device, "refused" if unwanted else "away", unwanted)
+                self.terms.say(f"{unwanted or f'device-{device}: away'} ({one.what})")
         order = self.terms.order.encode() if self.terms.order else b""
         now_s = time.monotonic()
         sent = [[node, base64.b64encode(_joined(order, one.task)).decode()] for node, one in todo.items()]
@@ -153,24 +170,30 @@ class Flower:
             raise ValueError(f"Flower says: {' '.join(wrong.split())[:200]}")
         now_s, (first, second) = time.monotonic(), _split(data)
         hello = read_hello(first)
+        self.board.know(device, version=hello.versions.fedprune, torch=hello.versions.torch, machine=hello.machine)
         if why := self.terms.unfit(device, hello):
-            raise ValueError(f"refused: {why}")
+            raise RefusedError(f"refused: {why}")
         self.cards[device] = hello.card
+        due_s = one.request.due_s if one.request else None
+        late = due_s is not None and now_s - one.sent_s > due_s
+        self.board.see(device, "late" if late else "up", f"{one.what}: not within {due_s:.3g} s" if late else "")
         if one.request is None:
             return Reply(None, one.sent_s, None, now_s)
         answer = read_from_node(second)
         if answer.header["of"] != sha256(one.task):
             raise ValueError("an answer to another task")
+        self.board.know(device, round=one.request.round)
         return reply_in(answer, one.request, one.sent_s, None, now_s)
 
     def _is_lost(self, device: int, one: _Out) -> bool:
         now_s, within_s = time.monotonic(), one.request.within_s if one.request else None
         if within_s is not None and now_s - one.asked_s > within_s:
-            self.terms.say(f"device-{device}: late, nobody waits for it")
+            self.terms.say(f"device-{device}: late, nobody waits for it ({one.what})")
+            self.board.see(device, "late", f"{one.what}: not within {within_s:.3g} s")
             return True
         if one.name or one.away_s is None or one.request is None or now_s - one.away_s < self.terms.patience_s:
             return False
-        self.terms.say(f"device-{device}: away for {self.terms.patience_s:.3g} s, its task is lost")
+        self.terms.say(f"device-{device}: away for {self.terms.patience_s:.3g} s, its task is lost ({one.what})")
         return True
 
 
@@ -192,7 +215,11 @@ def superlink(terms: Terms) -> Iterator[Flower]:
         else:
             raise DeviceError(f"the SuperLink started no app, {STARTS} times: its log says why")
         with Connection(other.detach()) as connection:
-            yield Flower(terms, lambda asked: _ask(connection, asked), nodes)
+            here = Flower(terms, lambda asked: _ask(connection, asked), nodes, terms.board())
+            try:
+                yield here
+            finally:
+                here.board.write(here.board.news(serving=terms.order is None))
 
 
 def _ask(app: Connection, asked: Mapping[str, object]) -> list:  # type: ignore[type-arg]

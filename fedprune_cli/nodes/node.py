@@ -63,7 +63,14 @@ class Node:
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
         task = replace(order.task, personal=self.versions.read(order.base))
         if order.work == "test":
-            return evaluate(self.learner, task), False
+            score = evaluate(self.learner, task)
+            personal = self.learner.parts.personal.cpu().numpy().copy()
+            if (
+                task.schedule and np.isfinite(personal).all()
+            ):  # a device that never trained: what it begins with is its own now
+                self.versions.write(task.round, personal)
+                self.versions.keep((task.round,))
+            return score, False
         update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
         if moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.certificates import NAME
 from fedprune_cli.nodes.executor import Host, NodeExecutor, measured
 from fedprune_cli.nodes.protocol import SPARE_BYTES, RunOrder, Terms
+from fedprune_cli.round.evaluate import fresh_schedule
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.record import RoundRecord
@@ -55,10 +57,13 @@ class Pilot:
         order = RunOrder(f"{experiment.config_hash}-s{experiment.seed}", self.config)
         cards = read_cards(self.folder / ROSTER)
         most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
-        terms = Terms(self.folder, len(cards), most_bytes, experiment.execution.patience_s, self.say, cards, order)
+        run_dir = str(experiment.run_dir.absolute())
+        patience_s = experiment.execution.patience_s
+        terms = Terms(self.folder, len(cards), most_bytes, patience_s, self.say, cards, order, run_dir)
         with CARRIERS[self.kind](self.address, terms) as here:
             policy = experiment.failsafe.policy
-            yield NodeExecutor(here, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
+            drops, fresh = not (policy.waits or policy.defers), functools.partial(fresh_schedule, setup)
+            yield NodeExecutor(here, setup.blueprint.layout, drops, self.done, fresh)
             here.end()
 
     def measured(self, record: RoundRecord) -> Mapping[str, object]:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from fedprune_cli.errors import one_line
+from fedprune_cli.nodes.board import Board, board_for
 from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
@@ -66,8 +68,9 @@ def read_hello(data: bytes) -> Hello:
     form = {"protocol": int, "fedprune": str, "torch": str, "machine": str, "card": dict}
     header = _opened(data, {"hello": form}).header
     card = read_card(header["card"])
-    of = Versions(int(str(header["protocol"])), str(header["fedprune"]), str(header["torch"]))
-    return Hello(of, str(header["machine"])[:200], card)
+    fedprune, torch = (one_line(str(header[key]))[:50] for key in ("fedprune", "torch"))
+    of = Versions(int(str(header["protocol"])), fedprune, torch)
+    return Hello(of, one_line(str(header["machine"]))[:200], card)
 
 
 def _words(of: Versions) -> str:
@@ -95,7 +98,8 @@ class Terms:
     """Under which nodes are taken. pilot: the folder with the certificates; devices: how many there are; most_bytes: of a message.
 
     patience_s: how long a node may be away before its task is lost; cards: what their data must be like, nothing before there is a
-    roster; order: what they are to work on, None: nothing yet; say: told what happens, in one line each.
+    roster; order: what they are to work on, None: nothing yet; say: told what happens, in one line each; run_dir: the run's folder, for
+    whoever watches.
     """
 
     pilot: Path
@@ -105,13 +109,23 @@ class Terms:
     say: Callable[[str], None]
     cards: Sequence[Card] = ()
     order: RunOrder | None = None
+    run_dir: str = ""
+
+    def board(self) -> Board:
+        """Returns what is shown of the nodes, none of which has come yet."""
+        board = board_for(self.pilot, range(self.devices), self.say)
+        if self.order:
+            board.run, board.run_dir = self.order.run, self.run_dir
+        return board
 
     def unfit(self, device: int, hello: Hello) -> str:
         """Returns why the node of a device cannot take part, empty when it can."""
         mine, its = versions(), hello.versions
         if its != mine:
             return f"device-{device} runs {_words(its)}, the server {_words(mine)}: they must be the same"
-        if self.cards and _as_told(hello.card) != _as_told(self.cards[device]):
+        if self.cards and device >= len(self.cards) and _as_told(hello.card)[2:] != _as_told(self.cards[0])[2:]:
+            return f"device-{device}: its data are of another form than those of the roster"
+        if device < len(self.cards) and _as_told(hello.card) != _as_told(self.cards[device]):
             return f"device-{device}: its data are not those of the roster, which a run cannot change"
         return ""
 

@@ -15,7 +15,7 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.plain import plain
 from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.data import Place, read_samples, samples_of, write_samples
-from fedprune_cli.nodes.executor import NodeExecutor, Reply, Request, measured
+from fedprune_cli.nodes.executor import Invite, NodeExecutor, Reply, Request, measured
 from fedprune_cli.nodes.node import Node, build_node
 from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import read_from_node, read_from_server, sha256
@@ -50,6 +50,9 @@ class InProcess:
             self.wire += [message, answer]
             replies[device] = Reply(request.read(read_from_node(answer)), 0.0, 1.0, 5.0, 3.0)
         return replies
+
+    def welcome(self, invite: Invite) -> None:
+        """Knows no newcomers."""
 
 
 @dataclass

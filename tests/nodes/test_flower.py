@@ -190,7 +190,7 @@ def test_through_both_apps_a_run_has_the_simulators_bytes(scene: Scene, tmp_path
     scene.link.wrong[101] = "Node\nunavailable"
     list(life.run(setup, tmp_path / "run", site=scene.site(config)))
     assert result(tmp_path / "run") == result(tmp_path / "simulated")
-    assert "device-1: Flower says: Node unavailable; trying again" in scene.said
+    assert "device-1: Flower says: Node unavailable; trying again (the training of round 1)" in scene.said
     rows = [json.loads(line)["nodes"] for line in (tmp_path / "run" / folder.TIMINGS).read_text().splitlines()]
     assert [row["device"] for row in rows[0]] == [0, 1]
     assert all(row["compute_s"] > 0 and row["carried_s"] >= 0 and "uplink_s" not in row for one in rows for row in one)
@@ -208,7 +208,7 @@ def test_who_is_away_or_revoked_is_a_device_that_died(scene: Scene, tmp_path: Pa
     third = next(run)
     assert [record.faults.died if record.faults else [] for record in (first, second, third)] == [[1], [], [0]]
     assert {node for node, _ in scene.link.pushed[sent:]} == {101}
-    assert "the certificate of device-0 is revoked" in scene.said
+    assert "the certificate of device-0 is revoked (the training of round 3)" in scene.said
 
 
 def test_a_node_of_another_version_and_a_garbled_answer_are_refused(scene: Scene, tmp_path: Path) -> None:
