@@ -71,6 +71,7 @@ def test_each_arm_takes_what_a_choice_by_hand_takes(monkeypatch: pytest.MonkeyPa
     assert alone([build_member(after, arm, (), 9)[0] for arm in after.arms]) == []  # these runs are there
 
 
+@pytest.mark.slow
 def test_seconds_in_rounds_are_of_the_seed_that_a_run_is_of() -> None:
     """What suits one site suits no other: its devices are elsewhere."""
     contest = replace(contest_of(ARMS, seeds=(0, 1)), round_s={0: 0.5, 1: 3.0})

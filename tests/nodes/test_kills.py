@@ -117,6 +117,7 @@ def kill_and_restart(home: Path, kills: int, rounds: int, seed: int) -> set[int]
     return moments
 
 
+@pytest.mark.slow
 def test_two_kills_change_no_byte(tmp_path: Path) -> None:
     kill_and_restart(tmp_path, kills=2, rounds=40, seed=2)
 

@@ -29,9 +29,10 @@ CASES = (
     "devices.per_round=2 evaluation.every=2 rounds=4 pruner=taylor payload.bits=[2,16]",
     "training.lr=1e9 faults.die=0.01",
 )
+QUICK = (CASES[3], CASES[4])  # what is pruned, rounded and lost
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
 def test_a_run_on_nodes_has_the_simulators_bytes(tmp_path: Path, case: str) -> None:
     """Whatever is pruned, rounded, lost, frozen, drawn or diverges: records and u are the same, and the server has no v_k."""
     overrides = case.split()
@@ -197,7 +198,13 @@ def test_a_part_that_is_gone_from_a_node_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "seconds", "late"), [("drop", 4, True), ("wait", 4, True), ("defer", 4, True), ("drop", 6, False)]
+    ("policy", "seconds", "late"),
+    [
+        ("wait", 4, True),
+        ("drop", 6, False),
+        pytest.param("drop", 4, True, marks=pytest.mark.slow),
+        pytest.param("defer", 4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_who_is_late_by_the_servers_clock_is_late(tmp_path: Path, policy: str, seconds: int, late: bool) -> None:
     """An exchange in this process is said to take 5 s, where the model has milliseconds: the policies do what they do in a simulation."""
