@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from fedprune_cli.store.state import Array
 LEAST_ROUNDS = 3  # of a device: the median of fewer is no better than any of them
 NODE = {"device": int, "compute_s": float, "waiting_s": float}
 TIMING = {"round": int, "nodes": [NODE]}
-WAYS = {"uplink_s": float, "downlink_s": float}
+WAYS = {"uplink_s": float, "downlink_s": float, "test_downlink_s": float}  # the last where the round before was tested
 SHORTEST_S = 1e-6  # of what was measured: a clock that did not move measures nothing
 
 
@@ -69,15 +69,15 @@ def read_pilot(setup: Setup, run_dir: Path) -> Pilot:
     Left out are devices that died in mid-round or moved nothing, of whose work the record says less than was done.
     """
     records = {record.round: record for record in folder.read_records(run_dir)}
-    timings = {line["round"]: line["nodes"] for line in _timings(run_dir) if line["round"] in records}
+    timings = {number: nodes for number, nodes in _timings(run_dir) if number in records}
     rows: dict[int, list[tuple[float, ...]]] = {device: [] for device in range(setup.scenario.num_devices)}
-    brought: dict[int, float] = {}
+    brought: dict[float, float] = {}
     for number, nodes in sorted(timings.items()):
         for node in nodes:
             row = _row(setup, records[number], node, brought.get(node["device"], 0.0))
             if row is not None:
-                rows[node["device"]].append(row)
-        brought = {node["device"]: float(node.get("test_downlink_s", 0.0)) for node in nodes}
+                rows[int(node["device"])].append(row)
+        brought = {node["device"]: node.get("test_downlink_s", 0.0) for node in nodes}
     for device, found in rows.items():
         if len(found) < LEAST_ROUNDS:
             raise CheckpointError(
@@ -87,8 +87,8 @@ def read_pilot(setup: Setup, run_dir: Path) -> Pilot:
     return Pilot(seen, {number: 8.0 * record.bytes_down for number, record in records.items()})
 
 
-def _timings(run_dir: Path) -> Iterable[dict[str, Any]]:
-    """Yields the lines of timings.jsonl; raises CheckpointError."""
+def _timings(run_dir: Path) -> Iterable[tuple[int, list[Mapping[str, float]]]]:
+    """Yields the number of each round in timings.jsonl, and what was measured on its nodes; raises CheckpointError."""
     path = run_dir / folder.TIMINGS
     for number, line in enumerate(read_bytes(path, MAX_BYTES, CheckpointError).splitlines(), start=1):
         try:
@@ -105,16 +105,16 @@ def _timings(run_dir: Path) -> Iterable[dict[str, Any]]:
             raise CheckpointError(
                 f"{run_dir}: a run over Flower, whose messages nobody sees arrive: only execution.kind=nodes can be fitted"
             )
-        if not fits(value["nodes"], [WAYS]):
+        if not all(fits({"test_downlink_s": 0.0, **node}, WAYS) for node in value["nodes"]):
             raise CheckpointError(f"{path}: line {number} is damaged (not the seconds of a round on nodes)")
-        yield value
+        yield value["round"], cast(list[Mapping[str, float]], value["nodes"])
 
 
-def _row(setup: Setup, record: RoundRecord, node: Mapping[str, Any], brought_s: float) -> tuple[float, ...] | None:
+def _row(setup: Setup, record: RoundRecord, node: Mapping[str, float], brought_s: float) -> tuple[float, ...] | None:
     """Returns one round of a device as `Seen` has it; None where it is left out."""
     rows, device = record.devices, int(node["device"])
     died = record.faults is not None and device in record.faults.died
-    if device not in rows.id or died or min(float(node[key]) for key in ("compute_s", "uplink_s")) < SHORTEST_S:
+    if device not in rows.id or died or min(node[key] for key in ("compute_s", "uplink_s")) < SHORTEST_S:
         return None
     at = list(rows.id).index(device)
     if not rows.bytes_up[at]:
@@ -123,7 +123,7 @@ def _row(setup: Setup, record: RoundRecord, node: Mapping[str, Any], brought_s: 
     steps = sum(phase.steps for phase in setup.schedule(device))
     fixed_s = 0.0 if fleet.practice is None else steps * float(fleet.practice.step_s[device])
     return (
-        record.round, rows.compute_s[at] * clock - fixed_s, steps, rows.compute_s[at], float(node["compute_s"]),
-        8 * rows.bytes_up[at] / setup.radio.attempts, rows.uplink_s[at], float(node["uplink_s"]),
-        rows.downlink_s[at], float(node["downlink_s"]) + brought_s,
+        record.round, rows.compute_s[at] * clock - fixed_s, steps, rows.compute_s[at], node["compute_s"],
+        8 * rows.bytes_up[at] / setup.radio.attempts, rows.uplink_s[at], node["uplink_s"],
+        rows.downlink_s[at], node["downlink_s"] + brought_s,
     )  # fmt: skip
