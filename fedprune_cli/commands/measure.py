@@ -67,16 +67,36 @@ def calibrate(
     ] = "this_machine",
     busy_w: Annotated[float | None, typer.Option(help="What a meter shows while this machine trains.")] = None,
     idle_w: Annotated[float | None, typer.Option(help="What a meter shows while it does nothing.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN_DIR",
+            help="Measure nothing: fit a fleet and a channel to what the nodes of this run took.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for calibration.json and .svg, devices/calibrated.yaml and devices/CLASS.yaml."),
+        typer.Option(
+            help="Folder for calibration.json and .svg and devices/CLASS.yaml; with --run for devices=fitted."
+        ),
     ] = None,
     config_dir: ConfigDir = None,
     plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine's step time against the latency model: at several ratios, and by kind of layer as a class of real devices."""
+    """Measure this machine's step time against the latency model: at several ratios, and by kind of layer as a class of real devices.
+
+    With --run the devices are those of a pilot: their speeds and uplinks come from the seconds that its rounds took on each of them.
+    """
+    if run is not None:
+        if overrides or config_dir:
+            raise ConfigError(
+                f"{overrides[0] if overrides else '--config-dir'}: not with --run, whose folder has its configuration"
+            )
+        _fit(run, out, as_json=as_json)
+        return
     from fedprune_cli.bench import calibrate as calibration
     from fedprune_cli.bench import kinds, machine, power
     from fedprune_cli.config.build import build_experiment
@@ -118,3 +138,23 @@ def calibrate(
     if out:
         use = f"devices=calibrated{f', or devices={name} as a class of real devices' if this else ''}"
         say(f"written: {out}/calibration.json, calibration.svg; use it with fedprune train --config-dir {out} {use}")
+
+
+def _fit(run_dir: Path, out: Path | None, *, as_json: bool) -> None:
+    """Fits a fleet and a channel to a pilot's run, prints how far the model was off, and writes them where it is asked to."""
+    from fedprune_cli.bench import fitted
+    from fedprune_cli.runs.life import reopen
+
+    with status("reading the run"):
+        setup = reopen(run_dir)
+        fit = fitted.fit_run(setup, run_dir)
+    if out:
+        fitted.write(out, setup, fit)
+    if as_json:
+        print_json(fitted.to_json(fit))
+        return
+    show(fitted.table(fit))
+    say(fitted.sentence(fit))
+    if out:
+        use = f"--config-dir {out} devices=fitted channel=fitted"
+        say(f"written: {out}/fitted.json, fleet.csv; use it with fedprune serve PILOT {use}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedprune_cli.commands.look import print_run
-from fedprune_cli.commands.options import Json, Overrides, Plugins, Quiet
+from fedprune_cli.commands.options import ConfigDir, Json, Overrides, Plugins, Quiet
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.terminal import note, say, status
 
@@ -86,6 +86,7 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT where nodes come, 0.0.0.0:8443 unless given; not for Flower.")
     ] = None,
+    config_dir: ConfigDir = None,
     plugin: Plugins = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -101,7 +102,7 @@ def serve(
     from fedprune_cli.runs.life import begin_or_reopen
 
     given = ["data=nodes", f"data.file={pilot / ROSTER}", *(overrides or [])]
-    kind = str(compose_config(given).execution.kind)
+    kind = str(compose_config(given, config_dir).execution.kind)
     if kind not in CARRIERS:
         raise ConfigError(f"execution.kind={kind}: must be one of {', '.join(CARRIERS)}, got {kind!r}")
     if listen and kind == "flower":
@@ -115,7 +116,7 @@ def serve(
     fleet = (
         {"devices.count": count, "devices.fresh": 0} if not keys & {"devices", "devices.count", "devices.fresh"} else {}
     )
-    config = compose_config([*given[:2], *[f"{key}={value}" for key, value in fleet.items()], *given[2:]])
+    config = compose_config([*given[:2], *[f"{key}={value}" for key, value in fleet.items()], *given[2:]], config_dir)
     setup = begin_or_reopen(config)
     run_dir = setup.experiment.run_dir
     with resumable(run_dir):

@@ -16,7 +16,9 @@ __all__ = ["ATTEND", "METHOD", "REFUSALS", "SERVICE", "grpc", "options"]
 
 SERVICE, ATTEND = "fedprune.Nodes", "Attend"
 METHOD = f"/{SERVICE}/{ATTEND}"
-PING_MS, PONG_MS = 10_000, 5_000  # a peer that is silent for their sum is gone
+# A peer that is silent for their sum is gone. A ping's answer waits behind what is being sent: a message that is longer on its way than
+# PONG_MS breaks its link, each time anew.
+PING_MS, PONG_MS = 5_000, 13_000
 REFUSALS = (  # which no second try would change
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -36,6 +38,7 @@ def options(most_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", PONG_MS),
         ("grpc.http2.ping_timeout_ms", PONG_MS),  # a minute otherwise, whatever the line above says
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.bdp_probe", 0),  # further pings, in the middle of every message
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),

@@ -125,6 +125,7 @@ class NodeExecutor:
         scores = self._exchange("test", todo)
         if self.fresh and todo:
             self._welcome(todo[0], self.fresh)
+        self._note_tests(scores)
         return cast(list[Result], [scores[task.device].result for task in todo if task.device in scores])
 
     def _welcome(self, tested: Task, fresh: Callable[[int], tuple[LocalPhase, ...]]) -> None:
@@ -147,6 +148,12 @@ class NodeExecutor:
                 ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
             self.done[device] = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
         return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
+
+    def _note_tests(self, replies: Mapping[int, Reply]) -> None:
+        """Notes how long u took on its way to each test: what a test has brought, the next round's task need not bring again."""
+        for device, reply in replies.items():
+            if device in self.done and reply.got_s is not None:
+                self.done[device] = {**self.done[device], "test_downlink_s": reply.got_s - reply.sent_s}
 
     def _update(self, task: Task, reply: Reply | None) -> Update:
         if reply is None:
