@@ -43,7 +43,7 @@ def presence(run: Run) -> Presence:
     never = tuple(run.called(device) for device in devices if not rounds[device])
     config = run.manifest["config"]
     keys = (("devices", "per_round"), ("participation", "rate"))
-    drawn = any(config.get(section, {}).get(key) is not None for section, key in keys)
+    drawn = any(section in config and config[section].get(key) is not None for section, key in keys)
     gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately and not drawn)
     return Presence(tuple(rounds[device] for device in devices), never, gone)
 

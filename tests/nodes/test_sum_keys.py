@@ -15,7 +15,7 @@ from fedprune_cli.nodes.sum_keys import SignedKeys, checked_keys, sign_keys
 from fedprune_cli.privacy.secure import RefusedSumError, Secrets, Terms, draw_secrets, meet
 from fedprune_cli.rng import stream
 
-TERMS = Terms((0, 1, 2), (7, 5, 5), 2, 3, b"run, round 1")
+TERMS = Terms((0, 1, 2), (7, 7, 7), 2, 3, b"run, round 1")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_server_that_stands_between_the_devices_is_found_out(pilots: dict[str,
             replace(right[0], certificate=other[0].own),
             sign_keys(other[0], TERMS, forged),  # an authority of the server's own
             sign_keys(own[0], replace(TERMS, context=b"run, round 2"), right[0].keys),
-            sign_keys(own[0], replace(TERMS, counts=(6, 5, 5)), right[0].keys),
+            sign_keys(own[0], replace(TERMS, counts=(6, 7, 7)), right[0].keys),
             sign_keys(own[0], replace(TERMS, threshold=3), right[0].keys),
             right[1],
         ],
