@@ -37,6 +37,7 @@ Purpose = Literal[
     "selective",  # fading by resource block of (round)
     "shadowing",  # log-normal shadowing of each device
     "split",  # train and test samples of (device)
+    "takes_part",  # which devices take part in (round), each by itself
 ]
 _KEYS = {purpose: zlib.crc32(purpose.encode()) for purpose in get_args(Purpose)}
 

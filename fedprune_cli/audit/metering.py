@@ -81,8 +81,8 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: P
     if slices or (stopped.any() and sends_masks):
         return
     gain_of_listeners = {
-        False: roster.gain_linear[roster.training],
-        True: roster.gain_linear[np.concatenate([roster.training, roster.frozen])],
+        False: roster.gain_linear[roster.asked],
+        True: roster.gain_linear[np.concatenate([roster.asked, roster.frozen])],
     }
     heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0) + 8 * down, True: 8.0 * record.bytes_down}
     wait_s = {

@@ -61,7 +61,7 @@ def _of_sum(setup: Setup, record: RoundRecord, plan: Plan) -> dict[str, object]:
     """Returns what the configuration, and the record's faults, say of a round's sum."""
     privacy, size = setup.experiment.privacy, setup.blueprint.cost.shared_params
     devices, log = plan.devices.tolist(), record.faults or FaultLog()
-    if not devices or not size:
+    if not size or not (devices or setup.experiment.secret_draw):
         return {"devices": 0, "keepers": 0, "refused": "nobody sends anything"}
     missing = {*log.died, *log.lost, *log.delayed, *log.refused}
     missing |= set() if setup.experiment.failsafe.policy.waits else {*log.late}

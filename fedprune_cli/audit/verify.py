@@ -164,24 +164,26 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
         return RoundAudit(tuple(impossible)), {**slots, "simulated_s": np.array(record.simulated_s)}
     roster = choose_roster(setup, number, slots)
     wrong = [*sum_failures(record, float(slots["simulated_s"]), roster.frozen, waits=experiment.failsafe.policy.waits)]
-    if not len(roster.training):
+    if not len(roster.asked):
         after: Slots = {**slots, "simulated_s": np.array(record.simulated_s)}
         if record.devices.id != roster.frozen.tolist():
             return RoundAudit((*wrong, "the recorded devices are not what the configuration gives")), after
         again = metering_failures(setup, record, roster, None)
         return RoundAudit((*wrong, *again, *privacy_failures(setup, record, after)), metered=len(roster.frozen)), after
-    after = next_slots(experiment, slots, outcome_of_record(record, slots))
+    outcome = outcome_of_record(record, slots)
     if experiment.branch and number < experiment.branch.round:  # allocated under another configuration
-        return RoundAudit(tuple(wrong)), after
+        return RoundAudit(tuple(wrong)), next_slots(experiment, slots, outcome)
     plan = plan_round(setup, roster, slots)
+    after = next_slots(experiment, slots, replace(outcome, eligible=plan.eligible if experiment.secret_draw else None))
     ratio, bandwidth_hz = (
         np.array(column[: len(plan.devices)]) for column in (record.devices.prune_ratio, record.devices.bandwidth_hz)
     )
     admitted = plan.allocation.admitted
+    takes = plan.admitted_places
     follows = (
         record.devices.id == [*plan.devices.tolist(), *roster.frozen.tolist()]
         and np.array_equal(ratio, plan.ratios[plan.devices])
-        and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[admitted])
+        and np.array_equal(bandwidth_hz, plan.allocation.bandwidth_hz[takes])
         and all(
             (column is None and key not in plan.chosen)
             or (column is not None and np.array_equal(column[: len(plan.devices)], plan.chosen.get(key, [])))
@@ -200,9 +202,13 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     count = len(record.devices.id)
     bounded = count if setup.blueprint.layout.slices else 0
     audit = RoundAudit(tuple(wrong), metered=count, bounded=bounded, open_gap=plan.allocation.gap)
-    if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not len(plan.devices):
+    if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not admitted.any():
         return audit, after
-    given = Answer(1 - plan.allocation.prune_ratio[admitted], bandwidth_hz, float(record.price_per_hz or 0.0))
+    shares_hz = (
+        plan.allocation.bandwidth_hz.copy()
+    )  # with what those have who were not drawn, where they are planned for
+    shares_hz[takes] = bandwidth_hz
+    given = Answer(1 - plan.allocation.prune_ratio[admitted], shares_hz[admitted], float(record.price_per_hz or 0.0))
     return _certified(audit, experiment.allocator, plan, given, solve=solve), after
 
 
@@ -239,7 +245,7 @@ class Answer:
 
 def _certified(audit: RoundAudit, allocator: Certifying, plan: Plan, answer: Answer, *, solve: bool) -> RoundAudit:
     """Returns the audit with the certificate of a recorded answer, computed from its numbers alone; solve: also by cvxpy."""
-    at = replace(plan.problem.take(plan.admitted_places), deadline_s=plan.allocation.deadline_s)
+    at = replace(plan.problem.take(np.flatnonzero(plan.allocation.admitted)), deadline_s=plan.allocation.deadline_s)
     proof = allocator.certify(at, answer.kept, answer.bandwidth_hz, answer.price_per_hz)
     audit = replace(audit, proof=proof)
     if not max(proof.residual, abs(proof.gap)) <= TOLERANCE:

@@ -15,7 +15,12 @@ def refuse_combinations(experiment: Experiment) -> None:
     if privacy.none:
         return
     word = "privacy.secure=true" if privacy.secure else f"privacy.dp={privacy.dp}"
-    for refused, key, why in (*_never(experiment), *_of_sums(experiment), *_of_noise(experiment)):
+    for refused, key, why in (
+        *_never(experiment),
+        *_of_sums(experiment),
+        *_of_noise(experiment),
+        *_of_secret_draws(experiment),
+    ):
         if refused:
             raise ConfigError(f"{key}: not with {word}: {why}")
 
@@ -99,3 +104,25 @@ def _of_noise(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
         where = "each sample's gradient is computed on the CPU in float32"
         yield training.device != "cpu", f"training.device={training.device}", where
         yield training.precision != "float32", f"training.precision={training.precision}", where
+
+
+def _of_secret_draws(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
+    """Yields what would let u depend on who else took part in a round, and so undo what is gained by not telling it."""
+    if not experiment.secret_draw:
+        return
+    drawn = f"and participation.rate={experiment.participation.rate:g}"
+    known = f"{drawn}: the server of a secure sum knows who takes part, which gains nothing; take privacy.secure=false, or no rate"
+    yield experiment.privacy.secure, "privacy.secure=true", known
+    late = f"{drawn}: whether an update is in time may depend on who else is heard; take wait"
+    yield not experiment.failsafe.policy.waits, f"failsafe.late={experiment.failsafe.late}", late
+    taught = f"{drawn}: what it remembers of those that came decides what others send"
+    yield experiment.failsafe.safe_ratio, "failsafe.safe_ratio=true", f"{taught}; set it to false"
+    yield experiment.participation.rotation, "participation.rotation=true", f"{taught}; set it to false"
+    by = experiment.weights.name
+    yield by not in ("uniform", "samples"), f"weights={by}", f"{taught}; take weights=uniform"
+    clock = f"{drawn}: rounds are shorter where slow devices stay away, which decides what others send; take deadline.fraction"
+    yield (
+        experiment.deadline.total_seconds is not None,
+        f"deadline.total_seconds={experiment.deadline.total_seconds}",
+        clock,
+    )

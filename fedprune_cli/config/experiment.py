@@ -128,11 +128,20 @@ class Experiment:
         ]
         if self.payload.per_device and beside:
             raise ConfigError(f"payload.per_device=true: not together with {beside[0].lower()}")
+        wanted, rate = self.devices.per_round, self.participation.rate
+        if wanted is not None and rate is not None:
+            both = f"not with devices.per_round={wanted}: either draws who takes part; set one of them to null"
+            raise ConfigError(f"participation.rate={rate:g}: {both}")
 
     @property
     def faulty(self) -> bool:
         """Whether anything goes wrong, or the server does other than it would if nothing did."""
         return not (self.faults.none and self.failsafe.none)
+
+    @property
+    def secret_draw(self) -> bool:
+        """Whether privacy counts on it that nobody can tell from u who took part in a round: then nothing in u may depend on that."""
+        return self.privacy.dp == "client" and self.participation.rate is not None
 
     @functools.cached_property
     def inputs(self) -> tuple[Input, ...]:

@@ -25,6 +25,7 @@ from fedprune_cli.store.write import write_whole, writing
 
 try:
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -56,6 +57,11 @@ def read_identity(folder: Path) -> Identity:
     if until < _now():
         raise CheckpointError(f"{folder / OWN}: expired on {until:%Y-%m-%d}; `fedprune enroll` makes a new one")
     return Identity(ca, own, key)
+
+
+def device_name(device: int) -> str:
+    """Returns what a device is called in its certificate, as `NAME` reads it."""
+    return f"device-{device}"
 
 
 def device_in(folder: Path) -> int:
@@ -94,6 +100,28 @@ def unwanted(peer: Peer, refused: frozenset[int]) -> str:
     if peer.serial in refused:
         return f"the certificate of {peer.name} is revoked"
     return f"the certificate of {peer.name} has expired" if peer.expired else ""
+
+
+def signed(identity: Identity, message: bytes) -> bytes:
+    """Returns the signature of a message by the key of an identity, ECDSA on P-256 with SHA-256."""
+    return _key_of(identity.key, "identity").sign(message, ec.ECDSA(hashes.SHA256()))
+
+
+def signer(ca: bytes, own: bytes, message: bytes, signature: bytes) -> Peer | None:
+    """Returns who signed a message, whose certificate is `own`; None where it was not signed by its key, or not issued by `ca`, both PEM.
+
+    Whether the certificate is revoked or has expired says `unwanted`. Raises CheckpointError for what is no certificate.
+    """
+    authority, certificate = _parse(ca, CA), _parse(own, "certificate")
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return None
+    try:
+        certificate.verify_directly_issued_by(authority)
+        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError, TypeError):
+        return None
+    return peer_of(own)
 
 
 def revoked(pilot: Path) -> frozenset[int]:
@@ -234,12 +262,16 @@ def _name(certificate: x509.Certificate) -> str:
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    return _key_of(read_bytes(path, MAX_BYTES, CheckpointError), path)
+
+
+def _key_of(pem: bytes, where: object) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(read_bytes(path, MAX_BYTES, CheckpointError), None)
+        key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: not a private key in PEM") from None
+        raise CheckpointError(f"{where}: not a private key in PEM") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CheckpointError(f"{path}: not a key of an elliptic curve")
+        raise CheckpointError(f"{where}: not a key of an elliptic curve")
     return key
 
 

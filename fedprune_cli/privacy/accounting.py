@@ -25,6 +25,7 @@ LARGEST = 1e6  # epsilon, which nothing is beyond
 SMALLEST_NOISE = 0.1  # multiplier, as privacy.noise has it
 DIGITS = 3  # of a noise multiplier that follows from a budget, rounded up: the last ones would be the accountant's
 GRID = 1e-4  # of the discretised privacy loss, as dp-accounting has it; it rounds up
+COARSE_GRID = 1e-2  # where an answer begins to be looked for
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,14 @@ def require_accountant(rate: float) -> None:
         try:
             import dp_accounting  # noqa: F401
         except ImportError:
-            raise ConfigError(
-                "privacy.dp=example needs an extra (dp-accounting): pip install 'fedprune[privacy]'"
-            ) from None
+            drawn = "privacy.dp=example, or privacy.dp=client with participation.rate,"
+            raise ConfigError(f"{drawn} needs an extra (dp-accounting): pip install 'fedprune[privacy]'") from None
 
 
-def epsilon(release: Release, delta: float) -> float:
+def epsilon(release: Release, delta: float, grid: float = GRID) -> float:
     """Returns the epsilon that a release has spent at `delta`; 0 before the first draw.
+
+    grid: in which losses are discretised, where some are drawn and some are not.
 
     >>> round(epsilon(Release(noise=5.0, rate=1.0, times=20), delta=1e-3), 4)
     2.7354
@@ -95,7 +97,7 @@ def epsilon(release: Release, delta: float) -> float:
         return 0.0
     if release.rate >= 1:
         return _gaussian(math.sqrt(release.times) / release.noise, delta)
-    return float(_one(release.noise, release.rate).self_compose(release.times).get_epsilon_for_delta(delta))
+    return float(_one(release.noise, release.rate, grid).self_compose(release.times).get_epsilon_for_delta(delta))
 
 
 def noise_for(budget: float, delta: float, rate: float, times: int) -> float:
@@ -116,17 +118,22 @@ def noise_for(budget: float, delta: float, rate: float, times: int) -> float:
     rough = math.exp(high)
     unit = 10.0 ** (math.floor(math.log10(rough)) + 1 - DIGITS)
 
-    def enough(at: int) -> bool:
-        return epsilon(Release(at * unit, rate, times), delta) <= budget
+    def least_from(near: int, width: int, grid: float) -> int:
+        """Returns the least number of units that is enough, looked for from `near` on: fast where that is nearly it."""
 
-    near, least = round(rough / unit), math.ceil(SMALLEST_NOISE / unit)
-    width = 2
-    while not enough(near + width):
-        width *= 2
-    below = 2
-    while near - below > least and enough(near - below):
-        below *= 2
-    return round(_first(enough, max(near - below, least - 1), near + width) * unit, 12)
+        def enough(at: int) -> bool:
+            return epsilon(Release(at * unit, rate, times), delta, grid) <= budget
+
+        above = below = width
+        while not enough(near + above):
+            above *= 2
+        while near - below > least and enough(near - below):
+            below *= 2
+        return _first(enough, max(near - below, least - 1), near + above)
+
+    least = math.ceil(SMALLEST_NOISE / unit)
+    near = least_from(round(rough / unit), 2, COARSE_GRID)
+    return round(least_from(near, 1, GRID) * unit, 12)
 
 
 def draws_for(budget: float, delta: float, one: Release, most: int) -> int:
@@ -147,11 +154,11 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _one(noise: float, rate: float) -> PrivacyLossDistribution:
+def _one(noise: float, rate: float, grid: float) -> PrivacyLossDistribution:
     """Returns the privacy loss of one draw."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-    return from_gaussian_mechanism(noise, value_discretization_interval=GRID, sampling_prob=rate)
+    return from_gaussian_mechanism(noise, value_discretization_interval=grid, sampling_prob=rate)
 
 
 def _gaussian(distance: float, delta: float) -> float:

@@ -89,9 +89,12 @@ class Privacy:
         return {} if self.dp is None else {"privacy_rounds": np.zeros(sizes.num_devices, dtype=np.int64)}
 
     def next_slots(self, slots: Slots, outcome: Outcome) -> Slots:
-        """Returns what is remembered after a round. Whoever trained has spent, whether or not its update arrived."""
+        """Returns what is remembered after a round. Whoever trained has spent, whether or not its update arrived.
+
+        Where who trained is a secret, so has whoever might have: that gain is of the draw, and the draw is spent.
+        """
         if self.dp is None:
             return {}
         rounds = slots["privacy_rounds"].copy()
-        rounds[outcome.devices] += 1
+        rounds[outcome.devices if outcome.eligible is None else outcome.eligible] += 1
         return {"privacy_rounds": rounds}

@@ -21,7 +21,7 @@ HEADERS = ("devices per round, mean", "rounds of the device with the fewest", "l
 class Presence:
     """In how many of a run's rounds each training device took part; who `never` did, and who did but not in the last ten: `gone`.
 
-    Where devices.per_round draws a few for each round, nobody is `gone`: not to be drawn for ten rounds is chance.
+    Where devices.per_round or participation.rate draws some for each round, nobody is `gone`: not to be drawn for ten rounds is chance.
     """
 
     rounds: tuple[int, ...]
@@ -41,7 +41,9 @@ def presence(run: Run) -> Presence:
     rounds = Counter(device for record in run.rounds for device in record.devices.id)
     lately = {device for record in run.rounds[-HELD_ROUNDS:] for device in record.devices.id}
     never = tuple(run.called(device) for device in devices if not rounds[device])
-    drawn = run.manifest["config"].get("devices", {}).get("per_round") is not None
+    config = run.manifest["config"]
+    chosen = config["devices"].get("per_round"), config["participation"].get("rate")
+    drawn = any(value is not None for value in chosen)
     gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately and not drawn)
     return Presence(tuple(rounds[device] for device in devices), never, gone)
 

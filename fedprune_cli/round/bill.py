@@ -48,7 +48,7 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     training = training.cut_short(work.fates.work, setup.radio.uplink_share * drawn_w)
     if not results.personal_updates:
         return Bill(training, None)
-    listeners_gain = roster.gain_linear[np.concatenate([roster.training, roster.frozen])]
+    listeners_gain = roster.gain_linear[np.concatenate([roster.asked, roster.frozen])]
     return Bill(training, charge_frozen(setup, work.masks, roster.frozen, listeners_gain, training.bytes_down))
 
 
@@ -71,7 +71,7 @@ def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: 
 def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Measurement:
     """Returns the cost of the admitted devices before fate cuts it short; the broadcast is for all that were asked."""
     experiment, devices = setup.experiment, plan.devices
-    heard, gain_linear = roster.gain_linear[roster.training], roster.gain_linear[devices]
+    heard, gain_linear = roster.gain_linear[roster.asked], roster.gain_linear[devices]
     bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
     bits_down += 8 * setup.blueprint.exchanged_bytes(len(devices))[1]
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])

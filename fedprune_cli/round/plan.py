@@ -67,7 +67,8 @@ class Plan:
     bits: of a value on the uplink, None where each device has its own; problem: the one that was solved, by what the server believes;
     allocation: its answer, with the rates that the bandwidths really give; reference: the round's problem at the true clocks and gains,
     without compression; devices: the admitted ones [A], ascending; ratios: what every device drops, or last dropped, float64 [N], which
-    is the allocation's but where a secure sum asks for more keepers.
+    is the allocation's but where a secure sum asks for more keepers; drawn: whom of those that the allocation is made for the draw took,
+    bool [K]: all, but where the allocation may not depend on the draw.
     """
 
     bits: int | None
@@ -76,6 +77,7 @@ class Plan:
     reference: Problem
     devices: Array
     ratios: Array
+    drawn: Array
 
     @property
     def deadline_s(self) -> float:
@@ -103,7 +105,12 @@ class Plan:
     @property
     def admitted_places(self) -> Array:
         """The places of the admitted devices among those that were asked, int [A]."""
-        return np.flatnonzero(self.allocation.admitted)
+        return np.flatnonzero(self.allocation.admitted & self.drawn)
+
+    @property
+    def eligible(self) -> Array:
+        """The devices that take part, or would have if the draw had taken them, ascending."""
+        return self.problem.names[self.allocation.admitted]
 
 
 def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
@@ -120,15 +127,19 @@ def plan_round(setup: Setup, roster: Roster, slots: Slots) -> Plan:
     if faults.misjudges:
         reference = round_problems(blueprint, truth, roster.number, slots).reference
         allocation = replace(allocation, rate_bps=rates_at(reference, allocation))
-    devices, ratios = roster.training[allocation.admitted], slots["prune_ratio"].copy()
-    ratios[devices] = allocation.prune_ratio[allocation.admitted]
+    drawn = np.isin(roster.asked, roster.training)
+    takes = allocation.admitted & drawn
+    devices, ratios = roster.asked[takes], slots["prune_ratio"].copy()
+    ratios[devices] = allocation.prune_ratio[takes]
+    if not drawn.any():
+        allocation = replace(allocation, message=f"the draw took none of {len(drawn)} devices: u gets the noise alone")
     if setup.experiment.privacy.secure:  # no entry may be of so few devices that they could be told apart
         ratios[devices] = capped(ratios[devices], setup.experiment.privacy.keepers)
-    return Plan(decision.bits, decision.problem, allocation, reference, devices, ratios)
+    return Plan(decision.bits, decision.problem, allocation, reference, devices, ratios, drawn)
 
 
 def _truth(setup: Setup, roster: Roster) -> Beliefs:
-    ids, scenario = roster.training, setup.scenario
+    ids, scenario = roster.asked, setup.scenario
     blocks = None if roster.block_gain is None else roster.block_gain[ids]
     return Beliefs(ids, scenario.fleet, roster.gain_linear[ids], scenario.partition.train.sizes[ids], blocks)
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune_cli.learn.prune import build_masks
 from fedprune_cli.privacy.fixed import FixedPoint, point_of
 from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
 from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, secure_sum
 from fedprune_cli.rng import stream
+from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.serve.aggregate import Contribution
-from fedprune_cli.serve.deliver import Arrival, Sent
+from fedprune_cli.serve.deliver import Arrival, Expected, Sent
 from fedprune_cli.store.record import PrivacyLog
 from fedprune_cli.store.state import Array, State
 
@@ -46,7 +48,8 @@ class Ranked:
 def rank_changes(old: Array, sent: Sent, arrivals: Sequence[Arrival]) -> Ranked:
     """Returns the changes that arrived, of `old` u [U]; ties of rank by index, as masks have them."""
     devices = [update.device for update in sent.updates]
-    order, counts = sent.masks.order, [int(sent.masks[device].sum()) for device in devices]
+    order = sent.masks.order if sent.expected is None else sent.expected.order
+    counts = [int(sent.masks[device].sum()) for device in devices]
     size_of, changes = dict(zip(devices, counts, strict=True)), {}
     for arrival in arrivals:
         dense = np.zeros(old.size)
@@ -60,17 +63,21 @@ def protected_sum(
 ) -> tuple[list[Contribution], PrivacyLog]:
     """Returns the mean change as one contribution, none where no sum was made, and what protected it.
 
-    Each entry is the weighted mean over the devices that kept it and arrived; the noise of the sum is divided by their number.
+    Each entry is the weighted mean over the devices that kept it and arrived; the noise of the sum is divided by their number. Where who
+    took part is a secret, both are divided by the number of devices that keep it on average, and a round without any is noise alone.
     """
     ranked = rank_changes(state.shared, sent, arrivals)
     settings = setup.experiment.privacy
     if settings.dp == "client":
         shorter = {device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
         ranked = replace(ranked, changes=shorter)
-    if not ranked.devices or not state.shared.size:
+    if not state.shared.size or not (ranked.devices or sent.expected):
         return [], PrivacyLog(devices=0, keepers=0, refused="nobody sends anything")
     log = PrivacyLog(devices=len(ranked.changes), keepers=fewest_keepers(ranked.counts), refused="")
     if not settings.secure:
+        if sent.expected is not None:
+            total = _noised_total(setup, state.round, ranked, len(sent.expected.keepers))
+            return _expected_mean(state.shared, sent.expected, total), log
         return _contributions(setup, state.shared, ranked, _noised_total(setup, state.round, ranked)), log
     log = replace(log, exchange_bytes=setup.blueprint.exchanged_bytes(len(ranked.devices))[0])
     point = fixed_point(setup, ranked.devices)
@@ -128,10 +135,10 @@ def _whole(setup: Setup, number: int, ranked: Ranked, point: FixedPoint) -> dict
     return noised
 
 
-def _noised_total(setup: Setup, number: int, ranked: Ranked) -> Array:
-    """Returns the sum of clipped changes with the server's noise, float64 [the most that any of them keeps]."""
+def _noised_total(setup: Setup, number: int, ranked: Ranked, least: int = 0) -> Array:
+    """Returns the sum of clipped changes with the server's noise, float64 [the most that any of them keeps, and at least `least`]."""
     sizes = [len(mine) for mine in ranked.changes.values()]
-    total = np.zeros(max(sizes, default=0))
+    total = np.zeros(max([least, *sizes]))
     for mine in ranked.changes.values():
         total[: len(mine)] += mine
     noise = (setup.experiment.privacy.clip or 0.0) * (setup.budget.one.noise if setup.budget else 0.0)
@@ -153,4 +160,31 @@ def _contributions(setup: Setup, old: Array, ranked: Ranked, total: Array) -> li
     steps = np.array([step_size_of(setup, device) for device in ranked.changes])
     return [
         Contribution(mask, new[mask].astype(old.dtype), float(weights.sum()), float(steps @ weights / weights.sum()))
+    ]
+
+
+def expected_of(setup: Setup, state: State, plan: Plan) -> Expected:
+    """Returns what the sum of a round is made with, whoever of the devices that are asked the draw took.
+
+    An entry that n of them keep is divided by rate n, the number that keep it on average over the draws: the number that came would tell
+    whether one more was there, and its own change could not be told from another divisor.
+    """
+    experiment, eligible = setup.experiment, plan.eligible
+    ratios = state.slots["prune_ratio"].copy()
+    ratios[eligible] = plan.allocation.prune_ratio[plan.allocation.admitted]
+    masks = build_masks(experiment.pruner, state, ratios, experiment.seed, setup.blueprint.layout)
+    keepers = keepers_by_rank([int(masks[device].sum()) for device in eligible.tolist()])
+    steps = [step_size_of(setup, device) for device in eligible.tolist()]
+    rate = experiment.participation.rate or 1.0
+    return Expected(masks.order, rate * keepers, float(np.mean(steps)) if steps else experiment.training.lr)
+
+
+def _expected_mean(old: Array, expected: Expected, total: Array) -> list[Contribution]:
+    """Returns the mean change whose noised sum is `total`, in rank order, as what one device would send."""
+    places = expected.order[: len(total)]
+    new, mask = old.astype(np.float64), np.zeros(old.size, dtype=bool)
+    new[places] += total / expected.keepers
+    mask[places] = True
+    return [
+        Contribution(mask, new[mask].astype(old.dtype), float(expected.keepers.max(initial=1.0)), expected.step_size)
     ]

@@ -40,6 +40,7 @@ class Finished:
     def outcome(self, state: State, gradient: Array) -> Outcome:
         """Returns the facts that memories learn from; state: before the round; gradient: what the updates imply [U]."""
         plan, updates, admitted = self.plan, self.results.updates, len(self.plan.devices)
+        secret = self.work.expected is not None
         rounding = [update.rounding_error for update in updates if update.rounding_error is not None]
         return Outcome(
             number=state.round,
@@ -56,6 +57,7 @@ class Finished:
             log=self.delivery.log,
             gradient=gradient,
             under_way=self.delivery.under_way,
+            eligible=plan.eligible if secret else None,
         )
 
 
@@ -83,7 +85,7 @@ def outcome_of_record(record: RoundRecord, slots: Slots) -> Outcome:
 def build_record(setup: Setup, new: State, finished: Finished, outcome: Outcome, scores: Scores) -> RoundRecord:
     """Returns the record of a round that ended in the state `new`: every figure modelled, none of them wall time."""
     plan, results, measured = finished.plan, finished.results, finished.bill.all
-    problem, allocation, admitted = plan.reference, plan.allocation, plan.allocation.admitted
+    problem, allocation, admitted = plan.reference, plan.allocation, plan.admitted_places
     samples, ids = setup.scenario.partition.train.sizes, plan.devices
     weights = samples[ids] / max(samples[ids].sum(), 1)
     certificate, gradient = allocation.certificate, np.zeros(0) if outcome.gradient is None else outcome.gradient

@@ -1,4 +1,4 @@
-"""A round at rest: every device is in outage, in quarantine, frozen or out of budget. Nothing is sent; the frozen take personal steps."""
+"""A round at rest: every device is in outage, in quarantine, frozen, out of budget or not drawn. Nothing is sent; the frozen take steps."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ def _why(setup: Setup, slots: Slots, roster: Roster, *, working: bool) -> tuple[
     """Returns the status and the message of a round that nobody trained the shared part in."""
     if not len(roster.here):
         return "idle", "every device is in outage"
+    if len(roster.able):
+        return "idle", f"the draw took none of the {len(roster.able)} devices that could take part"
     if setup.budget is not None and not len(np.setdiff1d(roster.here, spent(setup, slots))):
         used, of = setup.budget.spent(setup.budget.rounds), f"{setup.budget.epsilon:g} at delta {setup.budget.delta:g}"
         return "spent", f"every device that is not in outage has spent its privacy budget: epsilon {used:.4g} of {of}"

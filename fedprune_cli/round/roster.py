@@ -18,16 +18,19 @@ class Roster:
     """Who does what in a round.
 
     number: of the round, from 0; gain_linear: every device's channel gain, float64 [N]; here: the training devices that are not in
-    outage; quarantined: those that the server shuts out; training: those that are to train the shared part, whom the allocation may
-    still turn away; frozen: those that train their personalized part only. All ids ascend, int64. block_gain: every device's gain in
-    each block relative to its own, float64 [N, blocks], where blocks differ.
+    outage; quarantined: those that the server shuts out; able: those that can train the shared part; training: those of them that are
+    drawn to, whom the allocation may still turn away; asked: whom the allocation is made for, which is `training`, or `able` where it may
+    not tell who was drawn; frozen: those that train their personalized part only. All ids ascend, int64. block_gain: every device's gain
+    in each block relative to its own, float64 [N, blocks], where blocks differ.
     """
 
     number: int
     gain_linear: Array
     here: Array
     quarantined: Array
+    able: Array
     training: Array
+    asked: Array
     frozen: Array
     block_gain: Array | None = None
 
@@ -35,8 +38,8 @@ class Roster:
 def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
     """Returns the roster of round `number`, given what the run remembers in `slots`.
 
-    All devices that can train u do so, or `devices.per_round` drawn of them. Those cannot that are in outage, frozen or in quarantine, or
-    have spent their privacy budget.
+    All devices that can train u do so, or `devices.per_round` drawn of them, or each with probability `participation.rate`. Those cannot
+    that are in outage, frozen or in quarantine, or have spent their privacy budget.
     """
     conditions = setup.scenario.at(number)
     here = np.flatnonzero(conditions.available[: setup.scenario.num_devices])
@@ -45,11 +48,20 @@ def choose_roster(setup: Setup, number: int, slots: Slots) -> Roster:
     if "frozen" in slots:
         able = able[slots["frozen"][able] == 0]
     able = np.setdiff1d(able, spent(setup, slots))
-    wanted = setup.experiment.devices.per_round
-    if wanted is not None and wanted < len(able):
-        able = np.sort(stream(setup.experiment.seed, "participants", number).choice(able, wanted, replace=False))
+    training = _drawn(setup, number, able)
+    asked = able if setup.experiment.secret_draw else training
     frozen = _frozen(setup, here, slots)
-    return Roster(number, conditions.gain_linear, here, away, able, frozen, conditions.block_gain)
+    return Roster(number, conditions.gain_linear, here, away, able, training, asked, frozen, conditions.block_gain)
+
+
+def _drawn(setup: Setup, number: int, able: Array) -> Array:
+    """Returns those of the devices in `able` that are drawn in round `number`: all, a fixed number, or each by itself."""
+    seed, wanted, rate = setup.experiment.seed, setup.experiment.devices.per_round, setup.experiment.participation.rate
+    if rate is not None:
+        return able[stream(seed, "takes_part", number).random(setup.scenario.num_devices)[able] < rate]
+    if wanted is not None and wanted < len(able):
+        return np.sort(stream(seed, "participants", number).choice(able, wanted, replace=False))
+    return able
 
 
 def spent(setup: Setup, slots: Slots) -> Array:

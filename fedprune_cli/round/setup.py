@@ -23,7 +23,6 @@ from fedprune_cli.privacy.accounting import Budget, plan_budget
 from fedprune_cli.privacy.ciphers import require_ciphers
 from fedprune_cli.privacy.fixed import point_of
 from fedprune_cli.privacy.secure import exchanged_bytes
-from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.memory import first_slots
 from fedprune_cli.store.memory import Sizes
 from fedprune_cli.store.state import State, untrained
@@ -124,7 +123,7 @@ def prepare(experiment: Experiment) -> Setup:
         require_sample_gradients(parts, scenario.dataset.inputs.shape[1:], experiment.model.name)
     budget = build_budget(blueprint, scenario)
     if experiment.privacy.secure:
-        _require_sums(experiment.privacy, scenario, budget)
+        _require_sums(experiment, scenario, budget)
     side_by_side = batches(parts, experiment.training) and experiment.privacy.dp != "example"
     return Setup(blueprint, scenario, initial, side_by_side, budget)
 
@@ -132,26 +131,36 @@ def prepare(experiment: Experiment) -> Setup:
 def build_budget(blueprint: Blueprint, scenario: Scenario) -> Budget | None:
     """Returns the run's privacy budget: of the device, or of the samples of that device, of which each round tells most.
 
-    The noise that follows from a budget lets it last for as many rounds as a device takes part in, on average where they are drawn.
+    The noise that follows from a budget lets it last for as many rounds as a device takes part in, on average where they are drawn. Where
+    the draw is a secret, all rounds count, and each with the probability that the device is in it.
     """
     experiment = blueprint.experiment
     share = min((experiment.devices.per_round or scenario.num_devices) / scenario.num_devices, 1.0)
-    rate, times = 1.0, 1
+    drawn, secret = experiment.participation.rate or share, experiment.secret_draw
+    rate, times = (drawn if secret else 1.0), 1
     if experiment.privacy.dp == "example":
         sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
         schedules = {size: blueprint.schedule(size) for size in {*sizes}}
         phases = [(phase, size) for size, schedule in schedules.items() for phase in schedule if phase.steps]
         rate = max((phase.batch / size for phase, size in phases), default=1.0)
         times = max(sum(phase.steps for phase in schedule) for schedule in schedules.values())
-    return plan_budget(experiment.privacy, rate, max(times, 1), math.ceil(share * experiment.rounds))
+    return plan_budget(
+        experiment.privacy, rate, max(times, 1), math.ceil((1.0 if secret else drawn) * experiment.rounds)
+    )
 
 
-def _require_sums(privacy: Privacy, scenario: Scenario, budget: Budget | None) -> None:
+def _require_sums(experiment: Experiment, scenario: Scenario, budget: Budget | None) -> None:
     """Raises ConfigError where no secure sum could be made: before the first round, and not in the middle of a run."""
     require_ciphers()
+    privacy, rate = experiment.privacy, experiment.participation.rate
+    few = f"an entry is of at least privacy.least + privacy.spare = {privacy.keepers} devices"
     if scenario.num_devices < privacy.keepers:
-        few = f"an entry is of at least privacy.least + privacy.spare = {privacy.keepers} devices, there are {scenario.num_devices}"
-        raise ConfigError(f"privacy.secure=true: {few}")
+        raise ConfigError(f"privacy.secure=true: {few}, there are {scenario.num_devices}")
+    if rate is not None and rate * scenario.num_devices < privacy.keepers:
+        come = f"{rate * scenario.num_devices:g} of {scenario.num_devices} take part on average"
+        raise ConfigError(
+            f"participation.rate={rate:g}: not with privacy.secure=true: {few}, {come}; let more take part"
+        )
     sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
     point_of(privacy, sizes, budget.one.noise if budget else None)
 

@@ -22,14 +22,16 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
     """Returns the state after one more round, and the round's record."""
     experiment = setup.experiment
     roster = choose_roster(setup, state.round, state.slots)  # who is there, who trains, who is frozen or shut out
-    if not len(roster.training):
+    if not len(roster.asked):
         return rest(setup, state, roster, workers)
     plan = plan_round(setup, roster, state.slots)  # ratios, bandwidths and bits: by what the server believes
     work = assign(setup, state, roster, plan)  # masks and tasks, and what fate has in store
     results = train_round(setup, work, workers)
     bill = charge(setup, roster, plan, work, results)  # modelled seconds, joules and bytes: at the truth
 
-    sent = Sent(results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s)
+    sent = Sent(
+        results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s, work.expected
+    )
     delivery, shared, gradient = receive(setup, state, sent)  # what arrives, when the server stops waiting, the new u
     bill = charge_idle(setup, roster, work, bill, delivery.latency_s)
 

@@ -13,8 +13,10 @@ from fedprune_cli.learn.client import Task, Update, train
 from fedprune_cli.learn.private import Noised
 from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.round.plan import Plan
+from fedprune_cli.round.protect import expected_of
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
+from fedprune_cli.serve.deliver import Expected
 from fedprune_cli.store.state import Array, State
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 from fedprune_cli.world.faults import Fates, Moment
@@ -25,7 +27,8 @@ class Work:
     """What the devices of a round are to do.
 
     masks: of every device; tasks: of those that train u [A]; personal_tasks: of the frozen; fates: what befalls the former, at this
-    moment; pruning_error: ||u - u m_k||^2 of the former and then the latter, float64.
+    moment; pruning_error: ||u - u m_k||^2 of the former and then the latter, float64; expected: what their sum is made with where who
+    they are is a secret.
     """
 
     masks: Masks
@@ -34,6 +37,7 @@ class Work:
     moment: Moment
     fates: Fates
     pruning_error: Array
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def assign(setup: Setup, state: State, roster: Roster, plan: Plan) -> Work:
         moment,
         experiment.faults.draw(moment),
         masks.dropped_norms(state.shared, np.concatenate([devices, roster.frozen])),
+        expected_of(setup, state, plan) if experiment.secret_draw else None,
     )
 
 

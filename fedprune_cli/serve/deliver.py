@@ -21,8 +21,24 @@ Log = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a round's sum is made with where nothing may tell who took part: the same, whoever came.
+
+    order: the entry of each rank, int64 [U]; keepers: how many devices keep each entry, on average over the draws, in rank order,
+    float64 [the most that any device keeps]; step_size: the sum of a device's steps' sizes, on average over those that might have come.
+    """
+
+    order: Array
+    keepers: Array
+    step_size: float
+
+
+@dataclass(frozen=True)
 class Sent:
-    """What the devices of a round sent: updates [K], masks, what befalls them at this moment, their latency_s [K], and the deadline."""
+    """What the devices of a round sent: updates [K], masks, what befalls them at this moment, their latency_s [K], and the deadline.
+
+    expected: what their sum is made with where who they are is a secret.
+    """
 
     updates: Sequence[Update]
     masks: Masks
@@ -30,6 +46,7 @@ class Sent:
     moment: Moment
     latency_s: Array
     deadline_s: float
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)

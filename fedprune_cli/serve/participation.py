@@ -1,4 +1,4 @@
-"""Participation: when a device stops training the shared part, because its loss no longer falls, and whose turn it is."""
+"""Participation: when a device stops training the shared part, because its loss no longer falls, whose turn it is, and who is drawn."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from fedprune_cli.store.state import Array
 
 @dataclass(frozen=True)
 class Participation:
-    """When a device stops training the shared part, and who comes first where not all can take part.
+    """When a device stops training the shared part, who comes first where not all can take part, and how those are drawn that do.
 
     freeze_below: the relative fall of a device's training loss over `freeze_window` of its rounds under which it stops for good; None:
     never. The fall is that of the straight line through its last freeze_window + 1 losses: single losses are noisy.
     rotation: of a round in which the allocator must drop devices, those stay that took no part for longest; else the cheapest stay.
+    rate: the probability with which each device takes part in a round, whatever the others do (Poisson sampling); None: as
+    `devices.per_round` says.
     """
 
     freeze_below: float | None
     freeze_window: int
     rotation: bool = field(default=False, metadata=LATER)
+    rate: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         below = self.freeze_below
         require(below is None or 0 < below < 1, "freeze_below", below, "in (0, 1) or null")
         require(1 <= self.freeze_window <= 1000, "freeze_window", self.freeze_window, "in 1..1000")
+        require(self.rate is None or 0 < self.rate <= 1, "rate", self.rate, "in (0, 1] or null")
 
     def slots(self, sizes: Sizes) -> Slots:
         """Returns what is remembered before round 1: who is `frozen`, uint8 [N], and each one's last losses, NaN where not known;

@@ -27,7 +27,8 @@ class Outcome:
     number: of the round, from 0; simulated_s: the clock after it; bits, rounding_error: of a value on the uplink, and the mean
     relative square of what rounding changed, None where nothing was rounded; device_bits: int [K] where each device has bits of its own,
     and bits is 0; devices: those that trained the shared part, int [K],
-    with their prune_ratio, pruning_error ||u - u m_k||^2 and latency_s, float64 [K], and train_loss; deadline_s: T.
+    with their prune_ratio, pruning_error ||u - u m_k||^2 and latency_s, float64 [K], and train_loss; deadline_s: T. eligible: where who
+    trained is a secret, those that would have if they had been drawn, int.
     gradient [U] and under_way, the slots of updates that are still travelling, are known to who was there and to no audit: None.
     """
 
@@ -45,6 +46,7 @@ class Outcome:
     device_bits: Array | None = None
     gradient: Array | None = None
     under_way: Slots | None = None
+    eligible: Array | None = None
 
 
 class Memory(Protocol):

@@ -32,6 +32,21 @@ def test_whole_numbers_are_near_and_towards_zero_never_longer() -> None:
     assert np.abs(point.whole(values)).max() == point.most
 
 
+def test_a_mean_is_off_by_at_most_half_a_step() -> None:
+    """Of values that count D_k each: the sum by at most sum D_k / 2 steps, also after it went around modulo 2^32 under way."""
+    rng = np.random.default_rng(4)
+    for _ in range(100):
+        samples = rng.integers(1, 3000, rng.integers(1, 40))
+        point = point_of(Privacy(secure=True, bits=int(rng.integers(8, 25))), samples.tolist(), None)
+        values = rng.uniform(-1, 1, (len(samples), 50))
+        masks = rng.integers(0, 2**32, values.shape, dtype=np.uint32)
+        sent = (samples[:, None] * point.whole(values)).astype(np.uint32) + masks
+        total = (sent.sum(0, dtype=np.uint32) - masks.sum(0, dtype=np.uint32)).astype(np.int32) * point.step
+        apart = np.abs(total - samples @ values) / samples.sum()
+        assert apart.max() <= point.step / 2 * (1 + 1e-9)
+        assert len(samples) > 1 or apart.max() > point.step / 5  # and a single value nearly is
+
+
 def test_too_little_room_is_refused() -> None:
     with pytest.raises(ConfigError, match="fewer devices"):
         widest(1.0, 18, 2**26)

@@ -26,6 +26,7 @@ CLIENT = (
     *WORLD, "privacy.dp=client", "privacy.epsilon=9", "privacy.delta=1e-3", "privacy.clip=0.5", "privacy.public_scores=true",
     "weights=uniform",
 )  # fmt: skip
+T_OF_THREE = 4.303  # Student's t at 97.5 % of two degrees of freedom
 
 
 def test_a_secure_round_is_the_plain_one_up_to_the_fixed_point() -> None:
@@ -206,14 +207,18 @@ def test_too_few_devices_for_a_sum_are_refused_before_the_first_round() -> None:
 
 @pytest.mark.slow
 def test_accuracy_at_18_bits_is_that_of_float32() -> None:
-    options = (
-        "devices.count=20",
-        "rounds=40",
-        "training.shared_steps=10",
-        "training.personal_steps=10",
-        "training.batch_size=32",
-        "model.hidden=[64]",
-        "allocator=dense",
+    """Of the same devices on the same seeds: the mean difference is within its own interval and half a point, or there is none."""
+    options = ("devices.count=20", "rounds=10", "evaluation.every=10", "training.shared_steps=10", "training.personal_steps=10",
+               "training.batch_size=32", "model.hidden=[64]", "allocator=dense")  # fmt: skip
+
+    def accuracy(seed: int, *more: str) -> float:
+        return float(steps_of(make_setup(*options, f"seed={seed}", *more), 10)[-1].record.accuracy or 0)
+
+    plain, hidden = ([accuracy(seed, *more) for seed in range(3)] for more in ((), ("privacy.secure=true",)))
+    apart = np.array(hidden) - plain
+    half = T_OF_THREE * apart.std(ddof=1) / np.sqrt(3)
+    print(
+        f"accuracy % in float32 {np.mean(plain):.2%}, at 18 bits {np.mean(hidden):.2%}, apart {apart.mean():+.2%} ± {half:.2%}"
     )
-    last = [steps_of(make_setup(*options, *more), 40)[-1].record for more in ((), ("privacy.secure=true",))]
-    assert abs((last[0].accuracy or 0) - (last[1].accuracy or 0)) < 0.003
+    assert min(plain) > 0.8  # there is something to lose
+    assert abs(apart.mean()) <= min(half, 0.005) or not apart.any()
