@@ -65,6 +65,7 @@ class Config(TypedDict):
     rounds: int
     branch: NotRequired[BranchConfig | None]
     failsafe: NotRequired[FailsafeConfig | None]
+    participation: NotRequired[Mapping[str, Plain] | None]
 
 
 class Summary(TypedDict):
