@@ -13,22 +13,22 @@ import numpy as np
 
 from fedprune_cli.allocate.baselines import MinLatency
 from fedprune_cli.many.compared import build_member, read_contest
-from fedprune_cli.many.tuning import read_tuning, tune
+from fedprune_cli.report.read import read_run
+from fedprune_cli.report.tuning import round_s
 from fedprune_cli.round.plan import plan_round
 from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import Setup, prepare
 
 
-def bounds(overrides: Sequence[str], seeds: Sequence[int]) -> list[float]:
+def bounds(overrides: Sequence[str], seeds: Sequence[int], setting: Sequence[str]) -> list[float]:
     """Returns on each seed how much less time, as a fraction, the rounds of `equal` could take at the setting that it took.
 
-    Its runs and those that chose the setting are read, and have to be there.
+    The runs of `personalized`, which say what `round` is in the setting, are read, and have to be there.
     """
-    contest = read_contest(overrides, None, None, seeds)
-    tuning = read_tuning(contest)
-    if tuning is not None:
-        contest, _ = tune(contest, tuning, lambda _: [])
-    return [room(prepare(build_member(contest, "equal", (), seed)[1])) for seed in seeds]
+    contest = read_contest([*overrides, "tune=null"], None, None, seeds)
+    dense = {seed: read_run(build_member(contest, "personalized", (), seed)[0].run_dir) for seed in seeds}
+    contest = dataclasses.replace(contest, round_s={seed: round_s(run) for seed, run in dense.items()})
+    return [room(prepare(build_member(contest, "equal", setting, seed)[1])) for seed in seeds]
 
 
 def room(setup: Setup) -> float:
