@@ -206,11 +206,12 @@ The most at equal's weight is a bound: how much sooner any allocation at all cou
 took, while the same devices keep as much of the model in their weighted sum. `minlatency` finds that least time, and P1 is concave. Who
 beats equal bandwidth by more stands a shorter round with less of the model, or had luck: the intervals are wide.
 
-Why: there is more to divide the longer the deadline is. With the larger model on 20 MHz the bound is 12 % at a deadline of 0.14 rounds, 16 %
-at 0.2 and 19 % at 0.28 and 0.4 (seed 0, 12 rounds), and a task that stands a fifth of the model takes the short ones; there, in an earlier
-comparison that was tuned on one seed, `kkt`, `proportional` and `equal` were within each other's noise. A small model has little to spare and
-needs the long ones, and on LTE-M the modem's peak makes rates go with bandwidth alone, so that a third can be gained by whom it is given.
-The three settings that were run were chosen because short runs on seeds 90 to 92 promised something there; the others are still to be run.
+Why: there is more to divide the longer the deadline is. With the larger model on 20 MHz the bound is 12 % at a deadline of 0.14
+rounds, 16 % at 0.2 and 19 % at 0.28 and 0.4 (seed 0, 12 rounds), and a task that stands a fifth of the model takes the short ones. There,
+in an earlier comparison that was tuned on one seed, `kkt`, `proportional` and `equal` were within each other's noise. A small model has
+little to spare and needs the long ones, and on LTE-M the modem's peak makes rates go with bandwidth alone, so that a third can be gained by
+whom it is given. The three settings that were run were chosen because short runs on seeds 90 to 92 promised something there; the others are
+still to be run.
 
 """
 
