@@ -42,7 +42,7 @@ def presence(run: Run) -> Presence:
     lately = {device for record in run.rounds[-HELD_ROUNDS:] for device in record.devices.id}
     never = tuple(run.called(device) for device in devices if not rounds[device])
     config = run.manifest["config"]
-    chosen = config["devices"].get("per_round"), (config.get("participation") or {}).get("rate")
+    chosen = config.get("devices", {}).get("per_round"), (config.get("participation") or {}).get("rate")
     drawn = any(value is not None for value in chosen)
     gone = tuple(run.called(device) for device in devices if rounds[device] and device not in lately and not drawn)
     return Presence(tuple(rounds[device] for device in devices), never, gone)

@@ -84,7 +84,10 @@ def scarce(seed: int) -> Problem:
     return replace(problem, deadline_s=1.5 * max(alone))
 
 
-@pytest.mark.parametrize("allocator", TAKING_TURNS, ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "allocator",
+    [pytest.param(one, id=one.name, marks=[pytest.mark.slow] * (one.name == "blocks")) for one in TAKING_TURNS],
+)
 def test_whoever_fits_alone_has_its_turn(allocator: Allocator) -> None:
     """Without turns the same devices are left out of every round of a channel that stays; with them nobody waits for K rounds."""
     starved = 0

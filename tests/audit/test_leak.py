@@ -198,6 +198,7 @@ def test_rows_of_a_table_have_no_pictures_and_their_columns_ranges() -> None:
     assert frame.back(frame.fed_guess[None])[0] == pytest.approx(frame.guess)
 
 
+@pytest.mark.slow
 def test_a_convolution_is_attacked_by_matching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("model=cnn", "model.padding=2", "model.channels=[4,4]", "model.hidden=16", "rounds=1")
     run_to_end(tmp_path / "run", *small)

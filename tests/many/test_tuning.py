@@ -175,6 +175,7 @@ def test_a_setting_that_fails_loses_and_an_arm_of_which_all_fail_is_refused() ->
     assert none.stderr.splitlines()[-1] == "error: tune: every setting of kkt failed, see above"
 
 
+@pytest.mark.slow
 def test_a_tuned_comparison_says_what_it_took_and_a_second_one_only_reads() -> None:
     command = ("compare", *TINY, ARMS, TUNE, "--seeds", "1", "--out", "cmp", "--jobs", "1")
     first = fedprune(*command)
