@@ -21,9 +21,10 @@ SMALL = (
     "rounds=1", "devices.count=4", "devices.fresh=1", "training.batch_size=8", "training.shared_steps=1",
     "training.personal_steps=1", "evaluation.fresh_steps=1", "execution.kind=serial",
 )  # fmt: skip
-NATURAL = {  # experiments whose devices are those that a package's data names, and what a small round of them needs
+NATURAL = {  # experiments whose small round needs something else, such as those whose devices a package's data names
     "watch": ("partition=dirichlet",),
     "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
+    "privacy_cost": ("devices.count=5",),  # of whose devices an entry of a secure sum must be five
 }
 HEAVY = (
     "colour",
