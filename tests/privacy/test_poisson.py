@@ -131,20 +131,23 @@ def after_draw(setup: Setup, state: State, training: Array) -> tuple[Array, dict
 @pytest.mark.parametrize("pruner", ["magnitude", "taylor"])
 def test_nothing_but_its_own_clipped_change_tells_whether_a_device_came(pruner: str) -> None:
     """The law that the gain rests on: the others send the same, and the sum is divided by the same, with one more and without."""
-    rate, clip = 0.4, 0.5
-    setup = make_setup(*CLIENT, "participation.rate=0.4", "privacy.noise=9", f"pruner={pruner}")
+    rate, clip = 0.4, 0.02
+    setup = make_setup(*CLIENT, "participation.rate=0.4", "privacy.noise=9", f"privacy.clip={clip}", f"pruner={pruner}")
     state = steps_of(setup, 2)[-1].after
     roster = choose_roster(setup, state.round, state.slots)
     plan = plan_round(setup, roster, state.slots)
     expected = assign(setup, state, roster, plan).expected
     assert expected is not None
     assert plan.allocation.prune_ratio.max() > 0
+    own: Array | None = None
     for others in ((), (2,), (0, 3, 7), (0, 1, 2, 3, 4, 6, 7)):
         without, sent = after_draw(setup, state, np.array(others, dtype=int))
         more, also = after_draw(setup, state, np.sort([*others, 5]))
         assert {device: also[device] for device in others} == sent
         apart = (more.astype(float) - without)[expected.order[: len(expected.keepers)]] * expected.keepers
-        assert 0 < np.linalg.norm(apart) <= clip * (1 + 1e-3)
+        assert np.linalg.norm(apart) == pytest.approx(clip, rel=1e-3)  # which is shorter than what it learns
+        own = apart if own is None else own
+        np.testing.assert_allclose(apart, own, atol=1e-5)  # the same, whoever else came
         assert not np.array_equal(without, state.shared)  # also where nobody came
     assert expected.keepers.max() == pytest.approx(rate * 8)
 
