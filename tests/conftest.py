@@ -54,6 +54,17 @@ def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     return [record.as_json() for record in life.run(setup, run_dir)]
 
 
+def run_in_parts(run_dir: Path, *overrides: str, stops: int) -> None:
+    """Runs a tiny run in its own folder, which is left after each of its first rounds and gone on with."""
+    setup = make_setup(*overrides)
+    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    for _ in range(stops):
+        rounds = life.run(setup, run_dir)
+        next(rounds)
+        rounds.close()  # type: ignore[attr-defined]
+    list(life.run(setup, run_dir))
+
+
 def read_lines(run_dir: Path) -> list[Line]:
     """Returns the lines of a run's rounds.jsonl, checked."""
     return [record.as_json() for record in folder.read_records(run_dir)]

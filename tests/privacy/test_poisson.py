@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_setup, read_lines, results, run_to_end, steps_of
+from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, steps_of
 
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.execute import executor
 from fedprune_cli.privacy.accounting import Release, epsilon
@@ -24,7 +23,6 @@ from fedprune_cli.round.receive import receive
 from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import Setup, build_learner
 from fedprune_cli.round.work import assign, train_round
-from fedprune_cli.runs import life
 from fedprune_cli.serve.deliver import Sent
 from fedprune_cli.store.state import Array, State
 
@@ -172,13 +170,7 @@ def test_a_run_is_audited_with_its_draws_and_goes_on_after_a_kill(tmp_path: Path
     assert spent == [pytest.approx(setup.budget.spent(number)) for number in range(1, 5)]  # type: ignore[union-attr]
     assert not verify_run(setup, tmp_path / "whole", 3).failures
 
-    life.create(setup, compose_config([*TINY, *POISSON]), tmp_path / "parts")
-    for _ in range(2):
-        rounds = life.run(setup, tmp_path / "parts")
-        next(rounds)
-        rounds.close()  # type: ignore[attr-defined]
-    for _ in life.run(setup, tmp_path / "parts"):
-        pass
+    run_in_parts(tmp_path / "parts", *POISSON, stops=2)
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
 
     lines = read_lines(tmp_path / "whole")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_setup, read_lines, results, run_to_end, steps_of
+from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, steps_of
 
 pytest.importorskip("cryptography")
 
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.privacy import secure
 from fedprune_cli.privacy.secure import exchanged_bytes
@@ -124,13 +123,7 @@ def test_dropouts_do_not_change_what_the_others_sum_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [SECURE, (*CLIENT, "privacy.secure=true")])
 def test_a_run_that_goes_on_has_the_bytes_of_one_that_never_stopped(tmp_path: Path, options: tuple[str, ...]) -> None:
     run_to_end(tmp_path / "whole", *options)
-    setup = make_setup(*options)
-    life.create(setup, compose_config([*TINY, *options]), tmp_path / "parts")
-    rounds = life.run(setup, tmp_path / "parts")
-    next(rounds)
-    rounds.close()  # type: ignore[attr-defined]
-    for _ in life.run(setup, tmp_path / "parts"):
-        pass
+    run_in_parts(tmp_path / "parts", *options, stops=1)
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
 
 
