@@ -204,9 +204,8 @@ def audit_round(setup: Setup, slots: Slots, record: RoundRecord, *, solve: bool)
     audit = RoundAudit(tuple(wrong), metered=count, bounded=bounded, open_gap=plan.allocation.gap)
     if not isinstance(experiment.allocator, Certifying) or plan.allocation.certificate is None or not admitted.any():
         return audit, after
-    shares_hz = (
-        plan.allocation.bandwidth_hz.copy()
-    )  # with what those have who were not drawn, where they are planned for
+    # with what those have who were not drawn, where they are planned for
+    shares_hz = plan.allocation.bandwidth_hz.copy()
     shares_hz[takes] = bandwidth_hz
     given = Answer(1 - plan.allocation.prune_ratio[admitted], shares_hz[admitted], float(record.price_per_hz or 0.0))
     return _certified(audit, experiment.allocator, plan, given, solve=solve), after

@@ -17,9 +17,7 @@ from fedprune_cli.terminal import Table
 
 LOOK_S = 1.0  # between looks at the folder
 ABANDONED_S = 5.0  # without a process that holds an unfinished run, until it is taken for interrupted
-UNSERVED_S = (
-    60.0  # without a server before a pilot's run has begun: a run is prepared between its roster and its first round
-)
+UNSERVED_S = 60.0  # the same before a pilot's run has begun: it is prepared between its roster and its first round
 
 # what is watched, and how it is shown
 KPIS: dict[str, tuple[str, str]] = {
@@ -255,11 +253,9 @@ def watch(
     while True:
         now = look(path, prices)
         check_limits(limits, now)
-        for line in broken(now.rows, limits, finished=now.finished):
+        of_nodes = broken_now(now.fleet, len(now.rows), limits) if now.fleet and not now.finished else []
+        for line in (*broken(now.rows, limits, finished=now.finished), *of_nodes):
             told.setdefault(line.split()[0], line)
-        if now.fleet and not now.finished:
-            for line in broken_now(now.fleet, len(now.rows), limits):
-                told.setdefault(line.split()[0], line)
         now = replace(now, broken=tuple(told.values()))
         if now.news != seen or now.finished:
             seen = now.news

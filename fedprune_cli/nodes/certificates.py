@@ -166,7 +166,7 @@ def begin(pilot: Path, hosts: Sequence[str], days: int) -> None:
 
 def is_enrolled(pilot: Path, device: int) -> bool:
     """Whether a device has a certificate that is not revoked."""
-    folder = pilot / f"device-{device}"
+    folder = pilot / device_name(device)
     return (folder / OWN).exists() and peer_in(folder).serial not in revoked(pilot)
 
 
@@ -177,18 +177,18 @@ def peer_in(folder: Path) -> Peer:
 
 def enroll(pilot: Path, device: int, days: int) -> Path:
     """Makes the folder of a device with its certificate; returns it. Raises CheckpointError when there is one that is not revoked."""
-    folder = pilot / f"device-{device}"
+    folder = pilot / device_name(device)
     if is_enrolled(pilot, device):
         raise CheckpointError(f"{folder}: is enrolled; --revoke {device} first, to give it a new certificate")
     for name in (NODE_KEY, NODE_PUBLIC):  # as old as the certificate, and so as stolen
         with writing(folder):
             (folder / name).unlink(missing_ok=True)
-    return _issue(pilot, f"device-{device}", [x509.DNSName(f"device-{device}")], days)
+    return _issue(pilot, device_name(device), [x509.DNSName(device_name(device))], days)
 
 
 def revoke(pilot: Path, device: int) -> None:
     """Puts the certificate of a device on the list of those that the server refuses; raises CheckpointError when it has none."""
-    peer = peer_in(pilot / f"device-{device}")
+    peer = peer_in(pilot / device_name(device))
     if peer.serial in revoked(pilot):
         raise CheckpointError(f"{pilot / REVOKED}: has device-{device} already")
     path = pilot / REVOKED

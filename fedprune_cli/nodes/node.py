@@ -65,9 +65,8 @@ class Node:
         if order.work == "test":
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
-            if (
-                task.schedule and np.isfinite(personal).all()
-            ):  # a device that never trained: what it begins with is its own now
+            # of a device that never trained, whose start is its own now
+            if task.schedule and np.isfinite(personal).all():
                 self.versions.write(task.round, personal)
                 self.versions.keep((task.round,))
             return score, False
