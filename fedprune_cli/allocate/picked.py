@@ -73,7 +73,9 @@ class Selective:
             return replace(nobody(at, settled), block_hz=block_hz, owner=owner)
         feasible, places = settled.feasible, np.flatnonzero(settled.admitted)
         found = select(feasible, _gain(feasible))
-        kept, gap = np.clip(found.kept, feasible.min_kept, 1.0), max(found.gap(feasible.weight), 0.0)
+        # up to its least, which it has but for rounding; whoever has no block keeps nothing, also where its least is 1e-16
+        kept = np.where(found.kept > 0, np.clip(found.kept, feasible.min_kept, 1.0), 0.0)
+        gap = max(found.gap(feasible.weight), 0.0)
         owner = places[found.owner]
         bandwidth_hz = block_hz * np.bincount(owner, minlength=len(at.weight))
         if settled.status == "feasible" and gap <= TOLERANCE:

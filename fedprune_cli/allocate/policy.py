@@ -124,16 +124,17 @@ def _missing(problem: Problem, feasible_s: float, least: Least) -> str:
     floor_hz = required_bandwidth(problem, problem.min_kept)
     hopeless = np.flatnonzero(np.isinf(floor_hz))
     if feasible_s == np.inf:
-        always_hz = required_bandwidth(replace(problem, deadline_s=np.inf), problem.min_kept)
-        if np.isinf(always_hz).any():  # not those whom a later deadline would help
-            hopeless = np.flatnonzero(np.isinf(always_hz))
+        always = replace(problem, deadline_s=np.inf)
+        never = ~least.alone(always, required_bandwidth(always, problem.min_kept))
+        if never.any():  # not those whom a later deadline would help
+            hopeless = np.flatnonzero(never)
     missing_hz = floor_hz.sum() - problem.bandwidth_hz
     text = f"for devices that may drop {problem.max_ratio.max():.3g} of the shared part "
     if feasible_s < np.inf:
         text += f"the deadline of {problem.deadline_s:.6g} s is {feasible_s - problem.deadline_s:.6g} s too early"
     else:
         text += "no deadline is late enough"
-    if not hopeless.size and not least.counts_hz:
+    if not hopeless.size and (not least.counts_hz or missing_hz <= 0):
         return text
     if not hopeless.size:
         return text + f" (or {missing_hz / 1e6:.6g} MHz are missing)"
@@ -149,11 +150,12 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
     floor_hz = required_bandwidth(problem, problem.min_kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = floor_hz / problem.weight
-    # those whom nothing helps stand behind those without a weight
-    order = np.lexsort((np.where(np.isnan(cost), 0.0, cost), np.isinf(floor_hz)))
+    alone = least.alone(problem, floor_hz)
+    # those whom nothing helps stand behind those without a weight: with one of them among the first nobody would fit
+    order = np.lexsort((np.where(np.isnan(cost), 0.0, cost), ~alone))
     if problem.waited is not None:
         turn = order[np.argsort(-problem.waited[order], kind="stable")]
-        turn = turn[least.alone(problem, floor_hz)[turn]]
+        turn = turn[alone[turn]]
         first = turn[: _longest_prefix(problem, turn, 0, least)]
         order = np.concatenate([first, order[~np.isin(order, first)]])
         fits = _longest_prefix(problem, order, len(first), least)
@@ -164,7 +166,7 @@ def _largest_set(problem: Problem, least: Least) -> tuple[Array, float | None]:
     next_one = order[fits]
     if not least.counts_hz:
         return admitted, None
-    if not 0 < floor_hz[next_one] < np.inf:
+    if not alone[next_one] or not 0 < floor_hz[next_one] < np.inf:
         return admitted, 0.0
     room_hz = max(problem.bandwidth_hz - floor_hz[admitted].sum(), 0.0)
     share = room_hz / floor_hz[next_one]

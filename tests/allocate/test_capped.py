@@ -42,8 +42,13 @@ def answers(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10)) -> It
 
 
 def check_answers(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10)) -> None:
-    straight = 0
+    straight = nobody = 0
     for name, problem, answer in answers(count, seed, sizes):
+        if not answer.admitted.any():  # too little energy for 0.7 of it, or limits between which no block fits
+            assert name in ("energy", "weighted", "blocks"), name
+            assert "no bandwidth helps" in answer.message
+            nobody += 1
+            continue
         proof = answer.certificate
         assert proof is not None
         assert proof.holds, (name, proof)
@@ -60,6 +65,7 @@ def check_answers(count: int, seed: int, sizes: tuple[int, ...] = (1, 2, 3, 10))
             joules = energy(problem.limits, kept, upload_s(problem, kept, b))[answer.admitted]
             assert (joules <= problem.limits.energy_budget_j[answer.admitted] * (1 + 1e-9)).all(), name
     assert straight > count  # who is held by a cap
+    assert nobody <= 0.05 * count  # of five times as many answers
 
 
 def test_random_instances_are_certified() -> None:
@@ -105,8 +111,12 @@ def check_against_cvxpy(count: int, seed: int) -> None:
         for name in ("proportional", "energy", "weighted"):
             allocator = allocator_of(name)
             other = allocator.solve(problem, 0, 0)
-            at_deadline = replace(problem, deadline_s=other.deadline_s)
-            assert allocator.apart(at_deadline, 1 - other.prune_ratio, other.bandwidth_hz) < 1e-5, (at, name)  # type: ignore[attr-defined]
+            there = np.flatnonzero(other.admitted)  # without whoever cannot keep half of it on its energy
+            if not len(there):
+                assert name == "weighted", at
+                continue
+            of_them = replace(problem, deadline_s=other.deadline_s).take(there)
+            assert allocator.apart(of_them, 1 - other.prune_ratio[there], other.bandwidth_hz[there]) < 1e-5, (at, name)  # type: ignore[attr-defined]
 
 
 def test_cvxpy_agrees() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fedprune_cli.allocate.baselines import Allocator, Dense, Equal, Fixed, Kkt
 from fedprune_cli.allocate.deadline import least_deadline
+from fedprune_cli.allocate.limits import Limits
 from fedprune_cli.allocate.problem import Problem, latency, required_bandwidth
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.contracts.problems import draw, literature
@@ -112,6 +113,21 @@ def test_whoever_fits_alone_has_its_turn(allocator: Allocator) -> None:
             waited = np.where(turn.admitted, 0, waited + 1)
             assert waited.max() < 8
     assert starved
+
+
+def test_a_device_between_whose_limits_no_block_fits_shuts_nobody_out() -> None:
+    """It comes first by what it costs, and any set that begins with it fits nowhere."""
+    ones, problem = np.ones(3), literature(0.5, seed=0, count=3)
+    width_hz = Blocks("blocks", "stretch").width_hz(problem)
+    least_hz, most_hz = np.array([0.0, 1.1 * width_hz, 0.0]), np.array([np.inf, 1.2 * width_hz, np.inf])
+    limits = Limits(least_hz, most_hz, np.inf * ones, ones, ones, ones)
+    problem = replace(problem, limits=limits, weight=np.array([1.0, 1e6, 1.0]))
+    for policy in ("stretch", "drop"):
+        answer = Blocks("blocks", policy).solve(problem, 0, 0)
+        assert answer.admitted.tolist() == [True, False, True]
+        assert "MHz are missing" not in answer.message
+        assert "no other choice admits more than 0 more" in answer.message
+    assert "no bandwidth helps devices 1: dropped" in Blocks("blocks", "stretch").solve(problem, 0, 0).message
 
 
 def test_a_device_that_nothing_helps_takes_no_turn_from_others() -> None:

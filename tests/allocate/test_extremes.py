@@ -268,6 +268,17 @@ def test_a_device_without_a_link_is_dropped_by_name_and_the_others_go_on(name: s
     assert "dropped devices 7, 8, 9" in nobody.message
 
 
+def test_a_device_that_may_drop_all_but_a_rounding_error_sends_nothing_without_a_block() -> None:
+    """At 1 - rho_max = 1e-16 and next to no weight: what it keeps is zero, and not a few bits that take for ever."""
+    problem = three(weight=np.array([1.0, 1e-40, 1.0]))
+    problem = replace(problem, max_ratio=np.array([0.9, np.nextafter(1.0, 0.0), 0.9]))
+    allocation = build("selective", "stretch").solve(problem, 0, 0)
+    assert allocation.admitted.all()
+    assert allocation.bandwidth_hz[1] == 0
+    assert allocation.prune_ratio[1] == 1
+    check_sound("selective", problem, allocation)
+
+
 @pytest.mark.parametrize("name", [name for name in ALLOCATORS if name not in IGNORE_THE_DEADLINE])
 def test_a_device_without_a_link_fails_by_name_under_fail(name: str) -> None:
     with pytest.raises(InfeasibleError, match="no bandwidth helps devices 8: raise"):
