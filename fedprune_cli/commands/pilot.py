@@ -139,6 +139,9 @@ def join(
     labels: Annotated[
         bool, typer.Option("--labels", help="Tell the server how many samples of each class there are.")
     ] = False,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Take part in secure sums only: no server sees this node's update.")
+    ] = False,
     flower: Annotated[
         bool,
         typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped."),
@@ -168,4 +171,4 @@ def join(
             write_samples(folder, own_samples(overrides or [], part))
     elif overrides:
         raise ConfigError(f"{overrides[0]}: this node has its data, {folder / SAMPLES}; remove it to give it others")
-    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note))
+    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, secure))

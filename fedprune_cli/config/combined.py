@@ -30,8 +30,11 @@ def _never(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
     privacy, failsafe, participation = experiment.privacy, experiment.failsafe, experiment.participation
     lone = "no device's loss leaves it; leave it null"
     yield participation.freeze_below is not None, f"participation.freeze_below={participation.freeze_below}", lone
-    open_ = "nodes send each update as it is, and draw no noise; take processes, serial or ray, which simulate it"
-    yield experiment.execution.remote, f"execution.kind={experiment.execution.kind}", open_
+    remote, kind = experiment.execution.remote, f"execution.kind={experiment.execution.kind}"
+    quiet = "nodes draw no noise; take processes, serial or ray, which simulate it"
+    yield remote and privacy.dp is not None, kind, quiet
+    tested = "each node's test reaches the server by itself; declare accuracies and losses no secret by privacy.public_scores=true"
+    yield remote and not privacy.public_scores, kind, tested
     if privacy.by_sum:
         each = failsafe.aggregator.needs != "sum"
         sees = "it has to see each update, and the server has their sum alone; take mean"

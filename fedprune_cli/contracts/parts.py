@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,13 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import unknown
 from fedprune_cli.execute import executor
+from fedprune_cli.round.bill import charge
+from fedprune_cli.round.plan import plan_round
+from fedprune_cli.round.roster import choose_roster
 from fedprune_cli.round.setup import Setup, build_learner, prepare
 from fedprune_cli.round.step import round_step
+from fedprune_cli.round.work import assign, train_round
+from fedprune_cli.serve.deliver import Sent
 from fedprune_cli.store.memory import Outcome
 from fedprune_cli.store.record import FaultLog, RoundRecord
 from fedprune_cli.store.state import Array, State
@@ -90,6 +95,22 @@ class Step:
     before: State
     record: RoundRecord
     after: State
+
+
+def sent_by(setup: Setup, state: State, training: Array | None = None) -> Sent:
+    """Returns what the devices send in the round that begins at `state`: those that the draw took, or the given ones [A] in their place."""
+    roster = choose_roster(setup, state.round, state.slots)
+    if training is not None:
+        roster = replace(roster, training=training)
+    build = functools.partial(build_learner, setup.experiment, setup.scenario)
+    with executor(setup.experiment.execution, build) as workers:
+        plan = plan_round(setup, roster, state.slots)
+        work = assign(setup, state, roster, plan)
+        made = train_round(setup, work, workers)
+        bill = charge(setup, roster, plan, work, made)
+    return Sent(
+        made.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s, work.expected
+    )
 
 
 def steps_of(setup: Setup, count: int) -> list[Step]:

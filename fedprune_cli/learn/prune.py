@@ -124,6 +124,11 @@ class Masks:
         """The entry of each rank, int64 [U], ties by index: each device keeps the first ones."""
         return np.argsort(self.rank, kind="stable")
 
+    def levels(self, devices: Array) -> Array:
+        """Returns how many of these devices' different cutoffs are at or below each entry's rank, [U]; the same ones keep a level."""
+        cutoffs = np.unique(self.kept[devices])
+        return np.searchsorted(cutoffs, self.rank, side="right").astype(np.min_scalar_type(len(cutoffs)))
+
     def kept_units(self, device: int) -> tuple[Array, ...]:
         """Returns which units the device keeps, a bool array a channel group."""
         return tuple(rank < self.kept[device] for rank in self.units)

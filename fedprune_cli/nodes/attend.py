@@ -83,7 +83,7 @@ def _read(stream: Iterator[bytes]) -> Iterator[Sealed]:
             raise CheckpointError(f"the server's message was refused: {error}") from None
 
 
-def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.SimpleQueue[bytes | None]) -> Heard:
+def _work(node: Node, message: Sealed, heard: Heard | None, outgoing: queue.SimpleQueue[bytes | None]) -> Heard | None:
     """Does a task and hands in what comes of it; returns what the node has heard of u by now."""
     of = sha256(message.encode())
     outgoing.put(got(of))

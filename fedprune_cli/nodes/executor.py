@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -15,13 +16,21 @@ from fedprune_cli.learn.kept import Whole
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
+from fedprune_cli.nodes.sum_messages import Question, read_answer
+from fedprune_cli.privacy.secure import RefusedSumError
+from fedprune_cli.round.summed import SumOrder, TotalOf
 from fedprune_cli.store.record import RoundRecord
 from fedprune_cli.store.sealed import Sealed
+from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets.roster import Card
+
+if TYPE_CHECKING:
+    from fedprune_cli.nodes.summing import Agreed
 
 Context = TypeVar("Context")
 OneTask = TypeVar("OneTask")
 Result = TypeVar("Result")
+Made = Update | Score | Mapping[str, bytes]  # of a task, or what is answered of a secure sum
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,8 @@ class Request:
     it asks for, for whoever watches.
     """
 
-    write: Callable[[Heard | None], tuple[bytes, Heard]]
-    read: Callable[[Sealed], Update | Score]
+    write: Callable[[Heard | None], tuple[bytes, Heard | None]]
+    read: Callable[[Sealed], Made]
     within_s: float | None = None
     due_s: float | None = None
     round: int = 0
@@ -48,7 +57,7 @@ class Reply:
     got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock.
     """
 
-    result: Update | Score | None
+    result: Made | None
     sent_s: float
     got_s: float | None
     done_s: float
@@ -93,7 +102,7 @@ class NodeExecutor:
     """Maps the functions of a device's work over nodes. drops: whether the update of who is late counts for nothing.
 
     done: the last round's training, by device, until somebody takes it. fresh: the steps that a newcomer with so many training samples
-    takes on v, None: newcomers are asked nothing.
+    takes on v, None: newcomers are asked nothing. sums: the secure sum of the last round, None where too few agreed on one.
     """
 
     carrier: Carrier
@@ -101,6 +110,7 @@ class NodeExecutor:
     drops: bool = False
     done: dict[int, Mapping[str, float]] = field(default_factory=dict)
     fresh: Callable[[int], tuple[LocalPhase, ...]] | None = None
+    sums: dict[int, Agreed | None] = field(default_factory=dict)
 
     def map(
         self,
@@ -122,7 +132,7 @@ class NodeExecutor:
             return cast(list[Result], [*self._train("train", todo).values()])
         if work is not evaluate:
             raise TypeError(f"nodes have no {f.__name__}")
-        scores = self._exchange("test", todo)
+        scores = self._exchange(self._requests("test", todo))
         if self.fresh and todo:
             self._welcome(todo[0], self.fresh)
         self._note_tests(scores)
@@ -138,8 +148,44 @@ class NodeExecutor:
 
         self.carrier.welcome(invite)
 
+    def agree(self, order: SumOrder) -> TotalOf:
+        """As Summing.agree. Who is lost before all have agreed is not asked to train; where too few are left nobody is."""
+        from fedprune_cli.nodes import summing  # and the ciphers with it
+
+        self.sums.clear()
+        self.sums[order.number] = None
+        try:
+            agreed = summing.agree(self._ask, order)
+        except RefusedSumError as error:
+            return functools.partial(_refuse, error)
+        self.sums[order.number] = agreed
+        return functools.partial(summing.total, self._ask, agreed)
+
+    def _ask(self, questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
+        """Returns the answers of those that gave one to a question of a secure sum.
+
+        Who refuses to unmask gives none; where too few are left so, RefusedSumError says why the first did.
+        """
+        requests = {device: _asking(question) for device, question in questions.items()}
+        one = next(iter(questions.values()))
+        if one.step != "unmask":
+            replies = self._exchange(requests)
+        else:
+            given = self.carrier.exchange(requests)
+            replies = {device: reply for device, reply in given.items() if not reply.failure}
+            if len(replies) < one.terms.threshold and len(replies) < len(given):
+                raise RefusedSumError(next(reply.failure for reply in given.values() if reply.failure))
+        return {device: cast(Mapping[str, bytes], reply.result) for device, reply in replies.items()}
+
+    def _agreed(self, task: Task) -> bool:
+        """Whether the device of a task may be asked to train: where sums are secure, those that agreed on one."""
+        if task.round not in self.sums:
+            return True
+        agreed = self.sums[task.round]
+        return agreed is not None and task.device in agreed.terms.devices
+
     def _train(self, work: str, tasks: Sequence[Task]) -> dict[int, Update]:
-        replies = self._exchange(work, tasks)
+        replies = self._exchange(self._requests(work, [task for task in tasks if self._agreed(task)]))
         last_s = max((reply.done_s for reply in replies.values()), default=0.0)
         for device, reply in replies.items():
             ways = {"carried_s": max(reply.done_s - reply.sent_s - reply.compute_s, 0.0)}
@@ -162,8 +208,19 @@ class NodeExecutor:
         update = cast(Update, reply.result)
         return update if task.due_s is None else replace(update, late=reply.done_s - reply.sent_s > task.due_s)
 
-    def _exchange(self, work: str, tasks: Sequence[Task]) -> Mapping[int, Reply]:
-        requests = {task.device: self._request(Order(work, task, int(task.personal[0]))) for task in tasks}
+    def _requests(self, work: str, tasks: Sequence[Task]) -> dict[int, Request]:
+        return {task.device: self._request(self._order(work, task)) for task in tasks}
+
+    def _order(self, work: str, task: Task) -> Order:
+        base = int(task.personal[0])
+        agreed = None if work == "test" else self.sums.get(task.round)
+        if agreed is None:
+            return Order(work, task, base)
+        mask = sent_mask(task.kept, self.layout, task.shared.size)
+        levels = agreed.order.levels if mask is None else agreed.order.levels[mask]
+        return Order(work, task, base, agreed.attempt, levels if levels.any() else None)
+
+    def _exchange(self, requests: Mapping[int, Request]) -> Mapping[int, Reply]:
         replies = self.carrier.exchange(requests)
         if failures := [reply.failure for _, reply in sorted(replies.items()) if reply.failure]:
             raise DeviceError(failures[0])
@@ -177,6 +234,18 @@ class NodeExecutor:
             lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout),
             due_s if self.drops else None, due_s, number, f"the {'test' if test else 'training'} of round {number}",
         )  # fmt: skip
+
+
+def _refuse(error: RefusedSumError, _: Mapping[int, Array]) -> Array:
+    raise error
+
+
+def _asking(question: Question) -> Request:
+    message, what = question.encode(), f"the {question.step} of round {question.number + 1}'s sum"
+    number = question.number + 1
+    return Request(
+        lambda heard: (message, heard), lambda answer: read_answer(answer, question), round=number, what=what
+    )
 
 
 def _lost(task: Task, layout: Layout) -> Update:

@@ -17,8 +17,11 @@ from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, tr
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.nodes.data import Place, Versions, versions_of
-from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order
+from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
 from fedprune_cli.nodes.protocol import failed
+from fedprune_cli.nodes.sum_messages import Question, SumAnswer, read_question
+from fedprune_cli.privacy.settings import Privacy
+from fedprune_cli.round.protect import sound_change
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
@@ -26,34 +29,49 @@ from fedprune_cli.store.sealed import Sealed
 
 @dataclass(frozen=True)
 class Node:
-    """A device of one run: its number, what it computes with, and its v_k by round."""
+    """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected."""
 
     device: int
     learner: Learner
     versions: Versions
+    privacy: Privacy
 
     @property
     def run(self) -> str:
         """The name of its run."""
         return self.versions.folder.name
 
-    def read(self, message: Sealed, heard: Heard | None) -> tuple[Order, Heard]:
-        """Returns the task in a message and what of u is heard by then; raises ValueError for one of another model or device."""
+    def read(self, message: Sealed, heard: Heard | None) -> tuple[Order | Question, Heard | None]:
+        """Returns the task in a message, or the question of a secure sum, and what of u is heard by then.
+
+        Raises ValueError for one of another model or device.
+        """
         try:
-            order, heard = read_order(message, self.learner.layout, heard)
+            if message.header["kind"] == "sum":
+                question = read_question(message, self.run)
+                order: Order | Question = question
+                device = question.device
+            else:
+                task, heard = read_order(message, self.learner.layout, heard)
+                order, device = task, task.task.device
         except (IndexError, KeyError, TypeError) as error:  # of a mask's code, or of what is not there
             raise ValueError(f"not a task ({type(error).__name__})") from None
-        if order.task.device != self.device:
-            raise ValueError(f"a task of device {order.task.device}, this is device {self.device}")
+        if device != self.device:
+            raise ValueError(f"a task of device {device}, this is device {self.device}")
         return order, heard
 
-    def answer(self, of: str, order: Order) -> Answer:
+    def answer(self, of: str, order: Order | Question) -> Answer | SumAnswer:
         """Returns what it makes of a task, whose message has the SHA-256 `of`; raises DeviceError where training does."""
         started = time.perf_counter()
+        if isinstance(order, Question):
+            from fedprune_cli.nodes import sum_member  # and the ciphers with it
+
+            parcels = sum_member.answer(self.versions.folder, order)
+            return SumAnswer(of, order.step, parcels, time.perf_counter() - started)
         result, moved = self._work(order)
         return Answer(of, result, time.perf_counter() - started, moved)
 
-    def respond(self, of: str, order: Order) -> bytes:
+    def respond(self, of: str, order: Order | Question) -> bytes:
         """Returns the message that it answers a task with: what it makes of it, or why it makes nothing."""
         try:
             return self.answer(of, order).encode()
@@ -75,7 +93,24 @@ class Node:
         if moved:
             self.versions.write(task.round + 1, update.personal)
         self.versions.keep((order.base, task.round + 1))
-        return (update if moved else _diverged(update, task)), moved
+        update = update if moved else _diverged(update, task)
+        return (self._under_masks(order, update) if self.privacy.secure else update), moved
+
+    def _under_masks(self, order: Order, update: Update) -> Update:
+        """Returns the update with whole numbers under the masks of the round's secure sum in the place of its values [n_k].
+
+        What it counts by is the number of its own samples, and not what a server says.
+        """
+        from fedprune_cli.nodes import sum_member
+
+        task = order.task
+        mask = sent_mask(task.kept, self.learner.layout, task.shared.size)
+        change = sound_change(update.shared, task.shared if mask is None else task.shared[mask])
+        if order.levels is not None:
+            change = change[np.argsort(order.levels, kind="stable")]
+        weight = int(self.privacy.weight(len(self.learner.train[self.device])))
+        masked = sum_member.masked_change(self.versions.folder, self.device, order.attempt, change, weight)
+        return replace(update, shared=masked)
 
 
 def _diverged(update: Update, task: Task) -> Update:
@@ -98,4 +133,4 @@ def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
         experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
         samples.scale, samples.mean, samples.std, train, test, layout,
     )  # fmt: skip
-    return Node(place.device, learner, versions)
+    return Node(place.device, learner, versions, experiment.privacy)

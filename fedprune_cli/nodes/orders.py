@@ -34,11 +34,17 @@ class Heard:
 
 @dataclass(frozen=True)
 class Order:
-    """A task on its way. work: one of WORKS; base: the round that v_k is to be of, 0 for the one that every device begins with."""
+    """A task on its way. work: one of WORKS; base: the round that v_k is to be of, 0 for the one that every device begins with.
+
+    attempt: which secure sum of the round what comes of it is for, empty for none; levels: of each entry that the device keeps, in the
+    order of which they are summed, of one level by index; None where all are of one.
+    """
 
     work: str
     task: Task
     base: int
+    attempt: str = ""
+    levels: Array | None = None
 
     def encode(self, layout: Layout, heard: Heard | None) -> tuple[bytes, Heard]:
         """Returns the message, and what the node has heard then: of u the entries that the device keeps and has not heard yet."""
@@ -50,9 +56,10 @@ class Order:
         header: dict[str, Plain] = {
             "kind": "task", "work": self.work, "stage": task.stage, "round": task.round, "device": task.device, "base": self.base,
             "bits": task.bits, "may_diverge": task.may_diverge, "size": task.shared.size, "keep": type(kept).__name__, "onto": onto,
+            "attempt": self.attempt,
             "schedule": [[phase.kind, phase.samples, phase.batch, phase.epoch] for phase in task.schedule],
         }  # fmt: skip
-        arrays = {"values": task.shared[wanted]}
+        arrays = {"values": task.shared[wanted]} | ({} if self.levels is None else {"levels": self.levels})
         if flags := _flags(kept, task.shared.size):
             header["flags"], header["set"] = len(flags[0]), int(flags[0].sum())
             arrays["mask"] = np.frombuffer(encode_mask(flags[0]), dtype=np.uint8)
@@ -83,7 +90,10 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
         str(header["stage"]), after.round, int(str(header["device"])), shared, np.zeros(0, np.float32), kept, schedule,
         int(str(header["bits"])), header["may_diverge"] is True, coded=True,
     )  # fmt: skip
-    return Order(str(header["work"]), task, int(str(header["base"]))), after
+    levels = arrays.get("levels")
+    if levels is not None and (levels.dtype.kind != "u" or len(levels) != (size if mask is None else int(mask.sum()))):
+        raise ValueError("levels of another number or type")
+    return Order(str(header["work"]), task, int(str(header["base"])), str(header["attempt"]), levels), after
 
 
 def _read_phase(of: list[Plain]) -> LocalPhase:
@@ -164,11 +174,19 @@ def read_result(message: Sealed, order: Order, layout: Layout) -> Update | Score
         raise ValueError(f"{header['kind']} is no answer to a {order.work} task")
     mask = sent_mask(task.kept, layout, task.shared.size)
     before = task.shared if mask is None else task.shared[mask]
-    values = _values(message.arrays, before, task.bits)
+    values = _masked(message.arrays, before) if order.attempt else _values(message.arrays, before, task.bits)
     loss, error = (None if header[key] is None else float(str(header[key])) for key in ("train_loss", "rounding_error"))
     code = message.arrays.get("code")
     personal = np.array([task.round + 1], np.float32) if header["moved"] else task.personal
     return Update(task.device, values, personal, loss, values.nbytes if code is None else code.nbytes, error)
+
+
+def _masked(arrays: Mapping[str, Array], before: Array) -> Array:
+    """Returns what a device handed in under the masks of a secure sum, in the order of ranks, uint32 [n_k]."""
+    values = arrays.get("values", np.zeros(0))
+    if arrays.keys() != {"values"} or values.dtype != np.uint32 or values.shape != before.shape:
+        raise ValueError("masked values of another number or type")
+    return values
 
 
 def _values(arrays: Mapping[str, Array], before: Array, bits: int) -> Array:

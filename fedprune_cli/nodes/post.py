@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedprune_cli.errors import ConfigError
 from fedprune_cli.nodes.data import Place
 from fedprune_cli.store.sealed import Sealed
 
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Post:
-    """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told."""
+    """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told.
+
+    secure: whether it takes part in secure sums only, whatever the server asks for.
+    """
 
     address: str
     folder: Path
     place: Place
     labels: bool
     say: Callable[[str], None]
+    secure: bool = False
 
 
 def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
@@ -33,5 +38,7 @@ def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
     from fedprune_cli.nodes.node import build_node  # PyTorch with it: who waits for this node sees it meanwhile
 
     node = build_node(post.place, run, config if isinstance(config, dict) else {})
+    if post.secure and not node.privacy.secure:
+        raise ConfigError(f"device-{node.device}: {run} has no privacy.secure=true, and this node joined with --secure")
     post.say(f"device-{node.device}: works on {run}")
     return node

@@ -3,6 +3,7 @@
     node -> server   hello                    who it is of, what it runs, what its data are like: no sample
     server -> node   run                      the configuration that the node builds its model from
     server -> node   task                     the mask's code, the kept entries of u that are not there yet, the schedule, v_k's round
+    both             sum                      keys and shares of a secure sum (`sum_messages`), in which updates are under masks
     node -> server   got                      the task is there: download is over
     node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
     server -> node   end                      the run has had its last round
@@ -26,7 +27,7 @@ from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
 
-PROTOCOL = 1  # raised by a change that an older node or server would misread
+PROTOCOL = 2  # raised by a change that an older node or server would misread
 SPARE_BYTES = 2**20  # of a message for what is not values
 
 
@@ -135,13 +136,17 @@ END = Sealed({"kind": "end"}).encode()
 
 TASK = {
     "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
-    "onto": bool, "schedule": [[(str, int)]],
+    "onto": bool, "schedule": [[(str, int)]], "attempt": str,
+}  # fmt: skip
+SUM = {
+    "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
+    "largest": float, "bits": int, "survivors": [int],
 }  # fmt: skip
 
 
 def read_from_server(data: bytes) -> Sealed:
     """Returns a message of the server's, its form checked; raises ValueError."""
-    return _opened(data, {"run": {"run": str, "config": dict}, "task": TASK, "end": {}})
+    return _opened(data, {"run": {"run": str, "config": dict}, "task": TASK, "sum": SUM, "end": {}})
 
 
 def got(of: str) -> bytes:
@@ -157,6 +162,7 @@ def failed(of: str, why: str) -> bytes:
 ANSWERS: dict[str, dict[str, object]] = {
     "got": {"of": str},
     "failed": {"of": str, "why": str},
+    "sum": {"of": str, "compute_s": float, "step": str},
     "score": {"of": str, "compute_s": float, "correct": int, "total": int},
     "update": {
         "of": str,

@@ -1,33 +1,22 @@
-"""Public keys of a secure sum, signed by enrolled certificates: a server that makes up a device's keys is found out by every other device.
-
-No message of the protocol carries them yet: secure sums are refused with nodes. These are the two steps that they will need.
-"""
+"""Public keys of a secure sum, signed by enrolled certificates: a server that makes up a device's keys is found out by the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.nodes.certificates import Identity, device_name, peer_of, signed, signer, unwanted
+from fedprune_cli.nodes.sum_messages import SignedKeys
 from fedprune_cli.privacy.secure import RefusedSumError, Terms
 
 PURPOSE = b"fedprune: public keys of a secure sum\0"  # what is signed for one use is of no use for another
 
 
-@dataclass(frozen=True)
-class SignedKeys:
-    """What a device announces: its public keys of one sum, its certificate (PEM), and the signature of the keys by the certificate's."""
-
-    keys: bytes
-    certificate: bytes
-    signature: bytes
-
-
 def sign_keys(identity: Identity, terms: Terms, keys: bytes) -> SignedKeys:
     """Returns the keys as the device announces them that an identity is of; raises RefusedSumError where the sum has no such device.
 
-    Signed is what they are for: the run and the round, the device, how many entries it keeps, how many must answer, and the keys.
+    Signed is what they are for: the run, the round and the fixed point, the device, how many entries it keeps, how many must answer,
+    and the keys.
     """
     peer = peer_of(identity.own)
     device = peer.device

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedprune_cli.learn.prune import build_masks
+from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.privacy.fixed import FixedPoint, point_of
 from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
 from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, secure_sum
 from fedprune_cli.rng import stream
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.setup import Setup
+from fedprune_cli.round.summed import SumOrder
 from fedprune_cli.serve.aggregate import Contribution
-from fedprune_cli.serve.deliver import Arrival, Expected, Sent
+from fedprune_cli.serve.deliver import Arrival, Expected, Sent, sound
 from fedprune_cli.store.record import PrivacyLog
 from fedprune_cli.store.state import Array, State
 
@@ -45,11 +46,39 @@ class Ranked:
     changes: Mapping[int, Array]
 
 
+def sound_change(values: Array, old: Array) -> Array:
+    """Returns what a device changed of `old` [n_k], float64 [n_k]: nothing where some value is not finite, or beyond what is taken.
+
+    A device looks at its own values before it clips or masks them: of a sum the server cannot refuse a part, and that one is missing would
+    tell what only its data decide.
+    """
+    change: Array = values.astype(np.float64) - old
+    return change if sound(values, len(old)) else np.zeros(len(old))
+
+
+def checked_by_themselves(old: Array, sent: Sent) -> Sent:
+    """Returns what was sent of `old` u [U] where each device that has no sound update sends none of its change."""
+    updates = [
+        update
+        if update.died or sound(update.shared, len(before := old[sent.masks[update.device]]))
+        else replace(update, shared=before)
+        for update in sent.updates
+    ]
+    return replace(sent, updates=updates)
+
+
 def rank_changes(old: Array, sent: Sent, arrivals: Sequence[Arrival]) -> Ranked:
-    """Returns the changes that arrived, of `old` u [U]; ties of rank by index, as masks have them."""
+    """Returns the changes that arrived, of `old` u [U]; ties of rank by index, as masks have them.
+
+    Of nodes that handed in a change under masks it is that, and the order is the one that they were told.
+    """
     devices = [update.device for update in sent.updates]
     order = sent.masks.order if sent.expected is None else sent.expected.order
     counts = [int(sent.masks[device].sum()) for device in devices]
+    if sent.total_of is not None:
+        levels = sent.masks.levels(np.array(devices))
+        handed_in = {arrival.device: arrival.values for arrival in arrivals}
+        return Ranked(np.argsort(levels, kind="stable"), devices, counts, handed_in)
     size_of, changes = dict(zip(devices, counts, strict=True)), {}
     for arrival in arrivals:
         dense = np.zeros(old.size)
@@ -82,9 +111,11 @@ def protected_sum(
     log = replace(log, exchange_bytes=setup.blueprint.exchanged_bytes(len(ranked.devices))[0])
     point = fixed_point(setup, ranked.devices)
     try:
-        total = secure_sum(
-            terms(setup, state.round, ranked), _whole(setup, state.round, ranked, point), _keys(setup, state.round)
-        )
+        if sent.total_of is not None:
+            total = sent.total_of(ranked.changes)
+        else:
+            told = terms(setup, state.round, ranked.devices, ranked.counts)
+            total = secure_sum(told, _whole(setup, state.round, ranked, point), _keys(setup, state.round))
     except RefusedSumError as error:
         return [], replace(log, devices=0, refused=str(error))
     return _contributions(setup, state.shared, ranked, total * point.step), replace(log, bits=point.bits)
@@ -96,12 +127,22 @@ def clipped(change: Array, bound: float | None) -> Array:
     return change if bound is None or norm <= bound else change * (bound / norm)
 
 
-def terms(setup: Setup, number: int, ranked: Ranked) -> Terms:
-    """Returns what the devices of round `number` are told before they send."""
+def terms(setup: Setup, number: int, devices: Sequence[int], counts: Sequence[int]) -> Terms:
+    """Returns what the devices of round `number` are told before they send, `counts` of entries each."""
     settings, experiment = setup.experiment.privacy, setup.experiment
     context = f"{experiment.config_hash}-s{experiment.seed}, round {number + 1}".encode()
-    needed = settings.needed(len(ranked.devices))
-    return Terms(tuple(ranked.devices), tuple(ranked.counts), needed, settings.least, context)
+    needed = settings.needed(len(devices))
+    return Terms(tuple(devices), tuple(counts), needed, settings.least, context)
+
+
+def sum_order(setup: Setup, number: int, masks: Masks, devices: Sequence[int]) -> SumOrder | None:
+    """Returns the secure sum that nodes are to make of round `number`; None where none is, or a simulation makes it of what they sent."""
+    experiment = setup.experiment
+    if not (experiment.privacy.secure and experiment.execution.remote and devices and len(masks.rank)):
+        return None
+    counts = [int(masks[device].sum()) for device in devices]
+    levels = masks.levels(np.array(devices))
+    return SumOrder(number, terms(setup, number, devices, counts), fixed_point(setup, devices), levels)
 
 
 def fixed_point(setup: Setup, devices: Sequence[int]) -> FixedPoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune_cli.errors import DeviceError
-from fedprune_cli.round.protect import protected_sum, step_size_of, weight_of
+from fedprune_cli.round.protect import checked_by_themselves, protected_sum, step_size_of, weight_of
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.serve.aggregate import Contribution
 from fedprune_cli.serve.deliver import MAX_MAGNITUDE, Arrival, Delivery, Sent, deliver
@@ -18,6 +18,8 @@ def receive(setup: Setup, state: State, sent: Sent) -> tuple[Delivery, Array, Ar
     Raises DeviceError when every update is refused although nothing goes wrong by design: no later round would be better.
     """
     failsafe = setup.experiment.failsafe
+    if setup.experiment.privacy.by_sum and sent.total_of is None:
+        sent = checked_by_themselves(state.shared, sent)
     delivery = deliver(failsafe, state, sent)
     if delivery.log.refused and not delivery.arrivals and not setup.experiment.faulty:
         why = f"every update was refused (not finite, or beyond {MAX_MAGNITUDE:g})"

@@ -30,8 +30,9 @@ def round_step(setup: Setup, state: State, workers: Executor) -> tuple[State, Ro
     bill = charge(setup, roster, plan, work, results)  # modelled seconds, joules and bytes: at the truth
 
     sent = Sent(
-        results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s, work.expected
-    )
+        results.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s, work.expected,
+        results.total_of,
+    )  # fmt: skip
     delivery, shared, gradient = receive(setup, state, sent)  # what arrives, when the server stops waiting, the new u
     bill = charge_idle(setup, roster, work, bill, delivery.latency_s)
 

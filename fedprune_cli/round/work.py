@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -13,9 +14,10 @@ from fedprune_cli.learn.client import Task, Update, train
 from fedprune_cli.learn.private import Noised
 from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.round.plan import Plan
-from fedprune_cli.round.protect import expected_of
+from fedprune_cli.round.protect import expected_of, sum_order
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
+from fedprune_cli.round.summed import Summing, SumOrder, TotalOf
 from fedprune_cli.serve.deliver import Expected
 from fedprune_cli.store.state import Array, State
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
@@ -28,7 +30,7 @@ class Work:
 
     masks: of every device; tasks: of those that train u [A]; personal_tasks: of the frozen; fates: what befalls the former, at this
     moment; pruning_error: ||u - u m_k||^2 of the former and then the latter, float64; expected: what their sum is made with where who
-    they are is a secret.
+    they are is a secret; summed: the secure sum that nodes are to make, None where none is.
     """
 
     masks: Masks
@@ -38,14 +40,19 @@ class Work:
     fates: Fates
     pruning_error: Array
     expected: Expected | None = None
+    summed: SumOrder | None = None
 
 
 @dataclass(frozen=True)
 class Results:
-    """What came of it, in the order of the tasks: updates of u and v, and what the frozen made of their v alone."""
+    """What came of it, in the order of the tasks: updates of u and v, and what the frozen made of their v alone.
+
+    total_of: what makes the sum of updates that nodes handed in under masks, None where updates are as they are.
+    """
 
     updates: Sequence[Update]
     personal_updates: Sequence[Update]
+    total_of: TotalOf | None = None
 
     @property
     def all(self) -> list[Update]:
@@ -70,6 +77,7 @@ def assign(setup: Setup, state: State, roster: Roster, plan: Plan) -> Work:
         experiment.faults.draw(moment),
         masks.dropped_norms(state.shared, np.concatenate([devices, roster.frozen])),
         expected_of(setup, state, plan) if experiment.secret_draw else None,
+        sum_order(setup, state.round, masks, devices.tolist()),
     )
 
 
@@ -99,11 +107,12 @@ def personal_tasks(setup: Setup, state: State, masks: Masks, frozen: Array) -> l
 
 def train_round(setup: Setup, work: Work, workers: Executor) -> Results:
     """Returns what the devices made of their tasks; who died in mid-round keeps nothing of it."""
+    total_of = cast(Summing, workers).agree(work.summed) if work.summed else None
     trained = zip(train_devices(setup, workers, work.tasks), work.tasks, work.fates.died, strict=True)
     updates = [_without_training(update, task) if died else update for update, task, died in trained]
     if setup.experiment.privacy.hides_scores:
         updates = [replace(update, train_loss=None) for update in updates]
-    return Results(updates, train_devices(setup, workers, work.personal_tasks))
+    return Results(updates, train_devices(setup, workers, work.personal_tasks), total_of)
 
 
 def train_devices(setup: Setup, workers: Executor, tasks: Sequence[Task]) -> list[Update]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,7 +37,8 @@ class Expected:
 class Sent:
     """What the devices of a round sent: updates [K], masks, what befalls them at this moment, their latency_s [K], and the deadline.
 
-    expected: what their sum is made with where who they are is a secret.
+    expected: what their sum is made with where who they are is a secret. total_of: what makes the sum of values that nodes handed in under
+    masks, None where values are as they are.
     """
 
     updates: Sequence[Update]
@@ -47,6 +48,7 @@ class Sent:
     latency_s: Array
     deadline_s: float
     expected: Expected | None = None
+    total_of: Callable[[Mapping[int, Array]], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def deliver(failsafe: Failsafe, state: State, sent: Sent) -> Delivery:
             values = forger.forge(update.shared, old[mask], sent.moment, device)
             if forger.poisons:
                 log["poisoned"].append(device)
-        if not _sound(values, len(update.shared)):
+        if sent.total_of is None and not sound(values, len(update.shared)):  # under masks there is nothing to see
             log["refused"].append(device)
         elif delay[at]:
             leaving.append((device, int(delay[at]), mask, values))
@@ -147,7 +149,7 @@ def _befallen(at: int, fates: Fates, late: Array, delay: Array) -> str:
     return next((kind for kind, so in kinds.items() if so), "")
 
 
-def _sound(values: Array, wanted: int) -> bool:
+def sound(values: Array, wanted: int) -> bool:
     """Whether an update may be combined with others; NaN compares false."""
     return len(values) == wanted and bool((np.abs(values) <= MAX_MAGNITUDE).all())
 

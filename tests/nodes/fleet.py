@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conftest import TINY, make_setup
@@ -15,7 +15,7 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.plain import plain
 from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.data import Place, read_samples, samples_of, write_samples
-from fedprune_cli.nodes.executor import Invite, NodeExecutor, Reply, Request, measured
+from fedprune_cli.nodes.executor import Invite, NodeExecutor, Reply, Request, measured, reply_in
 from fedprune_cli.nodes.node import Node, build_node
 from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import read_from_node, read_from_server, sha256
@@ -46,9 +46,10 @@ class InProcess:
             message, known = request.write(self.known.get(device))
             order, heard = node.read(read_from_server(message), self.heard.get(device))
             self.known[device], self.heard[device] = known, heard
-            answer = node.answer(sha256(message), order).encode()
+            answer = node.respond(sha256(message), order)
             self.wire += [message, answer]
-            replies[device] = Reply(request.read(read_from_node(answer)), 0.0, 1.0, 5.0, 3.0)
+            reply = reply_in(read_from_node(answer), request, 0.0, 1.0, 5.0)
+            replies[device] = reply if reply.failure else replace(reply, compute_s=3.0)
         return replies
 
     def welcome(self, invite: Invite) -> None:
@@ -122,6 +123,12 @@ def enrolled(home: Path, setup: Setup) -> Path:
         certificates.enroll(pilot, device, 1)
     deal(setup, pilot)
     return pilot
+
+
+def places_of(pilot: Path) -> dict[int, Place]:
+    """Returns where the devices of a pilot's folder are."""
+    found = sorted(pilot.glob("device-*"), key=lambda path: int(path.name.split("-")[1]))
+    return {device: Place(device, path, read_samples(path)) for device, path in enumerate(found)}
 
 
 def stand(folder: Path, port: int, say: Callable[[str], None] = lambda _: None) -> None:

@@ -11,7 +11,8 @@ pytest.importorskip("grpc")
 
 from fedprune_cli.nodes import certificates, sum_keys
 from fedprune_cli.nodes.certificates import Identity, peer_of, read_identity
-from fedprune_cli.nodes.sum_keys import SignedKeys, checked_keys, sign_keys
+from fedprune_cli.nodes.sum_keys import checked_keys, sign_keys
+from fedprune_cli.nodes.sum_messages import SignedKeys
 from fedprune_cli.privacy.secure import RefusedSumError, Secrets, Terms, draw_secrets, meet
 from fedprune_cli.rng import stream
 

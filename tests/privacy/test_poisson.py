@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, steps_of
+from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, sent_by, steps_of
 
 from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.errors import ConfigError
-from fedprune_cli.execute import executor
 from fedprune_cli.privacy.accounting import Release, epsilon
 from fedprune_cli.round import roster as rosters
-from fedprune_cli.round.bill import charge
 from fedprune_cli.round.plan import plan_round
 from fedprune_cli.round.receive import receive
 from fedprune_cli.round.roster import choose_roster
-from fedprune_cli.round.setup import Setup, build_learner
-from fedprune_cli.round.work import assign, train_round
-from fedprune_cli.serve.deliver import Sent
+from fedprune_cli.round.setup import Setup
+from fedprune_cli.round.work import assign
 from fedprune_cli.store.state import Array, State
 
 SAMPLED = pytest.mark.skipif(find_spec("dp_accounting") is None, reason="needs the extra `privacy`")
@@ -111,18 +106,8 @@ def test_only_a_poisson_draw_of_devices_is_given_its_gain() -> None:
 
 def after_draw(setup: Setup, state: State, training: Array) -> tuple[Array, dict[int, bytes]]:
     """Returns u after a round that the draw took `training` in, and what each of them sent."""
-    roster = replace(choose_roster(setup, state.round, state.slots), training=training)
-    with executor(
-        setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)
-    ) as workers:
-        plan = plan_round(setup, roster, state.slots)
-        work = assign(setup, state, roster, plan)
-        made = train_round(setup, work, workers)
-        bill = charge(setup, roster, plan, work, made)
-    sent = Sent(
-        made.updates, work.masks, work.fates, work.moment, bill.training.latency_s, plan.deadline_s, work.expected
-    )
-    return receive(setup, state, sent)[1], {update.device: update.shared.tobytes() for update in made.updates}
+    sent = sent_by(setup, state, training)
+    return receive(setup, state, sent)[1], {update.device: update.shared.tobytes() for update in sent.updates}
 
 
 @SAMPLED

@@ -26,7 +26,6 @@ BY_SUM = (
     ("faults.stale=0.1", "faults.stale: not with PRIVACY"),
     ("payload.bits=[8]", "payload.bits=[8]: not with PRIVACY"),
     ("participation.freeze_below=0.1", "participation.freeze_below=0.1: not with PRIVACY: no device's loss leaves it"),
-    ("execution.kind=nodes", "execution.kind=nodes: not with PRIVACY: nodes send each update as it is"),
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, steps_of
+from conftest import forge, make_setup, read_lines, results, run_in_parts, run_to_end, sent_by, steps_of
 
 pytest.importorskip("cryptography")
 
@@ -16,6 +17,7 @@ from fedprune_cli.privacy import secure
 from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.round import protect
 from fedprune_cli.round.protect import Ranked
+from fedprune_cli.round.receive import receive
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
@@ -143,6 +145,27 @@ def test_what_is_clipped_is_no_longer_than_clip_and_the_server_adds_the_noise() 
     nothing = Ranked(np.arange(40_000), range(8), [40_000] * 8, {device: np.zeros(40_000) for device in range(8)})
     total = protect._noised_total(setup, 0, nothing)
     assert total.std() == pytest.approx(0.5 * setup.budget.one.noise, rel=0.02)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e10])
+@pytest.mark.parametrize("options", [(*CLIENT, "deadline.fraction=0.5"), SECURE])
+def test_a_device_whose_update_is_not_sound_is_in_the_sum_without_a_change(
+    options: tuple[str, ...], bad: float
+) -> None:
+    """Were it refused, the sum would be divided by one less, and the log would name it: both tell what only its data decide."""
+    setup = make_setup(*options)
+    state, sent = setup.initial, sent_by(setup, setup.initial)
+    at, mine = 3, sent.updates[3]
+    found = []
+    for shared in (np.full_like(mine.shared, bad), state.shared[sent.masks[mine.device]]):
+        updates = [*sent.updates[:at], replace(mine, shared=shared), *sent.updates[at + 1 :]]
+        found.append(receive(setup, state, replace(sent, updates=updates)))
+    (delivery, unsound, _), (quiet, nothing, _) = found
+    assert unsound.tobytes() == nothing.tobytes()
+    assert delivery.privacy == quiet.privacy
+    assert delivery.log == quiet.log
+    assert delivery.privacy
+    assert delivery.privacy.devices == 8
 
 
 def test_devices_together_add_the_noise_even_when_as_many_are_gone_as_may_be() -> None:
