@@ -1,4 +1,4 @@
-"""The nodes of a pilot as they are watched: how they stand with their server, and what a round takes on each beside the model's seconds."""
+"""The nodes of a pilot as they are watched: how they stand with their server, and what a round takes on each beside what the model says."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.nodes.board import BOARD, STATES, Posted, Standing, read_board
+from fedprune_cli.nodes.energy import Spent, as_plain, read_row
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import fits, parse_json, read_yaml
+from fedprune_cli.terminal import Table
 
 GRACE_S = 10.0  # for which a node may be in no good state before a limit counts it: it may be on its way back
 TAIL_BYTES = 2**22  # of timings.jsonl that are read: the last rounds
 COUNTS = {f"nodes_{state}": f"nodes {state}" for state in STATES}  # what of nodes can have a limit
-HEADERS = ("node", "state", "round", "measured s", "model s", "version", "since, and why")
+HEADERS = ("node", "state", "round", "measured s", "model s", "version", "since, and why", "measured J", "model J")
+WHY, MEASURED_J = 6, 7  # where the cells are words; up to WHY a terminal always shows all
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """What the last training of a node took without its waiting for others, measured and by the model, and of which round it was."""
+class Cost:
+    """What the last training of a node took, measured and by the model, and of which round it was.
+
+    Seconds are without its waiting for others. drawn: joules while it worked, None: not measured; modelled_j: those of its computing and
+    its radio, and of what it draws besides only with meter.idle=true; None in timings of an earlier version.
+    """
 
     round: int
     measured_s: float
     modelled_s: float
+    drawn: Spent | None = None
+    modelled_j: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Fleet:
     served: bool
     now_s: float
     nodes: tuple[Standing, ...]
-    seconds: Mapping[int, Seconds]
+    costs: Mapping[int, Cost]
 
     def counts(self, grace_s: float = 0.0) -> dict[str, int]:
         """Returns how many nodes are in each state; those that have not been in it for `grace_s` yet count as up."""
@@ -62,18 +71,30 @@ class Fleet:
         """Returns a row of text for each node, as HEADERS says."""
         return [self._cells(node) for node in self.nodes]
 
+    def table(self, title: str) -> Table:
+        """Returns a row for each node, for the terminal."""
+        folding = (HEADERS[WHY], HEADERS[MEASURED_J])
+        table = Table.of(title, HEADERS, self.cells(), folding=folding, elsewhere="on the page that --serve serves")
+        return replace(table, always=WHY + 1)
+
     def _cells(self, node: Standing) -> list[str]:
-        took = self.seconds.get(node.device)
+        took = self.costs.get(node.device)
         number = max(node.round, took.round if took else 0)
-        seconds = [f"{took.measured_s:.3g}", f"{took.modelled_s:.3g}"] if took else ["-", "-"]
-        return [name_of(node), node.state, str(number or "-"), *seconds, node.version or "-", since(node)]
+        seconds, joules = [["-", "-"], ["-", "-"]] if took is None else [_seconds(took), _joules(took)]
+        return [name_of(node), node.state, str(number or "-"), *seconds, node.version or "-", since(node), *joules]
 
     def plain(self) -> list[dict[str, object]]:
         """Returns the nodes for programs."""
         return [
-            {**asdict(node), "measured_s": took and took.measured_s, "modelled_s": took and took.modelled_s}
+            {
+                **asdict(node),
+                "measured_s": took and took.measured_s,
+                "modelled_s": took and took.modelled_s,
+                **{f"measured_{key}": value for key, value in as_plain(took.drawn if took else None).items()},
+                "modelled_joules": took and took.modelled_j,
+            }
             for node in self.nodes
-            for took in [self.seconds.get(node.device)]
+            for took in [self.costs.get(node.device)]
         ]
 
     def changes(self, before: Fleet | None) -> list[str]:
@@ -81,6 +102,15 @@ class Fleet:
         old = {node.device: (node.state, node.why) for node in before.nodes} if before else {}
         changed = [node for node in self.nodes if old.get(node.device) != (node.state, node.why)]
         return [f"{name_of(node)}: {node.state} {since(node)}" for node in changed]
+
+
+def _seconds(took: Cost) -> list[str]:
+    return [f"{took.measured_s:.3g}", f"{took.modelled_s:.3g}"]
+
+
+def _joules(took: Cost) -> list[str]:
+    measured = "not measured" if took.drawn is None else f"{took.drawn.joules:.3g} {took.drawn.of}"
+    return [measured, "-" if took.modelled_j is None else f"{took.modelled_j:.3g}"]
 
 
 def name_of(node: Standing) -> str:
@@ -101,7 +131,7 @@ def is_pilot(path: Path) -> bool:
 def fleet_of(pilot: Path, posted: Posted, run_dir: Path | None) -> Fleet:
     """Returns the nodes of a pilot; run_dir: of their run, where there is one."""
     now_s = time.time()
-    return Fleet(pilot, posted.served(now_s), now_s, posted.nodes, last_seconds(run_dir) if run_dir else {})
+    return Fleet(pilot, posted.served(now_s), now_s, posted.nodes, last_costs(run_dir) if run_dir else {})
 
 
 def posted_by(pilot: Path) -> Posted:
@@ -138,9 +168,9 @@ NODES = {"round": int, "nodes": [{"device": int, "compute_s": float, "modelled":
 WAYS = ("compute_s", "downlink_s", "uplink_s", "carried_s")
 
 
-def last_seconds(run_dir: Path) -> dict[int, Seconds]:
+def last_costs(run_dir: Path) -> dict[int, Cost]:
     """Returns what the last training of each node took, as far as the last rounds of timings.jsonl say; raises CheckpointError."""
-    path, found = run_dir / folder.TIMINGS, dict[int, Seconds]()
+    path, found = run_dir / folder.TIMINGS, dict[int, Cost]()
     for line in reversed(_tail(path)):
         try:
             timing = parse_json(line)
@@ -150,7 +180,11 @@ def last_seconds(run_dir: Path) -> dict[int, Seconds]:
             raise CheckpointError(f"{path}: damaged (not a run's timings)")
         for row in timing.get("nodes", []):
             measured, modelled = (sum(float(of.get(way, 0)) for way in WAYS) for of in (row, row["modelled"]))
-            found.setdefault(row["device"], Seconds(timing["round"], measured, modelled))
+            try:
+                joules = read_row(row)
+            except ValueError as reason:
+                raise CheckpointError(f"{path}: damaged ({reason})") from None
+            found.setdefault(row["device"], Cost(timing["round"], measured, modelled, *joules))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedprune_cli.audit.fleet import COUNTS, GRACE_S, HEADERS, Fleet, fleet_beside, fleet_of, is_pilot, posted_by
+from fedprune_cli.audit.fleet import COUNTS, GRACE_S, Fleet, fleet_beside, fleet_of, is_pilot, posted_by
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError, unknown
 from fedprune_cli.store import folder, lock
 from fedprune_cli.store.files import MAX_BYTES, parse_json, read_bytes, read_json
@@ -177,11 +177,7 @@ class Look:
             facts = Table.of_facts(self.state(), self.figures(limits), ["figure", "now", "limit"])
             return replace(facts, elsewhere="on your command line")
         kept = f"\nlimits: {', '.join(map(str, limits))}" if limits else ""
-        title = self.words() + kept + "".join(f"\n{line}" for line in self.broken)
-        nodes = Table.of(
-            title, HEADERS, self.fleet.cells(), folding=HEADERS[-1:], elsewhere="on the page that --serve serves"
-        )
-        return replace(nodes, always=len(HEADERS))
+        return self.fleet.table(self.words() + kept + "".join(f"\n{line}" for line in self.broken))
 
     def lines(self, before: Look | None) -> list[str]:
         """Returns what happened on a pilot since another look, a line each."""

@@ -58,7 +58,8 @@ class Seen:
         if fleet:
             body.append(html_section("Nodes", html_table(HEADERS, fleet.cells())))
         body.append(html_section("Figures", html_table(("figure", "now", "limit"), now.figures(self.limits))))
-        note = "Seconds of nodes without waiting for others: measured by the server, and what the model says. "
+        note = "Seconds of nodes without waiting for others: measured by the server, and what the model says. Joules: of a node's "
+        note += "machine while it worked, whatever else it did and idling included; the model's are those of computing and sending. "
         shown = f"{note * bool(fleet)}This page shows itself anew every {REFRESH_S} s; /metrics has the same for Prometheus."
         return html_page(self.name, [*body, f"<p class=note>{html.escape(shown)}</p>"])
 
@@ -80,7 +81,7 @@ class Seen:
         fleet = self.look.fleet
         if fleet is None:
             return []
-        nodes, took = {name_of(node): node for node in fleet.nodes}, fleet.seconds
+        nodes, took = {name_of(node): node for node in fleet.nodes}, fleet.costs
         states = [
             ({"node": n, "state": state}, int(node.state == state)) for n, node in nodes.items() for state in STATES
         ]
@@ -92,6 +93,8 @@ class Seen:
         own = {name: took[node.device] for name, node in nodes.items() if node.device in took}
         measured = [({"node": name}, one.measured_s) for name, one in own.items()]
         modelled = [({"node": name}, one.modelled_s) for name, one in own.items()]
+        drawn = [({"node": name, "of": one.drawn.of}, one.drawn.joules) for name, one in own.items() if one.drawn]
+        modelled_j = [({"node": name}, one.modelled_j) for name, one in own.items()]
         return [
             _gauge("served", "1 while a server is there for the nodes.", [({}, int(fleet.served))]),
             _gauge("node_state", f"1 for the state of a node: {', '.join(STATES)}.", states),
@@ -99,6 +102,8 @@ class Seen:
             _gauge("node_round", "The round of a node's last answer to this server.", rounds),
             _gauge("node_measured_seconds", "What a node's last training took, waiting for others apart.", measured),
             _gauge("node_modelled_seconds", "What the model says that it takes.", modelled),
+            _gauge("node_measured_joules", "What it drew while a node worked on it, where that is measured.", drawn),
+            _gauge("node_modelled_joules", "What the model says that computing and sending draw.", modelled_j),
             _gauge("node_info", "What a node runs.", known),
         ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import theilslopes
 
-from fedprune_cli.bench.seen import Pilot, Seen, read_pilot
+from fedprune_cli.bench.seen import Drawn, Pilot, Seen, read_drawn, read_pilot
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.report.page import csv_text
 from fedprune_cli.round.setup import Setup
@@ -69,12 +69,16 @@ class FittedDevice:
 
 @dataclass(frozen=True)
 class Fit:
-    """The devices, the downlink's bits/s (None where nothing is metered), and the slowest device of each round, before and after."""
+    """The devices, the downlink's bits/s (None where nothing is metered), and the slowest device of each round, before and after.
+
+    drawn: what nodes measured of energy, which is not fitted: it has in it what the machine does besides.
+    """
 
     devices: tuple[FittedDevice, ...]
     downlink_bps: float | None
     round: Off
     rounds: int
+    drawn: tuple[Drawn, ...]
 
 
 def fit_run(setup: Setup, run_dir: Path) -> Fit:
@@ -88,7 +92,7 @@ def fit_run(setup: Setup, run_dir: Path) -> Fit:
     known = np.zeros(len(fleet.cpu_hz)) if fleet.practice is None else fleet.practice.step_s
     devices = [_device(fleet, seen, float(known[seen.device]), _counted(setup, seen.device)) for seen in pilot.seen]
     down_bps = _downlink(pilot)
-    return Fit(tuple(devices), down_bps, *_rounds(pilot, devices, down_bps))
+    return Fit(tuple(devices), down_bps, *_rounds(pilot, devices, down_bps), read_drawn(run_dir))
 
 
 def _device(fleet: Fleet, seen: Seen, known_s: float, counted: float) -> FittedDevice:
@@ -223,13 +227,23 @@ def sentence(fit: Fit) -> str:
     down = "not metered" if fit.downlink_bps is None else f"{fit.downlink_bps / 1e3:.4g} kbit/s"
     return (
         f"Downlink: {down}. Off: the median of |modelled / measured - 1|; spread: between the quartiles of measured / fitted. "
-        "Energy: not measured; joules stay those of the run's fleet."
+        f"Energy: {_drawn(fit.drawn)}; joules stay those of the run's fleet."
     )
 
 
+def _drawn(drawn: Sequence[Drawn]) -> str:
+    """Says what nodes measured of energy beside what the model says."""
+    if not drawn:
+        return "not measured"
+    some = [f"{one.measured_j:.3g} J of {one.of} on device {one.device} ({one.modelled_j:.3g})" for one in drawn[:5]]
+    more = ", and more in --json" * (len(drawn) > 5)
+    return f"a round took, while a node worked (and by the model), {', '.join(some)}{more}; whatever else ran is in it, so it is not fitted"
+
+
 def to_json(fit: Fit) -> dict[str, object]:
-    """Returns the fit as one JSON object. joules: None, for no node measures them."""
-    return asdict(fit) | {"joules": None}
+    """Returns the fit as one JSON object. joules: what nodes measured, None where none did."""
+    plain = asdict(fit)
+    return plain | {"joules": plain.pop("drawn") or None}
 
 
 def write(out: Path, setup: Setup, fit: Fit) -> None:

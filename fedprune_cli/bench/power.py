@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune_cli.errors import ConfigError
+from fedprune_cli.nodes.energy import SYS, read_counters
 
-COUNTERS = Path("/sys/class/powercap")  # Linux' running average power limits
+COUNTERS = SYS / "class" / "powercap"
 SPELL_S = 2.0  # over which watts are averaged
 ASSUMED_W = 5.0  # of one busy core, where nothing can be read: an assumption
 
@@ -56,24 +57,12 @@ def measure(work: Callable[[], object], counters: Path = COUNTERS) -> Power:
 
 def _watts(work: Callable[[], object], counters: Path) -> float | None:
     """Returns the mean watts while the work is done for SPELL_S or longer, None where there are no counters or they may not be read."""
-    before, started = _joules(counters), time.perf_counter()
+    before, started = read_counters(counters, "package"), time.perf_counter()
     if not before:
         return None
     while time.perf_counter() - started < SPELL_S:
         work()
-    after, taken_s = _joules(counters), time.perf_counter() - started
-    spent = [(joules - before[zone][0]) % most for zone, (joules, most) in after.items() if zone in before]
-    return sum(spent) / taken_s
-
-
-def _joules(counters: Path) -> dict[str, tuple[float, float]]:
-    """Returns of each processor the joules that it has counted, and at how many it starts again from 0; nothing where it cannot tell."""
-    found = {}
-    try:
-        for zone in sorted(counters.glob("*")):
-            if (zone / "name").is_file() and (zone / "name").read_text().startswith("package"):
-                now, most = (int((zone / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj"))
-                found[zone.name] = (now, most)
-    except (OSError, ValueError):
-        return {}
-    return found
+    after, taken_s = read_counters(counters, "package"), time.perf_counter() - started
+    spent = [after[name].since(older) if name in after else None for name, older in before.items()]
+    known = [joules for joules in spent if joules is not None]
+    return sum(known) / taken_s if len(known) == len(spent) else None

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 from fedprune_cli.errors import CheckpointError
+from fedprune_cli.nodes.energy import read_row
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import MAX_BYTES, fits, parse_json, read_bytes
@@ -85,6 +86,37 @@ def read_pilot(setup: Setup, run_dir: Path) -> Pilot:
             )
     seen = tuple(Seen(device, *np.array(found, dtype=float).T) for device, found in sorted(rows.items()))
     return Pilot(seen, {number: 8.0 * record.bytes_down for number, record in records.items()})
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a device drew while it trained: of what (`nodes.energy`), in how many rounds, and the medians over these of both figures.
+
+    modelled_j: by the run's records, where it is of computing and of the radio.
+    """
+
+    device: int
+    of: str
+    rounds: int
+    measured_j: float
+    modelled_j: float
+
+
+def read_drawn(run_dir: Path) -> tuple[Drawn, ...]:
+    """Returns what nodes measured in a run, by device and by what it is of; nothing of those that measured nothing."""
+    found = dict[tuple[int, str], list[tuple[float, float]]]()
+    for number, nodes in _timings(run_dir):
+        for node in nodes:
+            try:
+                drawn, modelled_j = read_row(node)
+            except ValueError as reason:
+                raise CheckpointError(f"{run_dir / folder.TIMINGS}: round {number} is damaged ({reason})") from None
+            if drawn is not None and modelled_j is not None:
+                found.setdefault((int(node["device"]), drawn.of), []).append((drawn.joules, modelled_j))
+    return tuple(
+        Drawn(device, of, len(joules), *map(float, np.median(joules, axis=0)))
+        for (device, of), joules in sorted(found.items())
+    )
 
 
 def _timings(run_dir: Path) -> Iterable[tuple[int, list[Mapping[str, float]]]]:

@@ -15,6 +15,7 @@ from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
 from fedprune_cli.learn.kept import Whole
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
+from fedprune_cli.nodes.energy import Spent, as_plain, read_spent
 from fedprune_cli.nodes.orders import Heard, Order, code_bytes, read_result, sent_mask
 from fedprune_cli.nodes.sum_messages import Question, read_answer
 from fedprune_cli.privacy.secure import RefusedSumError
@@ -31,6 +32,7 @@ Context = TypeVar("Context")
 OneTask = TypeVar("OneTask")
 Result = TypeVar("Result")
 Made = Update | Score | Mapping[str, bytes]  # of a task, or what is answered of a secure sum
+Taken = Mapping[str, float | str | None]  # what a training took on its node: seconds, joules, and of what they are
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Request:
 class Reply:
     """What came back, and when by the server's clock: sent, there (the node said so), and answered. failure: why there is no result.
 
-    got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock.
+    got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock; spent: what it drew
+    meanwhile, None where it did not measure.
     """
 
     result: Made | None
@@ -63,6 +66,7 @@ class Reply:
     done_s: float
     compute_s: float = 0.0
     failure: str = ""
+    spent: Spent | None = None
 
 
 def reply_in(message: Sealed, request: Request, sent_s: float, got_s: float | None, done_s: float) -> Reply:
@@ -70,7 +74,8 @@ def reply_in(message: Sealed, request: Request, sent_s: float, got_s: float | No
     header = message.header
     if header["kind"] == "failed":
         return Reply(None, sent_s, got_s, done_s, failure=str(header["why"]))
-    return Reply(request.read(message), sent_s, got_s, done_s, float(str(header["compute_s"])))
+    compute_s, spent = float(str(header["compute_s"])), read_spent(header)
+    return Reply(request.read(message), sent_s, got_s, done_s, compute_s, spent=spent)
 
 
 # from the number and the card of a newcomer, who is no device of the run's, to what is asked of it
@@ -108,7 +113,7 @@ class NodeExecutor:
     carrier: Carrier
     layout: Layout
     drops: bool = False
-    done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    done: dict[int, Taken] = field(default_factory=dict)
     fresh: Callable[[int], tuple[LocalPhase, ...]] | None = None
     sums: dict[int, Agreed | None] = field(default_factory=dict)
 
@@ -192,14 +197,20 @@ class NodeExecutor:
             if reply.got_s is not None:
                 moved_s = reply.done_s - reply.got_s - reply.compute_s
                 ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
-            self.done[device] = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
+            took = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
+            self.done[device] = {**took, **as_plain(reply.spent)}
         return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
 
     def _note_tests(self, replies: Mapping[int, Reply]) -> None:
-        """Notes how long u took on its way to each test: what a test has brought, the next round's task need not bring again."""
+        """Notes how long u took on its way to each test: what a test has brought, the next round's task need not bring again.
+
+        Also what a test drew, of which the model's joules have nothing.
+        """
         for device, reply in replies.items():
-            if device in self.done and reply.got_s is not None:
-                self.done[device] = {**self.done[device], "test_downlink_s": reply.got_s - reply.sent_s}
+            if device in self.done:
+                ways = {} if reply.got_s is None else {"test_downlink_s": reply.got_s - reply.sent_s}
+                drew = {f"test_{key}": value for key, value in as_plain(reply.spent).items()}
+                self.done[device] = {**self.done[device], **ways, **drew}
 
     def _update(self, task: Task, reply: Reply | None) -> Update:
         if reply is None:
@@ -255,13 +266,13 @@ def _lost(task: Task, layout: Layout) -> Update:
     return Update(task.device, np.zeros(0, np.float32), task.personal, None, code_bytes(count, task.bits), died=True)
 
 
-def measured(done: dict[int, Mapping[str, float]], record: RoundRecord) -> dict[str, object]:
-    """Returns what a round's training took on every node, the model's seconds beside it, and forgets it."""
+def measured(done: dict[int, Taken], record: RoundRecord) -> dict[str, object]:
+    """Returns what a round's training took on every node, the model's seconds and joules beside it, and forgets it."""
     rows = record.devices
     nodes = []
     for at, device in enumerate(rows.id):
         if device in done:
-            modelled = {key: getattr(rows, key)[at] for key in ("compute_s", "uplink_s", "downlink_s")}
+            modelled = {key: getattr(rows, key)[at] for key in ("compute_s", "uplink_s", "downlink_s", "joules")}
             nodes.append({"device": device, **done[device], "modelled": modelled})
     done.clear()
     return {"nodes": nodes}

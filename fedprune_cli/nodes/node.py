@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, tr
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.nodes.data import Place, Versions, versions_of
+from fedprune_cli.nodes.energy import SYS, metering, spent_between
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
 from fedprune_cli.nodes.protocol import failed
 from fedprune_cli.nodes.sum_messages import Question, SumAnswer, read_question
@@ -29,12 +31,16 @@ from fedprune_cli.store.sealed import Sealed
 
 @dataclass(frozen=True)
 class Node:
-    """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected."""
+    """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected.
+
+    sys: where its machine says what it draws.
+    """
 
     device: int
     learner: Learner
     versions: Versions
     privacy: Privacy
+    sys: Path = SYS
 
     @property
     def run(self) -> str:
@@ -62,14 +68,17 @@ class Node:
 
     def answer(self, of: str, order: Order | Question) -> Answer | SumAnswer:
         """Returns what it makes of a task, whose message has the SHA-256 `of`; raises DeviceError where training does."""
-        started = time.perf_counter()
         if isinstance(order, Question):
             from fedprune_cli.nodes import sum_member  # and the ciphers with it
 
+            started = time.perf_counter()
             parcels = sum_member.answer(self.versions.folder, order)
             return SumAnswer(of, order.step, parcels, time.perf_counter() - started)
-        result, moved = self._work(order)
-        return Answer(of, result, time.perf_counter() - started, moved)
+        with metering(self.sys) as samples:
+            started = time.perf_counter()
+            result, moved = self._work(order)
+            compute_s = time.perf_counter() - started
+        return Answer(of, result, compute_s, moved, spent_between(samples))
 
     def respond(self, of: str, order: Order | Question) -> bytes:
         """Returns the message that it answers a task with: what it makes of it, or why it makes nothing."""

@@ -14,6 +14,7 @@ from fedprune_cli.learn.kept import Channels, Entries, Kept, Whole
 from fedprune_cli.learn.personalize import Kind
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
+from fedprune_cli.nodes.energy import Spent, as_plain
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.store.state import Array
@@ -138,17 +139,19 @@ def _read_kept(header: Mapping[str, Plain], arrays: Mapping[str, Array], layout:
 class Answer:
     """What a node made of a task. of: the SHA-256 of the task's message; compute_s: how long it worked on it, by its own clock.
 
-    moved: whether v_k is another one than before; a device that diverged keeps its old one.
+    moved: whether v_k is another one than before; a device that diverged keeps its old one. spent: what was drawn meanwhile, None where
+    the node cannot tell.
     """
 
     of: str
     result: Update | Score
     compute_s: float
     moved: bool = True
+    spent: Spent | None = None
 
     def encode(self) -> bytes:
         """Returns the message: an update's code where it is rounded, else its values."""
-        head: dict[str, Plain] = {"of": self.of, "compute_s": self.compute_s}
+        head: dict[str, Plain] = {"of": self.of, "compute_s": self.compute_s, **as_plain(self.spent)}
         if isinstance(self.result, Score):
             return Sealed(head | {"kind": "score", "correct": self.result.correct, "total": self.result.total}).encode()
         update = self.result

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.certificates import NAME
-from fedprune_cli.nodes.executor import Host, NodeExecutor, measured
+from fedprune_cli.nodes.executor import Host, NodeExecutor, Taken, measured
 from fedprune_cli.nodes.protocol import SPARE_BYTES, RunOrder, Terms
 from fedprune_cli.round.evaluate import fresh_schedule
 from fedprune_cli.round.setup import Setup
@@ -47,7 +47,7 @@ class Pilot:
     address: str
     say: Callable[[str], None]
     config: Mapping[str, Plain] = field(default_factory=dict)
-    done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    done: dict[int, Taken] = field(default_factory=dict)
     kind: str = "nodes"
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fedprune_cli.errors import one_line
 from fedprune_cli.nodes.board import Board, board_for
+from fedprune_cli.nodes.energy import read_spent
 from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
@@ -159,24 +160,28 @@ def failed(of: str, why: str) -> bytes:
     return Sealed({"kind": "failed", "of": of, "why": why}).encode()
 
 
+ENERGY: dict[str, object] = {"joules": (float, None), "joules_of": (str, None)}
 ANSWERS: dict[str, dict[str, object]] = {
     "got": {"of": str},
     "failed": {"of": str, "why": str},
     "sum": {"of": str, "compute_s": float, "step": str},
-    "score": {"of": str, "compute_s": float, "correct": int, "total": int},
+    "score": {"of": str, "compute_s": float, "correct": int, "total": int, **ENERGY},
     "update": {
         "of": str,
         "compute_s": float,
         "moved": bool,
         "train_loss": (float, None),
         "rounding_error": (float, None),
+        **ENERGY,
     },
 }
 
 
 def read_from_node(data: bytes) -> Sealed:
     """Returns a message that a node answers with, its form checked; raises ValueError."""
-    return _opened(data, ANSWERS)
+    message = _opened(data, ANSWERS)
+    read_spent(message.header)
+    return message
 
 
 def sha256(message: bytes) -> str:

@@ -42,9 +42,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_dir / folder.SUMMARY).unlink()
     modelled = {"compute_s": 1.0, "uplink_s": 2.0, "downlink_s": 0.5}
     rows = [
-        {"device": 0, "compute_s": 1.5, "downlink_s": 0.25, "uplink_s": 2.0, "waiting_s": 9.0, "modelled": modelled},
-        {"device": 1, "compute_s": 7.0, "carried_s": 1.0, "waiting_s": 0.0, "modelled": modelled},
-    ]
+        {"device": 0, "compute_s": 1.5, "downlink_s": 0.25, "uplink_s": 2.0, "waiting_s": 9.0, "joules": 12.5, "joules_of": "rapl",
+         "modelled": {**modelled, "joules": 0.25}},
+        {"device": 1, "compute_s": 7.0, "carried_s": 1.0, "waiting_s": 0.0, "modelled": modelled},  # of an earlier version
+    ]  # fmt: skip
     timings = [{"round": 1, "wall_s": 1.0, "nodes": rows}, {"round": 2, "wall_s": 1.0, "nodes": rows[:1]}]
     (run_dir / folder.TIMINGS).write_text("".join(json.dumps(one) + "\n" for one in timings))
     return run_dir
@@ -141,7 +142,7 @@ def test_each_state_is_shown_with_its_seconds_in_eighty_columns(ran: Path, tmp_p
     text = shown(now, ("nodes_late<=1", "accuracy>=0.1"))
     lines = [re.sub(r"[│┃ ]+", " ", line).split() for line in text.splitlines()]
     assert all(len(line) <= 80 for line in text.splitlines()), text
-    assert "not shown" not in text
+    assert "measured J, model J" in text  # which have no room
     rows = {line[0]: line[1:6] for line in lines if line and line[0].startswith("device-")}
     assert rows == {
         "device-0": ["up", "2", "3.75", "3.5", "0.1.0"],
@@ -154,6 +155,34 @@ def test_each_state_is_shown_with_its_seconds_in_eighty_columns(ran: Path, tmp_p
     assert "round 3 of 3, not running; accuracy" in flat
     assert "1 up, 1 late, 1 silent, 1 refused, 1 away" in flat
     assert "limits: nodes_late<=1, accuracy>=0.1" in flat
+
+
+def test_joules_that_were_measured_stand_beside_those_of_the_model(ran: Path, tmp_path: Path) -> None:
+    """Where nothing was measured it says so, in words, and in null for programs: no zero and no figure of the model's."""
+    now = watch.look(pilot(tmp_path, ran, nodes_now()), FREE)
+    lines = [re.sub(r"[│┃ ]+", " ", line).strip() for line in shown(now, columns=160).splitlines()]
+    ends = {line.split()[0]: line for line in lines if line.startswith("device-")}
+    assert ends["device-0"].endswith(" 12.5 rapl 0.25")
+    assert ends["device-1"].endswith("for a reason not measured -")
+    assert ends["device-2"].endswith("for a reason - -")
+    assert now.fleet
+    keys = ("measured_joules", "measured_joules_of", "modelled_joules")
+    assert [tuple(node[key] for key in keys) for node in now.fleet.plain()[:2]] == [(12.5, "rapl", 0.25), (None,) * 3]
+    found = metrics(Seen("pilot", now, []).metrics())
+    assert found["fedprune_node_measured_joules"] == {(("node", "device-0"), ("of", "rapl")): 12.5}
+    assert found["fedprune_node_modelled_joules"] == {(("node", "device-0"),): 0.25}
+    assert "idling included" in Tags(Seen("pilot", now, []).page()).text
+
+
+@pytest.mark.parametrize(
+    "joules", [{"joules": -1.0, "joules_of": "rapl"}, {"joules": 1.0}, {"joules": "x", "joules_of": "rapl"},
+               {"joules": 1.0, "joules_of": "guess"}, {"modelled": {"joules": "x"}}],
+)  # fmt: skip
+def test_joules_that_cannot_be_are_a_damaged_line(tmp_path: Path, joules: dict[str, object]) -> None:
+    row = {"device": 0, "compute_s": 1.0, "modelled": {}, **joules}
+    (tmp_path / folder.TIMINGS).write_text(json.dumps({"round": 1, "nodes": [row]}) + "\n")
+    with pytest.raises(CheckpointError, match="damaged"):
+        fleet.last_costs(tmp_path)
 
 
 def test_where_there_is_no_terminal_each_change_is_a_line(ran: Path, tmp_path: Path) -> None:
@@ -177,10 +206,10 @@ def test_before_there_is_a_run_the_pilot_says_who_is_missing(tmp_path: Path) -> 
 
 
 def test_timings_are_read_from_their_end(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {device: one.round for device, one in fleet.last_seconds(ran).items()} == {0: 2, 1: 1}
+    assert {device: one.round for device, one in fleet.last_costs(ran).items()} == {0: 2, 1: 1}
     monkeypatch.setattr(fleet, "TAIL_BYTES", 300)  # in which the first line begins nowhere
-    assert {device: one.round for device, one in fleet.last_seconds(ran).items()} == {0: 2}
-    assert fleet.last_seconds(ran / "nowhere") == {}
+    assert {device: one.round for device, one in fleet.last_costs(ran).items()} == {0: 2}
+    assert fleet.last_costs(ran / "nowhere") == {}
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------------

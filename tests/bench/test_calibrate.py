@@ -179,7 +179,12 @@ def devices_of(*overrides: str) -> Devices:
 def test_watts_are_read_from_counters_that_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power, "SPELL_S", 0.1)
     now = [0.0]
-    for zone, name in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
+    for zone, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:1", "psys"),
+        ("intel-rapl-mmio:0", "package-0"),
+    ):
         (tmp_path / zone).mkdir()
         for file, text in (("name", name), ("energy_uj", "900000"), ("max_energy_range_uj", "1000000")):
             (tmp_path / zone / file).write_text(text)
@@ -187,7 +192,8 @@ def test_watts_are_read_from_counters_that_start_again(tmp_path: Path, monkeypat
 
     def spend(watts: float) -> None:
         """Passes a tenth of a second."""
-        counter.write_text(str(int(float(counter.read_text()) + watts * 0.1e6) % 1000000))
+        for one in (counter, tmp_path / "intel-rapl-mmio:0" / "energy_uj"):  # the same counter, by another way
+            one.write_text(str(int(float(one.read_text()) + watts * 0.1e6) % 1000000))
         now[0] += 0.1
 
     monkeypatch.setattr(power.time, "perf_counter", lambda: now[0])
@@ -195,6 +201,12 @@ def test_watts_are_read_from_counters_that_start_again(tmp_path: Path, monkeypat
     found = power.measure(lambda: spend(5), tmp_path)
     np.testing.assert_allclose([found.dynamic_w, found.idle_w], [3, 2])
     assert "counters" in found.said
+
+    def lose() -> None:
+        now[0] += 0.2
+        counter.unlink(missing_ok=True)
+
+    assert power.measure(lose, tmp_path).said.startswith("energy not measured:")
     for broken in (lambda: counter.write_text("x"), counter.unlink):
         broken()
         nothing = power.measure(lambda: spend(5), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -59,6 +60,11 @@ def rewrite(run_dir: Path, change: Callable[[Line], object]) -> None:
         change(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     resign(run_dir)
+
+
+def timings(run_dir: Path) -> list[Line]:
+    """Returns the lines of timings.jsonl."""
+    return [json.loads(line) for line in (run_dir / folder.TIMINGS).read_text().splitlines()]
 
 
 def take(run_dir: Path, noise: float = 0.0) -> Setup:
@@ -219,6 +225,33 @@ def test_the_command_prints_a_table_of_eighty_columns_and_writes(run_dir: Path) 
     assert (refused.returncode, refused.stderr) == (
         2, "error: model=mlp: not with --run, whose folder has its configuration\n",
     )  # fmt: skip
+
+
+def test_what_nodes_drew_is_told_and_not_fitted(run_dir: Path) -> None:
+    """Medians of the rounds in which it was measured, beside the model's of the same rounds; the others count for nothing."""
+    setup = take(run_dir)
+    before = fitted.fit_run(setup, run_dir)
+    assert before.drawn == ()
+    assert fitted.to_json(before)["joules"] is None
+
+    def measure(line: Line) -> None:
+        for node in line["nodes"]:
+            if node["device"] == 1 and line["round"] != 2:
+                node["joules"], node["joules_of"] = 7.0 if line["round"] % 2 else 9.0, "board"
+                node["modelled"]["joules"] = 0.5
+
+    rewrite(run_dir, measure)
+    after = fitted.fit_run(setup, run_dir)
+    (one,) = after.drawn
+    assert (one.device, one.of, one.modelled_j) == (1, "board", 0.5)
+    assert one.rounds == sum(any(node["device"] == 1 for node in line["nodes"]) for line in timings(run_dir)) - 1
+    assert one.measured_j in (7.0, 8.0, 9.0)
+    assert dataclasses.replace(after, drawn=()) == before
+    assert f"{one.measured_j:.3g} J of board on device 1 (0.5)" in fitted.sentence(after)
+    assert json.loads(json.dumps(fitted.to_json(after)))["joules"][0]["device"] == 1
+    rewrite(run_dir, lambda line: [node.update(joules=-1.0) for node in line["nodes"]])
+    with pytest.raises(CheckpointError, match="round 1 is damaged"):
+        fitted.fit_run(setup, run_dir)
 
 
 def test_devices_that_died_in_a_round_are_left_out_of_it(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.plain import plain
 from fedprune_cli.execute import Executor
 from fedprune_cli.nodes.data import Place, read_samples, samples_of, write_samples
-from fedprune_cli.nodes.executor import Invite, NodeExecutor, Reply, Request, measured, reply_in
+from fedprune_cli.nodes.executor import Invite, NodeExecutor, Reply, Request, Taken, measured, reply_in
 from fedprune_cli.nodes.node import Node, build_node
 from fedprune_cli.nodes.orders import Heard
 from fedprune_cli.nodes.protocol import read_from_node, read_from_server, sha256
@@ -58,17 +58,20 @@ class InProcess:
 
 @dataclass
 class InProcessSite:
-    """The site of nodes in this process."""
+    """The site of nodes in this process; sys: where they read what they draw, nowhere unless a test says where."""
 
     places: Mapping[int, Place]
     config: Mapping[str, Plain]
     carrier: InProcess = field(default_factory=lambda: InProcess({}))
-    done: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    done: dict[int, Taken] = field(default_factory=dict)
+    sys: Path = Path("/nowhere")
 
     @contextlib.contextmanager
     def executor(self, setup: Setup) -> Iterator[Executor]:
         run = f"{setup.experiment.config_hash}-s{setup.experiment.seed}"
-        self.carrier.nodes = {device: build_node(place, run, self.config) for device, place in self.places.items()}
+        self.carrier.nodes = {
+            device: replace(build_node(place, run, self.config), sys=self.sys) for device, place in self.places.items()
+        }
         policy = setup.experiment.failsafe.policy
         yield NodeExecutor(self.carrier, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
 

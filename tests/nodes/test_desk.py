@@ -18,6 +18,7 @@ pytest.importorskip("grpc")
 pytest.importorskip("cryptography")
 
 from nodes.fleet import begin, enrolled, free_port, result, simulate, stand
+from nodes.test_energy import SCORE, jetson
 
 from fedprune_cli.errors import CheckpointError, DataError
 from fedprune_cli.nodes import certificates, desk, protocol
@@ -25,6 +26,7 @@ from fedprune_cli.nodes.attend import _channel
 from fedprune_cli.nodes.certificates import Identity, read_identity
 from fedprune_cli.nodes.channel import METHOD, grpc
 from fedprune_cli.nodes.data import read_samples
+from fedprune_cli.nodes.energy import metering
 from fedprune_cli.nodes.pilot import Pilot
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
@@ -97,7 +99,12 @@ def rounds(fleet: Fleet, *overrides: str) -> Iterator[object]:
 def test_over_grpc_a_run_has_the_simulators_bytes_and_whatever_intrudes_changes_nothing(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its rounds come strangers, old and revoked certificates, wrong names, other versions, and messages of all kinds."""
+    """Between its rounds come strangers, old and revoked certificates, wrong names, other versions, and messages of all kinds.
+
+    The nodes measure what they draw, which changes nothing either.
+    """
+    jetson(fleet.home / "sys")
+    monkeypatch.setattr("fedprune_cli.nodes.node.metering", lambda _: metering(fleet.home / "sys"))
     (fleet.pilot / "roster.json").unlink()
     waits = [fleet.start(device) for device in range(3)]
     assert [card.train for card in fleet.site().roster()] == [
@@ -118,6 +125,8 @@ def test_over_grpc_a_run_has_the_simulators_bytes_and_whatever_intrudes_changes_
     for row in [row for rows in timed for row in rows]:
         assert min(row["compute_s"], row["uplink_s"], row["downlink_s"], row["waiting_s"]) >= 0
         assert row["modelled"]["uplink_s"] > 0
+        assert row["joules"] >= 12.0 * row["compute_s"] * (1 - 1e-9)  # 12 W, from just before to just after
+        assert row["joules_of"] == row["test_joules_of"] == "board"
 
 
 def _strangers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +185,10 @@ def _bad_messages(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
         ([hello, hello], "not a message that is expected here"),
         ([hello, protocol.got("0" * 64)[:-1]], "damaged"),
         ([hello, Sealed({"kind": "update", "of": 3}).encode()], "not a message"),
+        (
+            [hello, Sealed({**SCORE, "joules": -1.0, "joules_of": "rapl"}).encode()],
+            "joules that cannot be (-1.0 of rapl)",
+        ),
     ):
         code, details = _speak(fleet, identity, messages)
         assert code == grpc.StatusCode.INVALID_ARGUMENT

@@ -102,7 +102,7 @@ def test_who_is_silent_gone_refused_and_back_is_shown_while_the_run_goes_on(
     assert now.fleet
     assert [row[::2][:2] for row in now.fleet.cells()] == [["device-0", "3"], ["device-1", "3"]]
     assert {node.why for node in now.fleet.nodes} <= {"", "the run is over"}
-    assert all(one.measured_s > 0 and one.modelled_s > 0 for one in now.fleet.seconds.values())
+    assert all(one.measured_s > 0 and one.modelled_s > 0 for one in now.fleet.costs.values())
 
 
 def test_who_is_late_is_shown_until_a_training_is_in_time(tmp_path: Path) -> None:
