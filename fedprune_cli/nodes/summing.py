@@ -56,8 +56,7 @@ def agree(ask: Ask, order: SumOrder) -> Agreed:
 def total(ask: Ask, agreed: Agreed, masked: Mapping[int, Array]) -> Array:
     """Returns the sum of what the survivors handed in, int64, with their help; raises RefusedSumError where too few are left, or help."""
     survivors, order = tuple(sorted(masked)), agreed.order
-    order.terms.check(survivors)  # of all that were to send, some of whom may have been lost before they agreed
-    agreed.terms.check(survivors)
+    order.terms.check(survivors)  # before they are asked: nodes would refuse it too
     question = Question("unmask", 0, order.number, agreed.attempt, agreed.terms, order.point, survivors)
     for_each = {
         device: {str(sender): of[str(device)] for sender, of in agreed.sealed.items() if sender != device}
