@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -19,6 +21,7 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ from conftest import fedprune
 from cryptography.hazmat.primitives import serialization
 from nodes.fleet import begin, enrolled, free_port, result, simulate
 
+from fedprune_cli.config.plain import plain
 from fedprune_cli.errors import DeviceError
 from fedprune_cli.nodes import certificates, flower
 from fedprune_cli.nodes.data import Place, read_samples
@@ -36,6 +40,7 @@ from fedprune_cli.nodes.pilot import Pilot
 from fedprune_cli.nodes.post import Post
 from fedprune_cli.nodes.protocol import END, Terms, hello_of, read_hello
 from fedprune_cli.runs import life
+from fedprune_cli.runs.inputs import read_config
 from fedprune_cli.store import folder
 from fedprune_cli.store.sealed import unseal
 
@@ -305,23 +310,45 @@ def test_what_does_not_go_with_flower_is_one_line(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.skipif(shutil.which("flower-superlink", path=flower.PATH) is None, reason="needs the extra flower")
-def test_over_flower_a_run_has_the_simulators_bytes(tmp_path: Path) -> None:
-    """A SuperLink as its unit starts it, with TLS and node authentication, two SuperNodes that `join` starts, digits, two rounds."""
-    pilot = enrolled(tmp_path, simulate(tmp_path / "simulated", *SMALL))
-    port = free_port()
-    flower.write_pilot(pilot, [0, 1], "127.0.0.1", port)
+LIVE = pytest.mark.skipif(shutil.which("flower-superlink", path=flower.PATH) is None, reason="needs the extra flower")
+SECURE = (
+    "devices.count=4",
+    "payload.bits=[32]",
+    "privacy.secure=true",
+    "privacy.least=3",
+    "privacy.public_scores=true",
+)
+
+
+def _superlink(pilot: Path, port: int) -> list[str]:
+    """Returns the command by which its unit starts a pilot's SuperLink."""
     unit = (pilot / "flower" / "superlink.service").read_text().replace("\\\n", "")
     command = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).removeprefix("ExecStart=")
+    return shlex.split(command)
+
+
+def _join(pilot: Path, device: int, port: int) -> list[str]:
+    join = [sys.executable, "-m", "fedprune_cli", "join", str(pilot / f"device-{device}"), f"127.0.0.1:{port}"]
+    return [*join, "--flower", "--labels"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@LIVE
+@pytest.mark.parametrize("more", [(), SECURE])
+def test_over_flower_a_run_has_the_simulators_bytes(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """A SuperLink as its unit starts it, with TLS and node authentication, SuperNodes that `join` starts, digits, two rounds."""
+    overrides = (*SMALL, *more)
+    simulation = simulate(tmp_path / "simulated", *overrides)
+    pilot, devices = enrolled(tmp_path, simulation), range(len(simulation.scenario.partition.train))
+    port = free_port()
+    flower.write_pilot(pilot, devices, "127.0.0.1", port)
     with contextlib.ExitStack() as running:
-        running.enter_context(started(shlex.split(command), pilot, tmp_path / "superlink.log"))
-        for device in range(2):
-            join = [sys.executable, "-m", "fedprune_cli", "join", str(pilot / f"device-{device}"), f"127.0.0.1:{port}"]
-            running.enter_context(started([*join, "--flower", "--labels"], tmp_path, tmp_path / f"node-{device}.log"))
+        running.enter_context(started(_superlink(pilot, port), pilot, tmp_path / "superlink.log"))
+        for device in devices:
+            running.enter_context(started(_join(pilot, device, port), tmp_path, tmp_path / f"node-{device}.log"))
         _wait_for(port)
-        setup, config = begin(pilot, tmp_path / "run", SMALL)
+        setup, config = begin(pilot, tmp_path / "run", overrides)
         told = (pilot / "roster.json").rename(tmp_path / "roster.json").read_bytes()
         site = Pilot(pilot, "", print, config, kind="flower")
         site.roster()
@@ -330,6 +357,60 @@ def test_over_flower_a_run_has_the_simulators_bytes(tmp_path: Path) -> None:
     assert result(tmp_path / "run") == result(tmp_path / "simulated")
     lines = [json.loads(line) for line in (tmp_path / "run" / folder.TIMINGS).read_text().splitlines()]
     print("seconds a round:", [round(line["wall_s"], 1) for line in lines])
+
+
+def _serve(home: Path) -> None:
+    """Begins or continues the run, as `serve` does."""
+    if (home / "run").exists():
+        setup, config = life.reopen(home / "run"), plain(read_config(home / "run"), resolve=True)
+    else:
+        setup, config = begin(home / "pilot", home / "run", (*SMALL, "rounds=8", "execution.patience_s=600"))
+    list(life.run(setup, home / "run", wait=True, site=Pilot(home / "pilot", "", print, config, kind="flower")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@LIVE
+def test_five_kills_over_flower_change_no_byte(tmp_path: Path) -> None:
+    """Of a node, with its SuperNode, or of the server, each at another moment of a round of some 14 s, and started again at once."""
+    pilot, port = enrolled(tmp_path, simulate(tmp_path / "simulated", *SMALL, "rounds=8")), free_port()
+    flower.write_pilot(pilot, [0, 1], "127.0.0.1", port)
+    records, rng = tmp_path / "run" / folder.RECORDS, random.Random(1)
+    forked = multiprocessing.get_context("forkserver")
+
+    def start(who: int) -> Process:
+        of = (_serve, (tmp_path,)) if who < 0 else (_stand, (pilot, who, port))
+        process = forked.Process(target=of[0], args=of[1])
+        process.start()
+        return process
+
+    running = dict[int, Process]()
+    with started(_superlink(pilot, port), pilot, tmp_path / "superlink.log"):
+        _wait_for(port)
+        try:
+            running |= {who: start(who) for who in (0, 1, -1)}
+            for kill, who in enumerate((0, -1, 1, -1, 0)):
+                while len(records.read_bytes().splitlines() if records.exists() else ()) < kill + 1:
+                    assert running[-1].is_alive(), f"the server ended with {running[-1].exitcode}"
+                    time.sleep(0.2)
+                time.sleep(14 * rng.random())
+                running[who].kill()
+                running[who].join()
+                print(f"killed {who} after round {len(records.read_bytes().splitlines())}")
+                running[who] = start(who)
+            running[-1].join(1200)
+            assert running[-1].exitcode == 0
+        finally:
+            for process in running.values():
+                process.kill()
+    assert result(tmp_path / "run") == result(tmp_path / "simulated")
+    folder.check(tmp_path / "run")
+
+
+def _stand(pilot: Path, device: int, port: int) -> None:
+    """Is a node until it is killed."""
+    place = pilot / f"device-{device}"
+    flower.attend(Post(f"127.0.0.1:{port}", place, Place(device, place, read_samples(place)), True, print))
 
 
 def _trained(run_dir: Path) -> list[int]:
