@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import threading
@@ -41,6 +42,9 @@ SECURE = (
 )
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @dataclasses.dataclass(frozen=True)
 class Made:
     """A simulation, and the pilot of the same devices."""
@@ -75,7 +79,9 @@ def made(first: Made, tmp_path: Path) -> Made:
     "more",
     [
         ("training.block=10",),
-        ("training.block=1", "pruner.granularity=channel", "faults.die=0.1", "rounds=5"),
+        pytest.param(
+            ("training.block=1", "pruner.granularity=channel", "faults.die=0.1", "rounds=5"), marks=pytest.mark.slow
+        ),
         pytest.param(("pruner=taylor", "failsafe.late=drop"), marks=pytest.mark.slow),
         pytest.param(("allocator=dense",), marks=pytest.mark.slow),
     ],
@@ -175,7 +181,7 @@ class Lossy:
         return self.exchange_(requests)
 
 
-@pytest.mark.parametrize("step", ["keys", "shares", "block", "unmask"])
+@pytest.mark.parametrize("step", [SLOW("keys"), "shares", SLOW("block"), "unmask"])
 def test_a_device_that_is_lost_at_any_step_is_one_that_died(made: Made, step: str) -> None:
     """In the first round, before or after the others have its shares; who is lost once it has handed in is still in the sum."""
     setup, site = made.start("run")
@@ -194,7 +200,7 @@ def test_a_device_that_is_lost_at_any_step_is_one_that_died(made: Made, step: st
         assert records[1].faults is None
 
 
-@pytest.mark.parametrize("step", ["keys", "unmask"])
+@pytest.mark.parametrize("step", ["keys", SLOW("unmask")])
 def test_too_few_leave_u_as_it_was(made: Made, step: str) -> None:
     setup, site = made.start("run")
     lossy = Lossy(site, {(device, step): 1 for device in (0, 1)})
@@ -213,6 +219,7 @@ def test_too_few_leave_u_as_it_was(made: Made, step: str) -> None:
     assert next(rounds).privacy.devices == 6  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_of_a_round_it_ends_with_the_same_bytes(made: Made) -> None:
     """The server forgets the sum that it was at, and nodes begin another one of the same round, or the same one again."""
     setup, site = made.start("run")
