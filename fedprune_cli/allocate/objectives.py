@@ -27,7 +27,6 @@ from fedprune_cli.allocate.policy import (
     build_allocation,
     listed,
     nobody,
-    proven,
     settle,
     solve_under_policy,
     with_deadline,
@@ -88,7 +87,11 @@ class LeastEnergy:
             return nobody(problem, settled)
         kept = common_kept(settled.feasible, 1 - self.ratio)
         bandwidth_hz, price = solve_energy(settled.feasible, kept)
-        certificate = proven(self.certify(settled.feasible, kept, bandwidth_hz, price))
+        certificate = _told(
+            self.certify(settled.feasible, kept, bandwidth_hz, price),
+            f"{self.name!r} cannot tell the fewest joules",
+            settled,
+        )
         settled = _optimal(settled)
         common = float(kept.max())
         if settled.status == "optimal" and common < 1 - self.ratio - TIGHT:
@@ -132,13 +135,11 @@ class Weighted:
         kept = settled.feasible.min_kept
         deadline_s, bandwidth_hz, price = solve_timed(Timed(settled.feasible, self.joules_per_s))
         at = replace(settled.feasible, deadline_s=deadline_s)
-        certificate = self.certify(at, kept, bandwidth_hz, price)
-        if not certificate.holds:
-            raise InfeasibleError(
-                f"allocator {self.name!r} cannot tell the best deadline of devices {listed(at.called)} to the last digit that matters: "
-                "their figures are too far apart"
-            )
-        settled = _optimal(replace(settled, feasible=at))
+        settled = replace(settled, feasible=at)
+        certificate = _told(
+            self.certify(at, kept, bandwidth_hz, price), f"{self.name!r} cannot tell the best deadline", settled
+        )
+        settled = _optimal(settled)
         return _with_joules(problem, build_allocation(problem, settled, kept, bandwidth_hz, price, certificate))
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
@@ -157,6 +158,14 @@ class Weighted:
     def _at_its_ratio(self, problem: Problem) -> Problem:
         """Returns the problem whose devices keep no less than they are told."""
         return replace(problem, max_ratio=np.minimum(problem.max_ratio, self.ratio))
+
+
+def _told(certificate: Certificate, wanted: str, settled: Settled) -> Certificate:
+    """Returns the certificate; raises InfeasibleError where rounding has not left digits enough for one, as with -70 dB beside 100 dB."""
+    if not certificate.holds:
+        of = f"of devices {listed(settled.feasible.called)} to the last digit that matters"
+        raise InfeasibleError(f"allocator {wanted} {of}: their figures are too far apart")
+    return certificate
 
 
 def _optimal(settled: Settled) -> Settled:
