@@ -56,6 +56,8 @@ class Request:
 class Reply:
     """What came back, and when by the server's clock: sent, there (the node said so), and answered. failure: why there is no result.
 
+    refusal: why a node has no part in a secure sum, which is no reason for the others to stop.
+
     got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock; spent: what it drew
     meanwhile, None where it did not measure.
     """
@@ -66,6 +68,7 @@ class Reply:
     done_s: float
     compute_s: float = 0.0
     failure: str = ""
+    refusal: str = ""
     spent: Spent | None = None
 
 
@@ -74,6 +77,8 @@ def reply_in(message: Sealed, request: Request, sent_s: float, got_s: float | No
     header = message.header
     if header["kind"] == "failed":
         return Reply(None, sent_s, got_s, done_s, failure=str(header["why"]))
+    if header["kind"] == "refused":
+        return Reply(None, sent_s, got_s, done_s, refusal=str(header["why"]))
     compute_s, spent = float(str(header["compute_s"])), read_spent(header)
     return Reply(request.read(message), sent_s, got_s, done_s, compute_s, spent=spent)
 
@@ -107,7 +112,8 @@ class NodeExecutor:
     """Maps the functions of a device's work over nodes. drops: whether the update of who is late counts for nothing.
 
     done: the last round's training, by device, until somebody takes it. fresh: the steps that a newcomer with so many training samples
-    takes on v, None: newcomers are asked nothing. sums: the secure sum of the last round, None where too few agreed on one.
+    takes on v, None: newcomers are asked nothing. sums: the secure sum of the last round, None where too few agreed on one. say: told in
+    one line why a node has no part in a sum.
     """
 
     carrier: Carrier
@@ -116,6 +122,7 @@ class NodeExecutor:
     done: dict[int, Taken] = field(default_factory=dict)
     fresh: Callable[[int], tuple[LocalPhase, ...]] | None = None
     sums: dict[int, Agreed | None] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda _: None
 
     def map(
         self,
@@ -154,7 +161,7 @@ class NodeExecutor:
         self.carrier.welcome(invite)
 
     def agree(self, order: SumOrder) -> TotalOf:
-        """As Summing.agree. Who is lost before all have agreed is not asked to train; where too few are left nobody is."""
+        """As Summing.agree. Who is lost before all have agreed is not asked to train; where too few are left all train v_k alone."""
         from fedprune_cli.nodes import summing  # and the ciphers with it
 
         self.sums.clear()
@@ -167,30 +174,18 @@ class NodeExecutor:
         return functools.partial(summing.total, self._ask, agreed)
 
     def _ask(self, questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
-        """Returns the answers of those that gave one to a question of a secure sum.
-
-        Who refuses to unmask gives none; where too few are left so, RefusedSumError says why the first did.
-        """
-        requests = {device: _asking(question) for device, question in questions.items()}
-        one = next(iter(questions.values()))
-        if one.step != "unmask":
-            replies = self._exchange(requests)
-        else:
-            given = self.carrier.exchange(requests)
-            replies = {device: reply for device, reply in given.items() if not reply.failure}
-            if len(replies) < one.terms.threshold and len(replies) < len(given):
-                raise RefusedSumError(next(reply.failure for reply in given.values() if reply.failure))
+        """Returns the answers of those that gave one to a question of a secure sum; raises RefusedSumError where too few refuse none."""
+        replies = self._exchange({device: _asking(question) for device, question in questions.items()})
+        if refusals := [reply.refusal for _, reply in sorted(replies.items()) if reply.refusal]:
+            replies = {device: reply for device, reply in replies.items() if not reply.refusal}
+            if len(replies) < next(iter(questions.values())).terms.threshold:
+                raise RefusedSumError(refusals[0])
         return {device: cast(Mapping[str, bytes], reply.result) for device, reply in replies.items()}
 
-    def _agreed(self, task: Task) -> bool:
-        """Whether the device of a task may be asked to train: where sums are secure, those that agreed on one."""
-        if task.round not in self.sums:
-            return True
-        agreed = self.sums[task.round]
-        return agreed is not None and task.device in agreed.terms.devices
-
     def _train(self, work: str, tasks: Sequence[Task]) -> dict[int, Update]:
-        replies = self._exchange(self._requests(work, [task for task in tasks if self._agreed(task)]))
+        asked = [task for task in tasks if self._is_asked(task)]
+        given = self._exchange(self._requests(work, asked))
+        replies = {device: reply for device, reply in given.items() if not reply.refusal}
         last_s = max((reply.done_s for reply in replies.values()), default=0.0)
         for device, reply in replies.items():
             ways = {"carried_s": max(reply.done_s - reply.sent_s - reply.compute_s, 0.0)}
@@ -199,7 +194,13 @@ class NodeExecutor:
                 ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
             took = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
             self.done[device] = {**took, **as_plain(reply.spent)}
-        return {task.device: self._update(task, replies.get(task.device)) for task in tasks}
+        updates = {task.device: self._update(task, replies.get(task.device)) for task in asked}
+        return {task.device: updates.get(task.device) or _lost(task, self.layout) for task in tasks}
+
+    def _is_asked(self, task: Task) -> bool:
+        """Whether a device is asked to train: where others agreed on a secure sum without it, it is one that died."""
+        agreed = self.sums.get(task.round)
+        return agreed is None or task.device in agreed.terms.devices
 
     def _note_tests(self, replies: Mapping[int, Reply]) -> None:
         """Notes how long u took on its way to each test: what a test has brought, the next round's task need not bring again.
@@ -224,9 +225,11 @@ class NodeExecutor:
 
     def _order(self, work: str, task: Task) -> Order:
         base = int(task.personal[0])
-        agreed = None if work == "test" else self.sums.get(task.round)
-        if agreed is None:
+        if work == "test" or task.round not in self.sums:
             return Order(work, task, base)
+        agreed = self.sums[task.round]
+        if agreed is None:
+            return Order(work, task, base, "")
         mask = sent_mask(task.kept, self.layout, task.shared.size)
         levels = agreed.order.levels if mask is None else agreed.order.levels[mask]
         return Order(work, task, base, agreed.attempt, levels if levels.any() else None)
@@ -235,6 +238,9 @@ class NodeExecutor:
         replies = self.carrier.exchange(requests)
         if failures := [reply.failure for _, reply in sorted(replies.items()) if reply.failure]:
             raise DeviceError(failures[0])
+        for device, reply in sorted(replies.items()):
+            if reply.refusal:
+                self.say(f"device-{device}: has no part in the sum: {reply.refusal}")
         return replies
 
     def _request(self, order: Order) -> Request:

@@ -20,13 +20,15 @@ from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.nodes.data import Place, Versions, versions_of
 from fedprune_cli.nodes.energy import SYS, metering, spent_between
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
-from fedprune_cli.nodes.protocol import failed
+from fedprune_cli.nodes.protocol import failed, refused
 from fedprune_cli.nodes.sum_messages import Question, SumAnswer, read_question
+from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.protect import sound_change
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
+from fedprune_cli.wire.quantize import BITS_PER_PARAM
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Node:
             from fedprune_cli.nodes import sum_member  # and the ciphers with it
 
             started = time.perf_counter()
-            parcels = sum_member.answer(self.versions.folder, order)
+            try:
+                parcels = sum_member.answer(self.versions.folder, order)
+            except (ValueError, KeyError) as error:
+                raise RefusedSumError(f"device {self.device}: a question that makes no sense: {error}") from None
             return SumAnswer(of, order.step, parcels, time.perf_counter() - started)
         with metering(self.sys) as samples:
             started = time.perf_counter()
@@ -84,6 +89,8 @@ class Node:
         """Returns the message that it answers a task with: what it makes of it, or why it makes nothing."""
         try:
             return self.answer(of, order).encode()
+        except RefusedSumError as error:
+            return refused(of, str(error))
         except DeviceError as error:
             return failed(of, str(error))
 
@@ -97,6 +104,8 @@ class Node:
                 self.versions.write(task.round, personal)
                 self.versions.keep((task.round,))
             return score, False
+        if self.privacy.secure and (order.attempt is None or task.bits != BITS_PER_PARAM):
+            raise RefusedSumError(f"device {self.device}: is to hand in an update without masks")
         update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
         if moved:
@@ -106,20 +115,23 @@ class Node:
         return (self._under_masks(order, update) if self.privacy.secure else update), moved
 
     def _under_masks(self, order: Order, update: Update) -> Update:
-        """Returns the update with whole numbers under the masks of the round's secure sum in the place of its values [n_k].
+        """Returns the update with whole numbers under the masks of the round's sum in the place of its values [n_k]; none without a sum.
 
         What it counts by is the number of its own samples, and not what a server says.
         """
         from fedprune_cli.nodes import sum_member
 
+        bare = replace(update, shared=np.zeros(0, np.uint32), code=b"", rounding_error=None)
+        if not order.attempt or not len(update.shared):
+            return bare
         task = order.task
         mask = sent_mask(task.kept, self.learner.layout, task.shared.size)
         change = sound_change(update.shared, task.shared if mask is None else task.shared[mask])
         if order.levels is not None:
             change = change[np.argsort(order.levels, kind="stable")]
         weight = int(self.privacy.weight(len(self.learner.train[self.device])))
-        masked = sum_member.masked_change(self.versions.folder, self.device, order.attempt, change, weight)
-        return replace(update, shared=masked)
+        part = sum_member.Part(self.device, task.round, order.attempt, change, weight)
+        return replace(bare, shared=sum_member.masked_change(self.versions.folder, part))
 
 
 def _diverged(update: Update, task: Task) -> Update:

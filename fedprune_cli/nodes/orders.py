@@ -37,14 +37,15 @@ class Heard:
 class Order:
     """A task on its way. work: one of WORKS; base: the round that v_k is to be of, 0 for the one that every device begins with.
 
-    attempt: which secure sum of the round what comes of it is for, empty for none; levels: of each entry that the device keeps, in the
-    order of which they are summed, of one level by index; None where all are of one.
+    attempt: which secure sum of the round what comes of it is for, empty where too few are there for one, and nothing is handed in, None
+    where updates are no secret; levels: of each entry that the device keeps, in the order of which they are summed, of one level by
+    index; None where all are of one.
     """
 
     work: str
     task: Task
     base: int
-    attempt: str = ""
+    attempt: str | None = None
     levels: Array | None = None
 
     def encode(self, layout: Layout, heard: Heard | None) -> tuple[bytes, Heard]:
@@ -94,7 +95,8 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     levels = arrays.get("levels")
     if levels is not None and (levels.dtype.kind != "u" or len(levels) != (size if mask is None else int(mask.sum()))):
         raise ValueError("levels of another number or type")
-    return Order(str(header["work"]), task, int(str(header["base"])), str(header["attempt"]), levels), after
+    attempt = None if header["attempt"] is None else str(header["attempt"])
+    return Order(str(header["work"]), task, int(str(header["base"])), attempt, levels), after
 
 
 def _read_phase(of: list[Plain]) -> LocalPhase:
@@ -177,17 +179,21 @@ def read_result(message: Sealed, order: Order, layout: Layout) -> Update | Score
         raise ValueError(f"{header['kind']} is no answer to a {order.work} task")
     mask = sent_mask(task.kept, layout, task.shared.size)
     before = task.shared if mask is None else task.shared[mask]
-    values = _masked(message.arrays, before) if order.attempt else _values(message.arrays, before, task.bits)
+    if order.attempt is None:
+        values = _values(message.arrays, before, task.bits)
+    else:
+        values = _masked(message.arrays, len(before) if order.attempt else 0)
+        values = values if order.attempt else before
     loss, error = (None if header[key] is None else float(str(header[key])) for key in ("train_loss", "rounding_error"))
     code = message.arrays.get("code")
     personal = np.array([task.round + 1], np.float32) if header["moved"] else task.personal
     return Update(task.device, values, personal, loss, values.nbytes if code is None else code.nbytes, error)
 
 
-def _masked(arrays: Mapping[str, Array], before: Array) -> Array:
+def _masked(arrays: Mapping[str, Array], count: int) -> Array:
     """Returns what a device handed in under the masks of a secure sum, in the order of ranks, uint32 [n_k]."""
     values = arrays.get("values", np.zeros(0))
-    if arrays.keys() != {"values"} or values.dtype != np.uint32 or values.shape != before.shape:
+    if arrays.keys() != {"values"} or values.dtype != np.uint32 or values.shape != (count,):
         raise ValueError("masked values of another number or type")
     return values
 

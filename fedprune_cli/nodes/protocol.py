@@ -6,6 +6,7 @@
     both             sum                      keys and shares of a secure sum (`sum_messages`), in which updates are under masks
     node -> server   got                      the task is there: download is over
     node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
+    node -> server   refused                  why the device has no part in a secure sum
     server -> node   end                      the run has had its last round
 
 An answer names the SHA-256 of the task that it is of. Neither v_k nor data have a place in any of them. What is in tasks and answers is
@@ -137,7 +138,7 @@ END = Sealed({"kind": "end"}).encode()
 
 TASK = {
     "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
-    "onto": bool, "schedule": [[(str, int)]], "attempt": str,
+    "onto": bool, "schedule": [[(str, int)]], "attempt": (str, None),
 }  # fmt: skip
 SUM = {
     "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
@@ -161,9 +162,17 @@ def failed(of: str, why: str) -> bytes:
 
 
 ENERGY: dict[str, object] = {"joules": (float, None), "joules_of": (str, None)}
+
+
+def refused(of: str, why: str) -> bytes:
+    """Returns the message that a node has no part in a secure sum, which the others make without it."""
+    return Sealed({"kind": "refused", "of": of, "why": why}).encode()
+
+
 ANSWERS: dict[str, dict[str, object]] = {
     "got": {"of": str},
     "failed": {"of": str, "why": str},
+    "refused": {"of": str, "why": str},
     "sum": {"of": str, "compute_s": float, "step": str},
     "score": {"of": str, "compute_s": float, "correct": int, "total": int, **ENERGY},
     "update": {

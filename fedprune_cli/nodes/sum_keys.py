@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedprune_cli.errors import CheckpointError
+from fedprune_cli.errors import CheckpointError, DeviceError
 from fedprune_cli.nodes.certificates import Identity, device_name, peer_of, signed, signer, unwanted
 from fedprune_cli.nodes.sum_messages import SignedKeys
 from fedprune_cli.privacy.secure import RefusedSumError, Terms
@@ -12,11 +12,15 @@ from fedprune_cli.privacy.secure import RefusedSumError, Terms
 PURPOSE = b"fedprune: public keys of a secure sum\0"  # what is signed for one use is of no use for another
 
 
+class FalseKeysError(DeviceError):
+    """Somebody else's keys were announced as a device's, or those of a sum that others know nothing of."""
+
+
 def sign_keys(identity: Identity, terms: Terms, keys: bytes) -> SignedKeys:
     """Returns the keys as the device announces them that an identity is of; raises RefusedSumError where the sum has no such device.
 
-    Signed is what they are for: the run, the round and the fixed point, the device, how many entries it keeps, how many must answer,
-    and the keys.
+    Signed is what they are for: the run, the round and the fixed point, the device, all devices with how many entries each keeps, how
+    many must answer, and the keys.
     """
     peer = peer_of(identity.own)
     device = peer.device
@@ -31,14 +35,14 @@ def checked_keys(
     """Returns everybody's public keys, as a device may go on with them.
 
     ca: the authority's certificate (PEM), which the device has from its enrolment and not from the server; refused: the serial numbers
-    that are revoked, as far as the device knows. Raises RefusedSumError for the first device whose keys are not its own.
+    that are revoked, as far as the device knows. Raises FalseKeysError for the first device whose keys are not its own.
     """
     if {*announced} != {*terms.devices}:
-        raise RefusedSumError("the announced keys are not one pair for each device")
+        raise FalseKeysError("the announced keys are not one pair for each device")
     keys = {}
     for device, one in sorted(announced.items()):
         if why := _wrong(ca, terms, device, one, refused):
-            raise RefusedSumError(f"the keys of {device_name(device)} are not its own: {why}")
+            raise FalseKeysError(f"the keys of {device_name(device)} are not its own: {why}")
         keys[device] = one.keys
     return keys
 
@@ -56,7 +60,7 @@ def _wrong(ca: bytes, terms: Terms, device: int, one: SignedKeys, refused: froze
 
 
 def _message(terms: Terms, device: int, keys: bytes) -> bytes:
-    numbers = b"".join(
-        number.to_bytes(8, "little") for number in (device, terms.count(device), terms.threshold, terms.least)
-    )
+    """Returns what is signed: all that the device was told, for two that were told of different devices have no sum in common."""
+    told = device, terms.threshold, terms.least, len(terms.devices), *terms.devices, *terms.counts
+    numbers = b"".join(number.to_bytes(8, "little") for number in told)
     return PURPOSE + numbers + len(keys).to_bytes(8, "little") + keys + terms.context

@@ -37,11 +37,21 @@ MAX_BYTES = 2**26
 
 
 @dataclass(frozen=True)
+class Helped:
+    """What a node has helped to unmask: the survivors, of which devices at which threshold, and the SHA-256 of its own part in it."""
+
+    survivors: tuple[int, ...]
+    devices: tuple[int, ...]
+    threshold: int
+    masked: str
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a node remembers of the last sum that it took part in.
 
     number: its round, from 0; keys: everybody's, once they are checked; masked: the SHA-256 of what it has put under its masks, empty
-    before it has; answered: the survivors of this round that it has helped to unmask, empty before it has.
+    before it has; helped: the first sum of this round that it has helped to unmask.
     """
 
     number: int
@@ -51,18 +61,30 @@ class Memory:
     secrets: Secrets
     keys: Mapping[int, bytes] = field(default_factory=dict)
     masked: str = ""
-    answered: tuple[int, ...] = ()
+    helped: Helped | None = None
 
     def member(self, device: int) -> Member:
         """Returns the device with everybody's keys; raises RefusedSumError where it has none yet."""
         return meet(device, self.terms, self.secrets, self.keys)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a device has to hand in: its change in rank order, float64 [n_k], and what it counts; for which round and attempt."""
+
+    device: int
+    number: int
+    attempt: str
+    change: Array
+    weight: int
+
+
 def answer(folder: Path, question: Question) -> Parcels:
     """Returns a node's answer to a question, of a run's folder of the node; raises RefusedSumError where it would give something away.
 
-    Of one round it helps to unmask one set of survivors only, in whatever attempt: two sums of which one has a device more would tell
-    what that one sent. So it does not go back to an earlier round either.
+    Two sums of one round, of which one has a device more or another value of one, would tell what that one sent. So a node that has helped
+    to unmask one helps with no other survivors, puts nothing else under its masks, and begins another sum of the same devices only, or of
+    those that survived: any two majorities of them have a node in common. It does not go back to an earlier round either.
     """
     device, memory = question.device, read_memory(folder)
     if question.step == "keys":
@@ -81,42 +103,48 @@ def answer(folder: Path, question: Question) -> Parcels:
         return {str(other): message for other, message in messages.items()}
     if not memory.masked:
         raise RefusedSumError(f"device {device}: is asked to unmask a sum that it has sent nothing for")
-    survivors = question.survivors
-    if memory.answered not in ((), survivors):
+    survivors, helped = question.survivors, memory.helped
+    if helped is not None and helped.survivors != survivors:
         raise RefusedSumError(f"device {device}: has answered for other survivors of round {memory.number + 1} already")
     holder = hold(memory.member(device), {int(sender): sealed for sender, sealed in question.parcels.items()})
     _, told = unmask(holder, survivors)
-    write_memory(folder, replace(memory, answered=survivors))
+    helped = helped or Helped(survivors, memory.terms.devices, memory.terms.threshold, memory.masked)
+    write_memory(folder, replace(memory, helped=helped))
     return {"answer": told}
 
 
 def _begun(memory: Memory | None, question: Question) -> Memory:
     """Returns what a node remembers of a sum that begins, or has begun and is asked about again."""
-    terms, number = question.terms, question.number
-    terms.check(terms.devices, question.device)
+    terms, number, device = question.terms, question.number, question.device
+    terms.check(terms.devices, device)
     if memory is not None and memory.number > number:
         raise RefusedSumError(
-            f"device {question.device}: has taken part in round {memory.number + 1} of this run, and does not go back to {number + 1}"
+            f"device {device}: has taken part in round {memory.number + 1} of this run, and does not go back to {number + 1}"
         )
     if memory is not None and (memory.terms, memory.number) == (terms, number):
         return memory
-    answered = memory.answered if memory is not None and memory.number == number else ()
+    helped = memory.helped if memory is not None and memory.number == number else None
+    same = helped and (terms.devices, terms.threshold) == (helped.devices, helped.threshold)
+    if helped and not same and terms.devices != helped.survivors:
+        raise RefusedSumError(f"device {device}: has helped with a sum of other devices of round {number + 1} already")
     secrets = draw_secrets(terms.threshold, os.urandom)
-    return Memory(number, question.attempt, terms, question.point, secrets, answered=answered)
+    return Memory(number, question.attempt, terms, question.point, secrets, helped=helped)
 
 
-def masked_change(folder: Path, device: int, attempt: str, change: Array, weight: int) -> Array:
-    """Returns what a device hands in, uint32 [n_k]: its change in rank order, float64 [n_k], in fixed point times its weight, under masks.
+def masked_change(folder: Path, part: Part) -> Array:
+    """Returns what a device hands in, uint32 [n_k]: its change in fixed point times what it counts, under its masks.
 
-    Raises RefusedSumError for other values under the same masks than before, whose difference would lay both open.
+    Raises RefusedSumError for other values than before under the same masks, or in a round with whose sum it has helped: the difference
+    would lay both open.
     """
-    memory = read_memory(folder)
-    if memory is None or not attempt or memory.attempt != attempt or not memory.keys:
+    memory, device = read_memory(folder), part.device
+    begun = memory is not None and (memory.attempt, memory.number) == (part.attempt, part.number)
+    if memory is None or not begun or not memory.keys:
         raise RefusedSumError(f"device {device}: is to hand in a change for a sum that it has not begun")
-    values = memory.point.whole(change) * weight
-    digest = hashlib.sha256(values.tobytes()).hexdigest()
-    if memory.masked not in ("", digest):
-        raise RefusedSumError(f"device {device}: is asked for other values under the same masks")
+    values = memory.point.whole(part.change) * part.weight
+    digest = hashlib.sha256(f"{memory.point}".encode() + values.tobytes()).hexdigest()
+    if {memory.masked, memory.helped.masked if memory.helped else ""} - {"", digest}:
+        raise RefusedSumError(f"device {device}: is asked for other values of round {part.number + 1} than before")
     masked = mask_values(memory.member(device), values)
     write_memory(folder, replace(memory, masked=digest))
     return masked
@@ -132,12 +160,14 @@ def read_memory(folder: Path) -> Memory | None:
         sealed = unseal(data)
         return _memory(sealed.header, sealed.arrays)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
+        told = f"{error}; without it the node forgets which sums it has helped with"
+        raise CheckpointError(f"{path}: {told}") from None
 
 
 def _memory(header: Mapping[str, Plain], arrays: Mapping[str, Array]) -> Memory:
-    numbers = {name: tuple(int(value) for value in arrays[name]) for name in ("devices", "counts", "answered")}
-    whole = {name: int(str(header[name])) for name in ("number", "threshold", "least", "bits")}
+    kept = ("devices", "counts", "helped_survivors", "helped_devices")
+    numbers = {name: tuple(int(value) for value in arrays[name]) for name in kept}
+    whole = {name: int(str(header[name])) for name in ("number", "threshold", "least", "bits", "helped_threshold")}
     context = bytes.fromhex(str(header["context"]))
     terms = Terms(numbers["devices"], numbers["counts"], whole["threshold"], whole["least"], context)
     masking, own = (
@@ -146,24 +176,31 @@ def _memory(header: Mapping[str, Plain], arrays: Mapping[str, Array]) -> Memory:
     secrets = Secrets(arrays["sealing"].tobytes(), masking, own)
     keys = {device: row.tobytes() for device, row in zip(terms.devices, arrays["keys"], strict=False)}
     point = FixedPoint(float(str(header["largest"])), whole["bits"])
-    of = str(header["attempt"]), terms, point, secrets, keys, str(header["masked"]), numbers["answered"]
+    own_part, helped = str(header["helped_masked"]), None
+    if numbers["helped_survivors"]:
+        helped = Helped(numbers["helped_survivors"], numbers["helped_devices"], whole["helped_threshold"], own_part)
+    of = str(header["attempt"]), terms, point, secrets, keys, str(header["masked"]), helped
     return Memory(whole["number"], *of)
 
 
 def write_memory(folder: Path, memory: Memory) -> None:
     """Writes what a node remembers, whole or not at all, where nobody but its owner can read it."""
     terms, secrets, place = memory.terms, memory.secrets, folder / FOLDER
+    helped = memory.helped or Helped((), (), 0, "")
     header: dict[str, Plain] = {
         "number": memory.number, "attempt": memory.attempt, "context": terms.context.hex(), "threshold": terms.threshold,
         "least": terms.least, "bits": memory.point.bits, "largest": memory.point.largest, "masked": memory.masked,
+        "helped_threshold": helped.threshold, "helped_masked": helped.masked,
     }  # fmt: skip
     arrays = {
-        "devices": np.array(terms.devices), "counts": np.array(terms.counts), "answered": np.array(memory.answered, dtype=np.int64),
+        "devices": np.array(terms.devices), "counts": np.array(terms.counts),
+        "helped_survivors": np.array(helped.survivors, dtype=np.int64), "helped_devices": np.array(helped.devices, dtype=np.int64),
         "sealing": _bytes(secrets.sealing), "masking": _elements(secrets.masking), "own": _elements(secrets.own),
         "keys": np.array([_bytes(memory.keys[device]) for device in terms.devices if device in memory.keys], dtype=np.uint8),
     }  # fmt: skip
     with writing(place):
-        place.mkdir(mode=0o700, exist_ok=True)
+        place.mkdir(exist_ok=True)
+        place.chmod(0o700)  # also where it was there before
     write_whole(place / FILE, Sealed(header, arrays).encode())
 
 

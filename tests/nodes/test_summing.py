@@ -258,7 +258,7 @@ def test_a_sum_that_was_unmasked_is_not_made_again_without_one_of_its_devices(ma
     site.carrier.exchange = Lossy(site, {(4, "keys"): 1}).exchange  # type: ignore[method-assign]
     records = list(life.run(setup, made.home / "run", site=site))
     refused = [record.privacy.refused for record in records if record.privacy]
-    assert refused == ["device 0: has answered for other survivors of round 1 already", "", ""]
+    assert refused == ["device 0: has helped with a sum of other devices of round 1 already", "", ""]
 
 
 def begun(made: Made, step: str) -> tuple[Path, Question]:
