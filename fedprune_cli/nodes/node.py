@@ -104,7 +104,8 @@ class Node:
                 self.versions.write(task.round, personal)
                 self.versions.keep((task.round,))
             return score, False
-        if self.privacy.secure and (order.attempt is None or task.bits != BITS_PER_PARAM):
+        open_ = order.attempt is None and task.shared.size > 0
+        if self.privacy.secure and (open_ or task.bits != BITS_PER_PARAM):
             raise RefusedSumError(f"device {self.device}: is to hand in an update without masks")
         update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
@@ -112,7 +113,8 @@ class Node:
             self.versions.write(task.round + 1, update.personal)
         self.versions.keep((order.base, task.round + 1))
         update = update if moved else _diverged(update, task)
-        return (self._under_masks(order, update) if self.privacy.secure else update), moved
+        masks = self.privacy.secure and order.attempt is not None  # else there is nothing to hand in
+        return (self._under_masks(order, update) if masks else update), moved
 
     def _under_masks(self, order: Order, update: Update) -> Update:
         """Returns the update with whole numbers under the masks of the round's sum in the place of its values [n_k]; none without a sum.
