@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
@@ -250,6 +251,11 @@ MODELS: dict[str, type[ModelConfig]] = {
 }
 
 
+_one_at_a_time = (
+    threading.Lock()
+)  # PyTorch's layers draw from one generator, also those of several nodes in one process
+
+
 def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Sequential:
     """Returns the model with PyTorch's default initialization drawn from stream (seed, "init").
 
@@ -261,7 +267,7 @@ def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) 
         )
     if size > MAX_PARAMS:
         raise ConfigError(f"model {config.name!r} would have {size} parameters: must be at most {MAX_PARAMS}")
-    with torch.random.fork_rng(devices=[]):
+    with _one_at_a_time, torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(seed, "init").integers(2**62)))
         model = nn.Sequential(config.blocks(shape, num_classes))
     if buffers := [name for name, _ in model.named_buffers()]:
