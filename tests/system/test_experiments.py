@@ -25,6 +25,7 @@ NATURAL = {  # experiments whose small round needs something else, such as those
     "watch": ("partition=dirichlet",),
     "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
     "privacy_cost": ("devices.count=5",),  # of whose devices an entry of a secure sum must be five
+    "privacy_cost_watch": ("partition=dirichlet", "devices.count=5"),
 }
 HEAVY = (
     "colour",
