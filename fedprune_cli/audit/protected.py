@@ -76,9 +76,8 @@ def _of_sum(setup: Setup, record: RoundRecord, plan: Plan) -> dict[str, object]:
         "withheld": float(plan.ratios[plan.devices].mean() - asked.mean()),
         "bits": fixed_point(setup, devices).bits,
     }
-    if (
-        setup.experiment.execution.remote and record.privacy and record.privacy.refused
-    ):  # a node may be lost between any two steps
+    # a node may be lost between any two steps
+    if setup.experiment.execution.remote and record.privacy and record.privacy.refused:
         return told | {"devices": 0, "refused": record.privacy.refused, "bits": None}
     announced = Terms(tuple(devices), tuple(counts), privacy.needed(len(devices)), privacy.least, b"")
     try:

@@ -251,9 +251,8 @@ MODELS: dict[str, type[ModelConfig]] = {
 }
 
 
-_one_at_a_time = (
-    threading.Lock()
-)  # PyTorch's layers draw from one generator, also those of several nodes in one process
+# PyTorch's layers draw from one generator, also those of several nodes in one process
+_one_at_a_time = threading.Lock()
 
 
 def build_model(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.Sequential:

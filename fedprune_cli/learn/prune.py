@@ -126,8 +126,7 @@ class Masks:
 
     def levels(self, devices: Array) -> Array:
         """Returns how many of these devices' different cutoffs are at or below each entry's rank, [U]; the same ones keep a level."""
-        cutoffs = np.unique(self.kept[devices])
-        return np.searchsorted(cutoffs, self.rank, side="right").astype(np.min_scalar_type(len(cutoffs)))
+        return _levels(np.unique(self.kept[devices]), self.rank)
 
     def kept_units(self, device: int) -> tuple[Array, ...]:
         """Returns which units the device keeps, a bool array a channel group."""
@@ -177,8 +176,13 @@ class Masks:
         cutoffs = np.unique(self.kept)
         small = np.min_scalar_type(len(cutoffs) + 1)
         ranks = {f"units/{at}": rank for at, rank in enumerate(self.units)} or {"rank": self.rank}
-        coarse = {name: np.searchsorted(cutoffs, rank, side="right").astype(small) for name, rank in ranks.items()}
+        coarse = {name: _levels(cutoffs, rank) for name, rank in ranks.items()}
         return {"kept": (np.searchsorted(cutoffs, self.kept) + 1).astype(small), **coarse}
+
+
+def _levels(cutoffs: Array, rank: Array) -> Array:
+    """Returns how many of the cutoffs, ascending, are at or below each rank, in as few bytes as can be."""
+    return np.searchsorted(cutoffs, rank, side="right").astype(np.min_scalar_type(len(cutoffs) + 1))
 
 
 def masks_of_arrays(arrays: Mapping[str, Array], layout: Layout, num_devices: int) -> Masks | None:

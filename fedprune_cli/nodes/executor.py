@@ -57,7 +57,6 @@ class Reply:
     """What came back, and when by the server's clock: sent, there (the node said so), and answered. failure: why there is no result.
 
     refusal: why a node has no part in a secure sum, which is no reason for the others to stop.
-
     got_s: None where the carrier does not say; compute_s: how long the node worked, by its own clock; spent: what it drew
     meanwhile, None where it did not measure.
     """
@@ -258,8 +257,8 @@ def _refuse(error: RefusedSumError, _: Mapping[int, Array]) -> Array:
 
 
 def _asking(question: Question) -> Request:
-    message, what = question.encode(), f"the {question.step} of round {question.number + 1}'s sum"
-    number = question.number + 1
+    message, number = question.encode(), question.number + 1
+    what = f"the {question.step} of round {number}'s sum"
     return Request(
         lambda heard: (message, heard), lambda answer: read_answer(answer, question), round=number, what=what
     )

@@ -24,7 +24,7 @@ from fedprune_cli.nodes.protocol import failed, refused
 from fedprune_cli.nodes.sum_messages import Question, SumAnswer, read_question
 from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
-from fedprune_cli.round.protect import sound_change
+from fedprune_cli.round.protect import sound_or_old
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
@@ -128,7 +128,8 @@ class Node:
             return bare
         task = order.task
         mask = sent_mask(task.kept, self.learner.layout, task.shared.size)
-        change = sound_change(update.shared, task.shared if mask is None else task.shared[mask])
+        before = task.shared if mask is None else task.shared[mask]
+        change = sound_or_old(update.shared, before).astype(np.float64) - before
         if order.levels is not None:
             change = change[np.argsort(order.levels, kind="stable")]
         weight = int(self.privacy.weight(len(self.learner.train[self.device])))

@@ -46,23 +46,19 @@ class Ranked:
     changes: Mapping[int, Array]
 
 
-def sound_change(values: Array, old: Array) -> Array:
-    """Returns what a device changed of `old` [n_k], float64 [n_k]: nothing where some value is not finite, or beyond what is taken.
+def sound_or_old(values: Array, old: Array) -> Array:
+    """Returns a device's values [n_k], or what they were before, `old` [n_k], where one is not finite, or beyond what is taken.
 
     A device looks at its own values before it clips or masks them: of a sum the server cannot refuse a part, and that one is missing would
     tell what only its data decide.
     """
-    change: Array = values.astype(np.float64) - old
-    return change if sound(values, len(old)) else np.zeros(len(old))
+    return values if sound(values, len(old)) else old
 
 
 def checked_by_themselves(old: Array, sent: Sent) -> Sent:
     """Returns what was sent of `old` u [U] where each device that has no sound update sends none of its change."""
     updates = [
-        update
-        if update.died or sound(update.shared, len(before := old[sent.masks[update.device]]))
-        else replace(update, shared=before)
-        for update in sent.updates
+        replace(update, shared=sound_or_old(update.shared, old[sent.masks[update.device]])) for update in sent.updates
     ]
     return replace(sent, updates=updates)
 

@@ -225,23 +225,28 @@ def test_too_few_leave_u_as_it_was(made: Made, step: str) -> None:
     assert verify_run(life.reopen(made.home / "run"), made.home / "run", 2).failures == ()
 
 
+def stop_after(made: Made, setup: life.Setup, site: InProcessSite, step: str) -> InProcessSite:
+    """Ends the server of a run in its next round, once its nodes have answered to this step; returns the site of its successor."""
+    exchange = site.carrier.exchange
+
+    def stopped(requests: Mapping[int, Request]) -> Mapping[int, Reply]:
+        replies = exchange(requests)
+        if step_of(next(iter(requests.values()))) == step:
+            raise InterruptedError
+        return replies
+
+    site.carrier.exchange = stopped  # type: ignore[method-assign]
+    with pytest.raises(InterruptedError):
+        next(life.run(setup, made.home / "run", site=site))
+    return InProcessSite(places_of(made.home / "pilot"), site.config)
+
+
 @pytest.mark.slow
 def test_killed_at_any_point_of_a_round_it_ends_with_the_same_bytes(made: Made) -> None:
     """The server forgets the sum that it was at, and nodes begin another one of the same round, or the same one again."""
     setup, site = made.start("run")
-    for stop in ("keys", "shares", "block", "unmask"):
-        exchange = site.carrier.exchange
-
-        def broken(requests: Mapping[int, Request], stop: str = stop) -> Mapping[int, Reply]:
-            replies = exchange(requests)  # noqa: B023  # called before the next turn
-            if step_of(next(iter(requests.values()))) == stop:
-                raise InterruptedError
-            return replies
-
-        site.carrier.exchange = broken  # type: ignore[method-assign]
-        with pytest.raises(InterruptedError):
-            next(life.run(setup, made.home / "run", site=site))
-        site = InProcessSite(places_of(made.home / "pilot"), site.config)
+    for step in ("keys", "shares", "block", "unmask"):
+        site = stop_after(made, setup, site, step)
     list(life.run(setup, made.home / "run", site=site))
     assert result(made.home / "run") == result(made.home / "simulated")
 
@@ -249,42 +254,25 @@ def test_killed_at_any_point_of_a_round_it_ends_with_the_same_bytes(made: Made) 
 def test_a_sum_that_was_unmasked_is_not_made_again_without_one_of_its_devices(made: Made) -> None:
     """The server was killed before it had written the round down, and device 4 is gone since: the difference would be its change."""
     setup, site = made.start("run")
-    exchange = site.carrier.exchange
-
-    def stopped(requests: Mapping[int, Request]) -> Mapping[int, Reply]:
-        replies = exchange(requests)
-        if step_of(requests[0]) == "unmask":
-            raise InterruptedError
-        return replies
-
-    site.carrier.exchange = stopped  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
-        next(life.run(setup, made.home / "run", site=site))
-    site = InProcessSite(places_of(made.home / "pilot"), site.config)
+    site = stop_after(made, setup, site, "unmask")
     site.carrier.exchange = Lossy(site, {(4, "keys"): 1}).exchange  # type: ignore[method-assign]
     records = list(life.run(setup, made.home / "run", site=site))
     refused = [record.privacy.refused for record in records if record.privacy]
     assert refused == ["device 0: has helped with a sum of other devices of round 1 already", "", ""]
 
 
+def asked_of_device_2(site: InProcessSite, kind: str) -> Sealed:
+    """Returns the last message of a kind that the server sent to device 2."""
+    messages = [message for message in map(unseal, site.carrier.wire) if message.header["kind"] == kind]
+    return [message for message in messages if message.header.get("device") == 2][-1]
+
+
 def begun(made: Made, step: str) -> tuple[Path, Question]:
     """Returns the folder of device 2 of a run that stopped after this step of its first round, and what it was asked last."""
     setup, site = made.start("run")
-    exchange, asked = site.carrier.exchange, list[Question]()
-
-    def watched(requests: Mapping[int, Request]) -> Mapping[int, Reply]:
-        message = read_from_server(requests[2].write(None)[0])
-        if message.header["kind"] == "sum":
-            asked.append(read_question(message, f"{setup.experiment.config_hash}-s0"))
-        replies = exchange(requests)
-        if step_of(requests[2]) == step:
-            raise InterruptedError
-        return replies
-
-    site.carrier.exchange = watched  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
-        next(life.run(setup, made.home / "run", site=site))
-    return made.home / "pilot" / "device-2" / f"{setup.experiment.config_hash}-s0", asked[-1]
+    stop_after(made, setup, site, step)
+    run = f"{setup.experiment.config_hash}-s0"
+    return made.home / "pilot" / "device-2" / run, read_question(asked_of_device_2(site, "sum"), run)
 
 
 def test_a_node_helps_with_one_set_of_survivors_a_round_whatever_it_is_told(made: Made) -> None:
@@ -340,18 +328,8 @@ def test_a_node_never_puts_two_changes_under_the_same_masks(made: Made) -> None:
 def test_a_task_that_wants_more_than_masked_values_gets_none(made: Made) -> None:
     """Rounded values have a code of their own, a task of another round has other samples, and one without steps adds nothing."""
     setup, site = made.start("run")
-    exchange, tasks = site.carrier.exchange, dict[int, bytes]()
-
-    def stopped(requests: Mapping[int, Request]) -> Mapping[int, Reply]:
-        if step_of(requests[2]) == "block":
-            tasks.update({device: request.write(None)[0] for device, request in requests.items()})
-            raise InterruptedError
-        return exchange(requests)
-
-    site.carrier.exchange = stopped  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
-        next(life.run(setup, made.home / "run", site=site))
-    node, sealed = site.carrier.nodes[2], unseal(tasks[2])
+    stop_after(made, setup, site, "block")
+    node, sealed = site.carrier.nodes[2], asked_of_device_2(site, "task")
     reversed_ = {"levels": sealed.arrays["levels"][::-1]}
 
     def told(header: Mapping[str, Plain], arrays: Mapping[str, np.ndarray]) -> Sealed:
