@@ -33,7 +33,7 @@ NODES, TARGET = 3, 0.85
 SPLIT = ("data=digits", f"devices.count={NODES}", "devices.fresh=0")
 TASK = (
     "model.hidden=[512]", "pruner.granularity=channel", "training.shared_steps=30", "training.personal_steps=10",
-    "deadline.fraction=0.5",
+    "deadline.fraction=0.5", "meter.unicast=true",
 )  # fmt: skip
 ARMS = ("personalized", "proposed")
 TICK_S = 0.004  # between two looks at what a node has used

@@ -5,7 +5,8 @@ Latency of device k (model.md, section 3): t_k = t_down + t_comp,k + t_up,k, wit
                weighed by kind of layer, and a fixed time per step on top, where a device is known so well (section 5)
     t_up,k   = bits of the encoded payload / (1 - block_error) / (uplink_share r_k(b_k))
     t_down   = broadcast of u, and of masks that devices cannot derive, at the worst device's rate over the whole band, in the
-               share of the time that is the downlink's.
+               share of the time that is the downlink's; or, where each device is sent its own copy, what it keeps of u and its mask,
+               at its rate over an equal part of the band.
 Ignored: the time to sort and pack, protocol headers, what a retransmission waits for, the broadcast's own errors, the server's own time.
 """
 
@@ -37,16 +38,24 @@ class Meter:
     """What the latency of a round includes: `mask_overhead` of masks that devices cannot derive, and the `downlink`.
 
     idle: whether joules count what devices draw from the round's beginning to its end besides computing and sending, where a fleet knows
-    it. kappa is of dynamic watts, so idle watts are on top of it, also while a device computes.
+    it. kappa is of dynamic watts, so idle watts are on top of it, also while a device computes. unicast: whether each device is sent a
+    copy of its own of what it keeps, as over links of their own, in place of one broadcast to all.
     """
 
     name: str
     mask_overhead: bool
     downlink: bool
     idle: bool = field(default=False, metadata=LATER)
+    unicast: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         require(self.name in ("encoded", "paper"), "name", self.name, "'encoded' or 'paper'")
+        require(
+            self.downlink or not self.unicast,
+            "unicast",
+            self.unicast,
+            "false where meter.downlink=false: nothing of it is counted",
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,33 @@ def downlink_s(meter: Meter, channel: Channel, gain: Array, payload_bits: float)
     return float(payload_bits / (radio.downlink_share * rate(np.array(radio.band_hz), snr_hz.min())))
 
 
+def unicast_s_per_bit(meter: Meter, channel: Channel, fleet: Fleet, gain: Array) -> Array:
+    """Returns the seconds [K] that a bit takes to each of these devices, whose copies are on their way at once; 0 if not metered.
+
+    The downlink's band and power are divided equally, within the least and the most that each device may use of a band. It keeps its part
+    when others are done. A device without a link, which no round can have, has neither part nor seconds.
+    """
+    radio = radio_of(channel)
+    snr_hz = channel.bs_power_w * gain / channel.noise_w_per_hz
+    linked = snr_hz >= NO_LINK * radio.band_hz
+    if not meter.downlink or not linked.any():
+        return np.zeros(len(gain))
+    part = np.clip(radio.band_hz / linked.sum(), fleet.min_bandwidth_hz, fleet.max_bandwidth_hz) / radio.band_hz
+    part /= max(part[linked].sum(), 1.0)
+    over_all = rate(np.full(len(gain), radio.band_hz), np.where(linked, snr_hz, snr_hz.max()))
+    return np.where(linked, 1.0 / (radio.downlink_share * part * over_all), 0.0)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What devices wait until u is there: fixed_s, whatever they keep, and shared_s for the whole shared part, in proportion to what of it
+    they keep; both [K], or alike for all.
+    """
+
+    fixed_s: Array | float
+    shared_s: Array | float = 0.0
+
+
 @dataclass(frozen=True)
 class Uplink:
     """What devices send, and over what: the channel, their power gains [K], and the number U of values of u before pruning.
@@ -181,7 +217,7 @@ class Uplink:
         return np.where(problem.linked, dense_deadline(problem)[0], 0.0)
 
 
-def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, max_ratio: float) -> Problem:
+def build_problem(load: Load, uplink: Uplink, weight: Array, wait: Wait, max_ratio: float) -> Problem:
     """Returns the round's allocation problem with an open deadline: t_k = x_k (a_k + c_k / r_k(b_k)) + d_k, all [K] and SI.
 
     c is in bits that r_k would carry in the time that the upload takes: q U, more where blocks are sent again and where the uplink has
@@ -192,7 +228,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
     radio = radio_of(channel)
     ones, zeros = np.ones(len(weight)), np.zeros(len(weight))
     exchange_s = uplink.exchange_s(fleet)
-    fixed_s, computing_j = load.compute_s(zeros) + t_down_s + exchange_s, load.compute_j(zeros)
+    fixed_s, computing_j = load.compute_s(zeros) + wait.fixed_s + exchange_s, load.compute_j(zeros)
     fixed_j = computing_j + load.radio_power_w * exchange_s
     limits = Limits(
         min_bandwidth_hz=fleet.min_bandwidth_hz, max_bandwidth_hz=fleet.max_bandwidth_hz, energy_budget_j=fleet.energy_budget_j,
@@ -200,7 +236,7 @@ def build_problem(load: Load, uplink: Uplink, weight: Array, t_down_s: float, ma
         fixed_compute_s=load.compute_s(zeros), circuit_w=radio.uplink_share * fleet.radio_circuit_w,
     )  # fmt: skip
     return Problem(
-        shared_compute_s=load.shared_compute_s,
+        shared_compute_s=load.shared_compute_s + wait.shared_s,
         payload_bits=ones * BITS_PER_PARAM * uplink.shared_params * radio.attempts / radio.uplink_share,
         fixed_s=fixed_s,
         snr_hz=fleet.tx_power_w * uplink.gain_linear / channel.noise_w_per_hz,
@@ -222,7 +258,10 @@ def compress(problem: Problem, bits: float) -> Problem:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Modelled figures of one round, [K] for the devices that took part: seconds, joules, FLOPs, bytes; bytes_down is the broadcast's."""
+    """Modelled figures of one round, [K] for the devices that took part: seconds, joules, FLOPs, bytes.
+
+    bytes_down: the broadcast's, or of all copies together; received: of each device's own copy, None where there is a broadcast.
+    """
 
     compute_s: Array
     uplink_s: Array
@@ -231,6 +270,7 @@ class Measurement:
     flops: Array
     bytes_up: Array
     bytes_down: float
+    received: Array | None = None
 
     @property
     def latency_s(self) -> Array:
@@ -269,16 +309,25 @@ class Measurement:
         return replace(self, joules=self.joules + idle_power_w * until_s)
 
     def joined(self, other: Measurement) -> Measurement:
-        """Returns the figures of these devices and of others that heard more of the same broadcast."""
-        arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up")
+        """Returns the figures of these devices and of others that were served after them, whose bytes_down has these' in it."""
+        arrays = ("compute_s", "uplink_s", "downlink_s", "joules", "flops", "bytes_up") + ("received",) * (
+            self.received is not None
+        )
         both = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in arrays}
         return Measurement(**both, bytes_down=other.bytes_down)
 
 
-def measure(
-    load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, bits_down: float, t_down_s: Array
-) -> Measurement:
-    """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait [K] for u.
+@dataclass(frozen=True)
+class Down:
+    """What devices are sent before they begin. bytes: of all together; wait_s: until each has it [K]; received: as in `Measurement`."""
+
+    bytes: float
+    wait_s: Array
+    received: Array | None = None
+
+
+def measure(load: Load, *, rate_bps: Array, kept: Array, payload_bytes: Array, down: Down) -> Measurement:
+    """Returns what the round costs, from the fraction of u really kept [K], the payloads really encoded [K] and the wait for u.
 
     rate_bps: r_k(b_k) [K], while devices may send. Blocks that fail are sent again, and count as bytes, seconds and joules.
     Energy: kappa f^2 per cycle and the radio's power while it sends; receiving is ignored, and idling is counted when the round has ended.
@@ -289,11 +338,12 @@ def measure(
     return Measurement(
         compute_s=load.compute_s(kept),
         uplink_s=uplink_s,
-        downlink_s=t_down_s,
+        downlink_s=down.wait_s,
         joules=load.compute_j(kept) + load.radio_power_w * uplink_s,
         flops=kept * load.shared_flops + load.personal_flops,
         bytes_up=bytes_up,
-        bytes_down=bits_down / 8,
+        bytes_down=down.bytes,
+        received=down.received,
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
-from conftest import make_setup
+from conftest import make_setup, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.learn.client import Score
-from fedprune_cli.meter import accuracies, build_load, downlink_s, measure
+from fedprune_cli.meter import Down, accuracies, build_load, downlink_s, measure, unicast_s_per_bit
 from fedprune_cli.wire.masks import decode_mask, encode_mask
 
 
@@ -31,9 +34,7 @@ def test_seconds_joules_and_flops_by_hand() -> None:
     ids = np.array([0, 2])
     load = build_load(setup.scenario.fleet, ids, [setup.schedule(k) for k in ids], [setup.blueprint.cost] * 2)
     kept, sent, rate_bps = np.array([0.5, 0.0]), np.array([100.0, 0.0]), np.array([400.0, 0.0])
-    result = measure(
-        load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, bits_down=80.0, t_down_s=np.full(len(kept), 0.25)
-    )
+    result = measure(load, rate_bps=rate_bps, kept=kept, payload_bytes=sent, down=Down(10.0, np.full(len(kept), 0.25)))
     fleet = setup.scenario.fleet
     u, v = (
         8 * (2 * 2048 + 3 * 4096),
@@ -59,11 +60,42 @@ def test_the_downlink_runs_at_the_worst_devices_rate() -> None:
     assert downlink_s(make_setup("meter=paper").experiment.meter, channel, gain, 1e6) == 0
 
 
+def test_copies_divide_the_band_equally_and_within_the_devices_own() -> None:
+    setup = make_setup("devices=sampled", "devices.count=3")
+    meter, channel, fleet = setup.experiment.meter, setup.experiment.channel, setup.scenario.fleet.take(np.arange(3))
+    gain = np.array([1e-9, 1e-11, 0.0])
+    snr = channel.bs_power_w * gain / (channel.noise_w_per_hz * channel.bandwidth_hz)
+    half = channel.bandwidth_hz / 2 * np.log2(1 + snr[:2])  # nobody sends to the third
+    np.testing.assert_allclose(unicast_s_per_bit(meter, channel, fleet, gain), [*(1 / half), 0.0])
+    narrow = replace(fleet, max_bandwidth_hz=channel.bandwidth_hz * np.array([1.0, 0.1, 1.0]))
+    np.testing.assert_allclose(unicast_s_per_bit(meter, channel, narrow, gain), [1 / half[0], 1 / (0.2 * half[1]), 0.0])
+    wide = replace(fleet, min_bandwidth_hz=channel.bandwidth_hz * np.array([2.0, 2.0, 2.0]))  # more than there is
+    np.testing.assert_allclose(unicast_s_per_bit(meter, channel, wide, gain), [*(1 / half), 0.0])
+    assert not unicast_s_per_bit(make_setup("meter=paper").experiment.meter, channel, fleet, gain).any()
+
+
+def test_an_allocation_that_knows_of_copies_ends_its_round_when_it_says(tmp_path: Path) -> None:
+    """What a device waits for goes with what it keeps; planned is a bitmap for its mask, and its code is never longer."""
+    first = run_to_end(tmp_path / "run", "meter.unicast=true", "deadline.fraction=0.6", "rounds=1")[0]
+    kept = [
+        4 * round((1 - ratio) * 1040) for ratio in first["devices"]["prune_ratio"]
+    ]  # of 64 x 16 weights and 16 biases
+    masks = np.subtract(first["devices"]["bytes_down"], kept)
+    assert (masks > 0).all()
+    assert (masks <= 1 + 1040 / 8).all()
+    assert first["bytes_down"] == sum(first["devices"]["bytes_down"])
+    assert 0.99 < first["latency_s"] / first["deadline_s"] < 1.001  # whole entries are kept
+    dense = run_to_end(tmp_path / "dense", "meter.unicast=true", "method=personalized", "rounds=1")[0]
+    assert dense["bytes_down"] == 4 * 1040 * 4
+    assert np.isclose(dense["latency_s"], dense["dense_latency_s"])
+
+
 def test_only_masks_that_devices_cannot_derive_are_sent() -> None:
     assert not make_setup().blueprint.sends_masks
     assert make_setup("pruner=taylor").blueprint.sends_masks
     assert not make_setup("pruner=taylor", "method=personalized").blueprint.sends_masks
     assert not make_setup("pruner=taylor", "meter=paper").blueprint.sends_masks
+    assert make_setup("meter.unicast=true").blueprint.sends_masks  # who is sent a part of u cannot rank the whole
 
 
 def test_accuracies_are_weighted_unweighted_and_low() -> None:

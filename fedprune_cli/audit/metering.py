@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune_cli.allocate.inverse import rate
-from fedprune_cli.meter import Measurement, build_load, downlink_s, measure
-from fedprune_cli.round.bill import exchanging, radiated
+from fedprune_cli.meter import Down, Measurement, build_load, downlink_s, measure, unicast_s_per_bit
+from fedprune_cli.round.bill import copies, exchanging, radiated
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
@@ -72,23 +72,19 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: P
     if wrong := [*_bytes_failures(record, sent, (work < 1) | slices, at_most=slices)]:
         yield from wrong
         return
-    masks_bits = 8 * (record.bytes_down - down) - BITS_PER_PARAM * size  # what was broadcast beside u, keys and shares
     sends_masks = setup.blueprint.sends_masks
     flags = np.arange(setup.blueprint.layout.flags(size)) % 2 == 0
-    most = 8 * len(devices) * len(encode_mask(flags)) if sends_masks else 0
-    if not -1 <= masks_bits <= most + 8 and (not slices or masks_bits > most + 8):
-        yield f"{record.bytes_down} bytes were broadcast, of which {masks_bits / 8:.0f} would be masks: must be in 0..{most // 8}"
+    most = len(encode_mask(flags)) if sends_masks else 0
+    if experiment.meter.unicast:
+        yield from _copies_failures(record, 4 * kept, down / max(training, 1) * ~stopped, most, at_most=slices)
+    else:
+        yield from _broadcast_failures(record, 4 * size + down, len(devices) * most, at_most=slices)
     if slices or (stopped.any() and sends_masks):
         return
-    gain_of_listeners = {
-        False: roster.gain_linear[roster.asked],
-        True: roster.gain_linear[np.concatenate([roster.asked, roster.frozen])],
-    }
-    heard_bits = {False: BITS_PER_PARAM * size + max(masks_bits, 0.0) + 8 * down, True: 8.0 * record.bytes_down}
-    wait_s = {
-        still: downlink_s(experiment.meter, experiment.channel, gain_of_listeners[still], heard_bits[still])
-        for still in {*stopped.tolist()}
-    }
+    if experiment.meter.unicast:
+        wait_s = _copies_wait_s(setup, roster, record, stopped)
+    else:
+        wait_s = _broadcast_wait_s(setup, roster, record, stopped)
     schedules = [
         setup.personal_schedule(device) if still else setup.schedule(device)
         for device, still in zip(devices.tolist(), stopped, strict=True)
@@ -109,14 +105,64 @@ def metering_failures(setup: Setup, record: RoundRecord, roster: Roster, plan: P
         rate_bps=rate_bps,
         kept=kept / max(size, 1),
         payload_bytes=coded,  # what was sent agrees with it, or was cut short
-        bits_down=0.0,
-        t_down_s=np.array([wait_s[still] for still in stopped.tolist()]),
+        down=Down(0.0, wait_s),
     )
     again = exchanging(setup, again, load, devices, gain)
     again = again.cut_short(work, load.radio_power_w)
     if experiment.meter.idle:
         again = again.idling(load.fleet.idle_power_w, np.where(work < 1, again.latency_s, record.latency_s))
     yield from _meter_failures(record, again)
+
+
+def _broadcast_failures(record: RoundRecord, others: float, most: int, *, at_most: bool) -> Iterator[str]:
+    """Yields that more or less was broadcast than u, keys and shares, `others`, and no more than `most` bytes of masks."""
+    masks = record.bytes_down - others
+    if masks > most + 1 or (masks < -1 / 8 and not at_most):
+        yield f"{record.bytes_down} bytes were broadcast, of which {masks:.0f} would be masks: must be in 0..{most}"
+
+
+def _broadcast_wait_s(setup: Setup, roster: Roster, record: RoundRecord, stopped: Array) -> Array:
+    """Returns what the devices waited for what was broadcast [K]."""
+    listeners, meter = (
+        {False: roster.asked, True: np.concatenate([roster.asked, roster.frozen])},
+        setup.experiment.meter,
+    )
+    bits = 8.0 * max(record.bytes_down, BITS_PER_PARAM // 8 * setup.blueprint.cost.shared_params)
+    wait_s = {
+        still: downlink_s(meter, setup.experiment.channel, roster.gain_linear[listeners[still]], bits)
+        for still in {*stopped.tolist()}
+    }
+    return np.array([wait_s[still] for still in stopped.tolist()])
+
+
+def _copies_failures(
+    record: RoundRecord, values: Array, exchanged: Array, most: int, *, at_most: bool
+) -> Iterator[str]:
+    """Yields the first device that was sent other bytes than its values [K], its keys and shares [K], and at most so many of a mask."""
+    received = np.array(record.devices.bytes_down or np.full(len(values), np.nan))
+    masks = received - values - exchanged
+    if (wrong := ~((masks >= (-values if at_most else 0) - 1e-6) & (masks <= most + 1e-6))).any():
+        at = int(np.flatnonzero(wrong)[0])
+        of = f"its ratio gives {values[at] + exchanged[at]:g} and a mask of at most {most}"
+        yield f"device {record.devices.id[at]} was sent {received[at]:g} bytes, {of}"
+    if record.bytes_down != int(received.sum()):
+        yield f"{record.bytes_down} bytes were sent in all, the devices' are {received.sum():g}"
+
+
+def _copies_wait_s(setup: Setup, roster: Roster, record: RoundRecord, stopped: Array) -> Array:
+    """Returns what the devices waited for copies of their own [K], those that train first."""
+    experiment, fleet, ids = setup.experiment, setup.scenario.fleet, np.array(record.devices.id)
+    received = np.array(record.devices.bytes_down, dtype=float)
+    places = np.searchsorted(roster.asked, ids[~stopped])
+    wait_s = np.zeros(len(ids))
+    for still, asked, at in ((False, roster.asked, places), (True, roster.frozen, slice(None))):
+        if not (here := stopped == still).any():
+            continue
+        s_per_bit = unicast_s_per_bit(
+            experiment.meter, experiment.channel, fleet.take(asked), roster.gain_linear[asked]
+        )[at]
+        wait_s[here] = copies(received[here], s_per_bit, wait_s.max()).wait_s
+    return wait_s
 
 
 def _bytes_failures(record: RoundRecord, coded: Array, bounded: Array, *, at_most: bool) -> Iterator[str]:

@@ -6,12 +6,14 @@ slopes (Theil and Sen); else m is the median of measured / modelled, and s is wh
 
 Uplink: nobody on the way divides a pilot's band as the allocation says; every node has the link that it has. So a device's rate is the
 median of bits / seconds, at a bandwidth of its own, neither more nor less, so wide that all have the same bits per second and Hz.
+Downlink: one power of the base station, at which the node that waits longest for a broadcast, or has the slowest copies, waits as it did.
 Ignored: what a message takes however small it is, which is in the rate.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +54,8 @@ class Off:
 @dataclass(frozen=True)
 class FittedDevice:
     """One device. slower: how many times the seconds of its FLOPs that the run's fleet says; step_s: of a step besides, and whether the
-    rounds tell it from the FLOPs; flops_per_s: counted ones, of the whole model; uplink_bps: bits/s.
+    rounds tell it from the FLOPs; flops_per_s: counted ones, of the whole model; uplink_bps: bits/s; downlink_bps: of copies of its own,
+    None where there is a broadcast or nothing is metered.
     """
 
     device: int
@@ -65,11 +68,13 @@ class FittedDevice:
     compute: Off
     uplink_bps: float
     uplink: Off
+    downlink_bps: float | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The devices, the downlink's bits/s (None where nothing is metered), and the slowest device of each round, before and after.
+    """The devices, the downlink's bits/s, of the slowest copies where each has its own (None where nothing is metered), and the slowest
+    device of each round, before and after.
 
     drawn: what nodes measured of energy, which is not fitted: it has in it what the machine does besides.
     """
@@ -90,12 +95,16 @@ def fit_run(setup: Setup, run_dir: Path) -> Fit:
         )
     pilot = read_pilot(setup, run_dir)
     known = np.zeros(len(fleet.cpu_hz)) if fleet.practice is None else fleet.practice.step_s
-    devices = [_device(fleet, seen, float(known[seen.device]), _counted(setup, seen.device)) for seen in pilot.seen]
-    down_bps = _downlink(pilot)
-    return Fit(tuple(devices), down_bps, *_rounds(pilot, devices, down_bps), read_drawn(run_dir))
+    devices = [
+        _device(fleet, seen, float(known[seen.device]), _counted(setup, seen.device), unicast=pilot.unicast)
+        for seen in pilot.seen
+    ]
+    down_bps = _copies(devices) if pilot.unicast else _downlink(pilot)
+    rates = _down_rates(fleet, devices, down_bps)
+    return Fit(tuple(devices), down_bps, *_rounds(pilot, devices, rates), read_drawn(run_dir))
 
 
-def _device(fleet: Fleet, seen: Seen, known_s: float, counted: float) -> FittedDevice:
+def _device(fleet: Fleet, seen: Seen, known_s: float, counted: float, *, unicast: bool) -> FittedDevice:
     """Returns the fit of one device; known_s: its step's fixed seconds so far; counted: FLOPs for each that is weighed by its layer."""
     slower, step_s, identified = fit_compute(seen.work_s, seen.steps, seen.compute_s, known_s)
     cycles = slower * float(fleet.cycles_per_flop[seen.device])
@@ -110,7 +119,23 @@ def _device(fleet: Fleet, seen: Seen, known_s: float, counted: float) -> FittedD
         seen.device, len(seen.round), slower, step_s, identified, cycles,
         counted * float(fleet.cpu_hz[seen.device]) / cycles,
         _off(seen.modelled_compute_s, fitted_s, seen.compute_s), bps, _off(seen.modelled_uplink_s, seen.bits / bps, seen.uplink_s),
+        _bps(seen) if unicast else None,
     )  # fmt: skip
+
+
+def _bps(seen: Seen) -> float | None:
+    """Returns the median rate of a device's copies; None where nothing is metered."""
+    took = (seen.bits_down > 0) & (seen.downlink_s > 0)
+    return (
+        float(np.median(seen.bits_down[took] / seen.downlink_s[took]))
+        if took.any() and seen.modelled_downlink_s.any()
+        else None
+    )
+
+
+def _copies(devices: Sequence[FittedDevice]) -> float | None:
+    """Returns the rate of the slowest copies."""
+    return min((one.downlink_bps for one in devices if one.downlink_bps is not None), default=None)
 
 
 def fit_compute(work_s: Array, steps: Array, compute_s: Array, known_s: float) -> tuple[float, float, bool]:
@@ -165,27 +190,37 @@ def _counted(setup: Setup, device: int) -> float:
 def _downlink(pilot: Pilot) -> float | None:
     """Returns the bits/s at which a round's broadcast takes as long as the node took that waited longest for what of it was sent."""
     rates = []
-    for number, bits in pilot.bits_down.items():
-        waits = [float(seen.downlink_s[seen.round == number][0]) for seen in pilot.seen if number in seen.round]
-        if waits and bits and max(waits) > 0:
-            rates.append(bits / max(waits))
+    for number in _numbers(pilot):
+        here = [(seen, seen.round == number) for seen in pilot.seen if number in seen.round]
+        wait_s, bits = (
+            max(float(seen.downlink_s[at][0]) for seen, at in here),
+            float(here[0][0].bits_down[here[0][1]][0]),
+        )
+        if bits and wait_s > 0:
+            rates.append(bits / wait_s)
     return float(np.median(rates)) if rates else None
 
 
-def _rounds(pilot: Pilot, devices: Sequence[FittedDevice], down_bps: float | None) -> tuple[Off, int]:
+def _numbers(pilot: Pilot) -> list[int]:
+    """Returns the numbers of the rounds that some device has."""
+    return sorted({int(number) for seen in pilot.seen for number in seen.round})
+
+
+def _rounds(pilot: Pilot, devices: Sequence[FittedDevice], rates: Sequence[float]) -> tuple[Off, int]:
     """Returns how far the seconds of rounds, which the slowest device decides, are modelled off, and of how many rounds that is."""
     before, after, measured = [], [], []
-    for number, bits in sorted(pilot.bits_down.items()):
-        down_s = bits / down_bps if down_bps else 0.0
+    fitted_s = [
+        _fitted_s(seen, one) + seen.bits_down / bps for seen, one, bps in zip(pilot.seen, devices, rates, strict=True)
+    ]
+    for number in _numbers(pilot):
         here = [
-            (seen, one, seen.round == number)
-            for seen, one in zip(pilot.seen, devices, strict=True)
+            (seen, took_s, seen.round == number)
+            for seen, took_s in zip(pilot.seen, fitted_s, strict=True)
             if number in seen.round
         ]
-        if here:
-            before.append(max(float(seen.modelled_s[at][0]) for seen, _, at in here))
-            measured.append(max(float(seen.measured_s[at][0]) for seen, _, at in here))
-            after.append(max(down_s + float(_fitted_s(seen, one)[at][0]) for seen, one, at in here))
+        before.append(max(float(seen.modelled_s[at][0]) for seen, _, at in here))
+        measured.append(max(float(seen.measured_s[at][0]) for seen, _, at in here))
+        after.append(max(float(took_s[at][0]) for _, took_s, at in here))
     return _off(np.array(before), np.array(after), np.array(measured)), len(measured)
 
 
@@ -225,6 +260,7 @@ def _shown(off: Off) -> list[str]:
 def sentence(fit: Fit) -> str:
     """Says what the table does not: the downlink, what its columns are, and what nobody measured."""
     down = "not metered" if fit.downlink_bps is None else f"{fit.downlink_bps / 1e3:.4g} kbit/s"
+    down += ", the slowest device's" * any(one.downlink_bps for one in fit.devices)
     return (
         f"Downlink: {down}. Off: the median of |modelled / measured - 1|; spread: between the quartiles of measured / fitted. "
         f"Energy: {_drawn(fit.drawn)}; joules stay those of the run's fleet."
@@ -248,7 +284,7 @@ def to_json(fit: Fit) -> dict[str, object]:
 
 def write(out: Path, setup: Setup, fit: Fit) -> None:
     """Writes fitted.json, fleet.csv, and devices/fitted.yaml and channel/fitted.yaml for `--config-dir`; raises OutputError."""
-    rows, channel = fleet_rows(setup.scenario.fleet, fit), channel_yaml(setup, fit)
+    rows, channel = fleet_rows(setup.scenario.fleet, fit), channel_yaml(setup.scenario.fleet, fit)
     with folder.writing(out):
         for group in ("devices", "channel"):
             (out / group).mkdir(parents=True, exist_ok=True)
@@ -263,7 +299,7 @@ def write(out: Path, setup: Setup, fit: Fit) -> None:
 def fleet_rows(fleet: Fleet, fit: Fit) -> list[dict[str, object]]:
     """Returns the rows of a table for devices=table: speeds and uplinks as fitted, everything else as in the run's own fleet."""
     rows = []
-    for one, width_hz in zip(fit.devices, widths_hz(fit), strict=True):
+    for one, width_hz in zip(fit.devices, widths_hz(fit.devices), strict=True):
         at, budget_j, practice = one.device, float(fleet.energy_budget_j[one.device]), fleet.practice
         row: dict[str, object] = {
             "id": f"device-{at}" if fleet.names is None else fleet.names[at],
@@ -284,9 +320,9 @@ def fleet_rows(fleet: Fleet, fit: Fit) -> list[dict[str, object]]:
     return rows
 
 
-def widths_hz(fit: Fit) -> list[float]:
+def widths_hz(devices: Sequence[FittedDevice]) -> list[float]:
     """Returns each device's bandwidth, as a table has it."""
-    return [_number(one.uplink_bps / BITS_PER_HZ / 1e6) * 1e6 for one in fit.devices]
+    return [_number(one.uplink_bps / BITS_PER_HZ / 1e6) * 1e6 for one in devices]
 
 
 def _gain_db(width_hz: float, tx_power_w: float) -> float:
@@ -294,22 +330,38 @@ def _gain_db(width_hz: float, tx_power_w: float) -> float:
     return float(10 * np.log10((2**BITS_PER_HZ - 1) * NOISE_W_PER_HZ * width_hz / tx_power_w))
 
 
-def channel_yaml(setup: Setup, fit: Fit) -> str:
+def _bs_power_w(fleet: Fleet, devices: Sequence[FittedDevice], down_bps: float) -> tuple[float, Array, float]:
+    """Returns the base station's power at which the downlink is as fitted, the devices' gains [K], and the band in Hz."""
+    widths = np.array(widths_hz(devices))
+    band_hz = float(widths.sum()) * (1 + 1e-9)  # what a sum of decimals lacks
+    gains = np.array(
+        [10 ** (_gain_db(width, fleet.tx_power_w[one.device]) / 10) for one, width in zip(devices, widths, strict=True)]
+    )
+    copies = [one.downlink_bps or math.inf for one in devices]
+    own = min(copies) < math.inf
+    slowest = int(np.argmin(copies if own else gains))
+    bits_per_hz = min(down_bps / (widths[slowest] if own else band_hz), MOST_DOWN_BITS_PER_HZ)
+    return float(np.expm1(bits_per_hz * np.log(2)) * NOISE_W_PER_HZ * band_hz / gains[slowest]), gains, band_hz
+
+
+def _down_rates(fleet: Fleet, devices: Sequence[FittedDevice], down_bps: float | None) -> list[float]:
+    """Returns the bits/s at which each device has what it waits for, as the fitted channel will say."""
+    if down_bps is None or all(one.downlink_bps is None for one in devices):
+        return [down_bps or math.inf] * len(devices)
+    power_w, gains, band_hz = _bs_power_w(fleet, devices, down_bps)
+    rates: Array = np.array(widths_hz(devices)) * np.log2(1 + power_w * gains / (NOISE_W_PER_HZ * band_hz))
+    return list(rates.tolist())
+
+
+def channel_yaml(fleet: Fleet, fit: Fit) -> str:
     """Returns a `channel` choice without fading whose band is the sum of the links, and whose downlink is as the pilot's was."""
-    fleet, widths = setup.scenario.fleet, widths_hz(fit)
-    band_hz = sum(widths) * (1 + 1e-9)  # what a sum of decimals lacks
-    gains = [
-        10 ** (_gain_db(width, fleet.tx_power_w[one.device]) / 10)
-        for one, width in zip(fit.devices, widths, strict=True)
-    ]
+    power_w, _, band_hz = _bs_power_w(fleet, fit.devices, fit.downlink_bps or 0.0)
     lines = [
         "# Links of their own, as a pilot measured them; goes with devices=fitted.", "defaults: [urban]",
         f"bandwidth_mhz: {band_hz / 1e6:.12g} # the links' bandwidths together: {BITS_PER_HZ:g} bits per second and Hz each",
         "fading: none # a link's rate is its median", "noise_dbm_per_hz: -174",
     ]  # fmt: skip
     if fit.downlink_bps is not None:
-        bits_per_hz = min(fit.downlink_bps / band_hz, MOST_DOWN_BITS_PER_HZ)
-        power_w = np.expm1(bits_per_hz * np.log(2)) * NOISE_W_PER_HZ * band_hz / min(gains)
         lines.append(
             f"bs_power_dbm: {10 * np.log10(power_w) + 30:.9g} # the downlink: {fit.downlink_bps / 1e3:.4g} kbit/s"
         )

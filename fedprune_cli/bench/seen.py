@@ -30,7 +30,8 @@ class Seen:
 
     round: their numbers; work_s: the seconds that its FLOPs should take by the run's own fleet, at its full clock; steps: of a round;
     modelled_compute_s, modelled_uplink_s: by the run's records; compute_s, uplink_s: measured; bits: really encoded for the uplink;
-    downlink_s: until u was there, whether a test of the round before or the task brought it.
+    downlink_s: until u was there, whether a test of the round before or the task brought it; bits_down: of the round's broadcast, or of the
+    copy of its own, by the run's records.
     """
 
     device: int
@@ -44,6 +45,7 @@ class Seen:
     uplink_s: Array
     modelled_downlink_s: Array
     downlink_s: Array
+    bits_down: Array
 
     @property
     def measured_s(self) -> Array:
@@ -58,10 +60,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Pilot:
-    """All devices of a run on nodes, each with LEAST_ROUNDS rounds or more, and the bits of each round's broadcast by its number."""
+    """All devices of a run on nodes, each with LEAST_ROUNDS rounds or more. unicast: whether each was metered a copy of its own."""
 
     seen: tuple[Seen, ...]
-    bits_down: Mapping[int, float]
+    unicast: bool
 
 
 def read_pilot(setup: Setup, run_dir: Path) -> Pilot:
@@ -85,7 +87,7 @@ def read_pilot(setup: Setup, run_dir: Path) -> Pilot:
                 f"{run_dir}: device-{device} has {len(found)} measured rounds: must be at least {LEAST_ROUNDS} to fit it"
             )
     seen = tuple(Seen(device, *np.array(found, dtype=float).T) for device, found in sorted(rows.items()))
-    return Pilot(seen, {number: 8.0 * record.bytes_down for number, record in records.items()})
+    return Pilot(seen, setup.experiment.meter.unicast)
 
 
 @dataclass(frozen=True)
@@ -158,4 +160,5 @@ def _row(setup: Setup, record: RoundRecord, node: Mapping[str, float], brought_s
         record.round, rows.compute_s[at] * clock - fixed_s, steps, rows.compute_s[at], node["compute_s"],
         8 * rows.bytes_up[at] / setup.radio.attempts, rows.uplink_s[at], node["uplink_s"],
         rows.downlink_s[at], node["downlink_s"] + brought_s,
+        8 * (record.bytes_down if rows.bytes_down is None else rows.bytes_down[at]),
     )  # fmt: skip

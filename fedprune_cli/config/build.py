@@ -214,7 +214,9 @@ def build_experiment(config: DictConfig) -> Experiment:
     try:
         experiment = build(**checked, **parts)
     except ConfigError as error:
-        raise ConfigError(f"{error.key}={values.get(str(error.key))}: {_without_value(error)}") from None
+        if error.key is None:  # of two keys that do not go together, which it names
+            raise
+        raise ConfigError(f"{error.key}={values.get(error.key)}: {_without_value(error)}") from None
     refuse_combinations(experiment)
     return experiment
 

@@ -128,6 +128,9 @@ class Experiment:
         ]
         if self.payload.per_device and beside:
             raise ConfigError(f"payload.per_device=true: not together with {beside[0].lower()}")
+        if self.meter.unicast and getattr(self.allocator, "clock", "fixed") == "chosen":
+            slower = "not with allocator.clock=chosen: it would have what a device waits for its copy go with its clock; take fixed"
+            raise ConfigError(f"meter.unicast=true: {slower}")
         wanted, rate = self.devices.per_round, self.participation.rate
         if wanted is not None and rate is not None:
             both = f"not with devices.per_round={wanted}: either draws who takes part; set one of them to null"

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune_cli.learn.prune import Masks
 from fedprune_cli.learn.schedule import LocalPhase
-from fedprune_cli.meter import Load, Measurement, Uplink, build_load, downlink_s, measure
+from fedprune_cli.meter import Down, Load, Measurement, Uplink, build_load, downlink_s, measure, unicast_s_per_bit
 from fedprune_cli.round.plan import Plan
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Setup
@@ -24,7 +24,8 @@ from fedprune_cli.world.power import max_snr_of, power_share_of
 class Bill:
     """What a round costs: those that trained u, `training` [A], and the frozen, `personal`, None where nobody is.
 
-    The broadcast goes on after those that train u, first served, until the last listener has u and the frozen ones their masks.
+    Those that train u are served first: a broadcast goes on until the last listener has u and the frozen ones their masks, and copies for
+    the frozen ones are on their way once those that train have theirs.
     """
 
     training: Measurement
@@ -49,7 +50,7 @@ def charge(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Result
     if not results.personal_updates:
         return Bill(training, None)
     listeners_gain = roster.gain_linear[np.concatenate([roster.asked, roster.frozen])]
-    return Bill(training, charge_frozen(setup, work.masks, roster.frozen, listeners_gain, training.bytes_down))
+    return Bill(training, charge_frozen(setup, work.masks, roster.frozen, listeners_gain, training))
 
 
 def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: float) -> Bill:
@@ -69,11 +70,16 @@ def charge_idle(setup: Setup, roster: Roster, work: Work, bill: Bill, waited_s: 
 
 
 def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, results: Results) -> Measurement:
-    """Returns the cost of the admitted devices before fate cuts it short; the broadcast is for all that were asked."""
-    experiment, devices = setup.experiment, plan.devices
+    """Returns the cost of the admitted devices before fate cuts it short; what of it is broadcast is for all that were asked."""
+    devices = plan.devices
     heard, gain_linear = roster.gain_linear[roster.asked], roster.gain_linear[devices]
-    bits_down = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
-    bits_down += 8 * setup.blueprint.exchanged_bytes(len(devices))[1]
+    exchanged = setup.blueprint.exchanged_bytes(len(devices))[1]
+    if setup.experiment.meter.unicast:
+        s_per_bit = _s_per_bit(setup, roster.asked, heard)[plan.admitted_places]
+        down = copies(_copy_bytes(setup, work.masks, devices) + exchanged / max(len(devices), 1), s_per_bit)
+    else:
+        bits = _broadcast_bits(setup, work.masks, devices) if len(devices) else 0.0
+        down = _broadcast(setup, bits + 8 * exchanged, heard, len(devices))
     load, share = _load(setup, work.masks, devices, [task.schedule for task in work.tasks])
     load = replace(load, clock=plan.chosen.get("clock"), power=_power(setup, plan))
     measured = measure(
@@ -81,8 +87,7 @@ def _charge_training(setup: Setup, roster: Roster, plan: Plan, work: Work, resul
         rate_bps=plan.allocation.rate_bps[plan.admitted_places],
         kept=share,
         payload_bytes=np.array([update.sent_bytes for update in results.updates], dtype=float),
-        bits_down=bits_down,
-        t_down_s=np.full(len(devices), downlink_s(experiment.meter, experiment.channel, heard, bits_down)),
+        down=down,
     )
     return exchanging(setup, measured, load, devices, gain_linear)
 
@@ -111,26 +116,61 @@ def radiated(setup: Setup, devices: Array, bandwidth_hz: Array, chosen: Array | 
     return chosen if controlled is None else controlled if chosen is None else np.minimum(chosen, controlled)
 
 
-def charge_frozen(setup: Setup, masks: Masks, frozen: Array, listeners_gain: Array, bytes_down: float) -> Measurement:
-    """Returns the cost of frozen devices, which send nothing; listeners_gain: of all that listen; bytes_down: broadcast before."""
-    experiment, size = setup.experiment, setup.blueprint.cost.shared_params
-    own_masks = _broadcast_bits(setup, masks, frozen) - BITS_PER_PARAM * size
-    bits_down = max(8 * bytes_down, BITS_PER_PARAM * size) + own_masks
+def charge_frozen(
+    setup: Setup, masks: Masks, frozen: Array, listeners_gain: Array, before: Measurement | None = None
+) -> Measurement:
+    """Returns the cost of frozen devices, which send nothing; listeners_gain: of all that listen; before: who was served first."""
+    bytes_before, size = 0.0 if before is None else before.bytes_down, setup.blueprint.cost.shared_params
+    if setup.experiment.meter.unicast:
+        s_per_bit = _s_per_bit(setup, frozen, listeners_gain[-len(frozen) :])
+        begin_s = 0.0 if before is None else float(before.downlink_s.max(initial=0.0))
+        down = copies(_copy_bytes(setup, masks, frozen), s_per_bit, begin_s, bytes_before)
+    else:
+        own_masks = _broadcast_bits(setup, masks, frozen) - BITS_PER_PARAM * size
+        bits = max(8 * bytes_before, BITS_PER_PARAM * size) + own_masks
+        down = _broadcast(setup, bits, listeners_gain, len(frozen))
     load, share = _load(setup, masks, frozen, [setup.personal_schedule(device) for device in frozen.tolist()])
     return measure(
         load,
         rate_bps=np.zeros(len(frozen)),
         kept=share,
         payload_bytes=np.zeros(len(frozen)),
-        bits_down=bits_down,
-        t_down_s=np.full(len(frozen), downlink_s(experiment.meter, experiment.channel, listeners_gain, bits_down)),
+        down=down,
     )
+
+
+def _broadcast(setup: Setup, bits: float, listeners_gain: Array, count: int) -> Down:
+    """Returns what so many devices wait for bits that all hear at once."""
+    wait_s = downlink_s(setup.experiment.meter, setup.experiment.channel, listeners_gain, bits)
+    return Down(bits / 8, np.full(count, wait_s))
 
 
 def _broadcast_bits(setup: Setup, masks: Masks, devices: Array) -> float:
     """Returns the bits of u, and of the devices' masks where the server has to send them."""
-    codes = [encode_mask(masks.sent(device)) for device in devices.tolist()] if setup.blueprint.sends_masks else []
-    return float(BITS_PER_PARAM * setup.blueprint.cost.shared_params + 8 * sum(map(len, codes)))
+    return float(BITS_PER_PARAM * setup.blueprint.cost.shared_params + 8 * _mask_bytes(setup, masks, devices).sum())
+
+
+def copies(received: Array, s_per_bit: Array, begin_s: float = 0.0, bytes_before: float = 0.0) -> Down:
+    """Returns what devices wait for copies of their own of so many bytes [K], sent from begin_s on; bytes_before: sent by then."""
+    return Down(bytes_before + float(received.sum()), begin_s + 8 * received * s_per_bit, received)
+
+
+def _copy_bytes(setup: Setup, masks: Masks, devices: Array) -> Array:
+    """Returns the bytes [K] of what each device keeps of u, and of its mask."""
+    kept = np.array([np.count_nonzero(masks[device]) for device in devices.tolist()], dtype=float)
+    return BITS_PER_PARAM // 8 * kept + _mask_bytes(setup, masks, devices)
+
+
+def _mask_bytes(setup: Setup, masks: Masks, devices: Array) -> Array:
+    """Returns the bytes [K] of the devices' masks; none where the server does not have to send them."""
+    if not setup.blueprint.sends_masks:
+        return np.zeros(len(devices))
+    return np.array([len(encode_mask(masks.sent(device))) for device in devices.tolist()], dtype=float)
+
+
+def _s_per_bit(setup: Setup, devices: Array, gain: Array) -> Array:
+    fleet = setup.scenario.fleet.take(devices)
+    return unicast_s_per_bit(setup.experiment.meter, setup.experiment.channel, fleet, gain)
 
 
 def _load(setup: Setup, masks: Masks, devices: Array, schedules: Sequence[Sequence[LocalPhase]]) -> tuple[Load, Array]:

@@ -13,7 +13,7 @@ from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.allocate.problem import Allocation, Problem
 from fedprune_cli.allocate.selective import rates_at
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.meter import Uplink, build_load, build_problem, compress, downlink_s
+from fedprune_cli.meter import Uplink, Wait, build_load, build_problem, compress, downlink_s, unicast_s_per_bit
 from fedprune_cli.privacy.keepers import capped
 from fedprune_cli.round.roster import Roster
 from fedprune_cli.round.setup import Blueprint, Setup
@@ -154,13 +154,17 @@ def round_problems(blueprint: Blueprint, beliefs: Beliefs, number: int, slots: S
     load = build_load(beliefs.fleet, ids, schedules, [blueprint.cost] * len(ids))
     flags = np.arange(blueprint.layout.flags(size)) % 2 == 0
     masks_bits = 8 * len(ids) * len(encode_mask(flags)) if blueprint.sends_masks else 0
-    gain = beliefs.gain_linear
+    gain, meter = beliefs.gain_linear, experiment.meter
     up, down = blueprint.exchanged_bytes(len(ids))
-    t_down_s = downlink_s(experiment.meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits + 8 * down)
+    if meter.unicast:
+        s_per_bit = unicast_s_per_bit(meter, experiment.channel, load.fleet, gain)
+        wait = Wait((masks_bits + 8 * down) / len(ids) * s_per_bit, BITS_PER_PARAM * size * s_per_bit)
+    else:
+        wait = Wait(downlink_s(meter, experiment.channel, gain, BITS_PER_PARAM * size + masks_bits + 8 * down))
     weight = experiment.weights.weight(beliefs.samples.astype(float), ids, slots)
     max_snr = max_snr_of(experiment.channel, experiment.seed, beliefs.fleet, ids, gain)
     uplink = Uplink(experiment.channel, gain, size, max_snr, up)
-    problem = build_problem(load, uplink, weight, t_down_s, blueprint.max_ratio)
+    problem = build_problem(load, uplink, weight, wait, blueprint.max_ratio)
     elapsed_s, dense_s = float(slots["simulated_s"]), dense_deadline(problem)[0]
     deadline_s = experiment.deadline.at(number, experiment.rounds, elapsed_s, dense_s)
     names = beliefs.fleet.names

@@ -167,6 +167,7 @@ def device_rows(
         pruning_error=errors.tolist(),
         joules=measured.joules.tolist(),
         bytes_up=[int(size) for size in measured.bytes_up],
+        bytes_down=None if measured.received is None else measured.received.tolist(),
         train_loss=[update.train_loss for update in updates],
         accuracy=[_accuracy(scores.get(device)) for device in ids] if scores else None,
     )

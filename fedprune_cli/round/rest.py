@@ -25,7 +25,7 @@ def rest(setup: Setup, state: State, roster: Roster, workers: Executor) -> tuple
     experiment, frozen = setup.experiment, roster.frozen
     masks = build_masks(experiment.pruner, state, state.slots["prune_ratio"], experiment.seed, setup.blueprint.layout)
     updates = train_devices(setup, workers, personal_tasks(setup, state, masks, frozen))
-    measured = charge_frozen(setup, masks, frozen, roster.gain_linear[frozen], 0.0) if updates else None
+    measured = charge_frozen(setup, masks, frozen, roster.gain_linear[frozen]) if updates else None
     latency_s = float(measured.latency_s.max()) if measured else 0.0
     if measured and experiment.meter.idle:
         measured = measured.idling(setup.scenario.fleet.idle_power_w[frozen], np.full(len(frozen), latency_s))

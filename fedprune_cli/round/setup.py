@@ -46,9 +46,10 @@ class Blueprint:
 
     @property
     def sends_masks(self) -> bool:
-        """Whether the server has to send masks, and the meter counts them."""
-        counted = self.experiment.meter.mask_overhead and self.experiment.allocator.prunes
-        return counted and not self.experiment.pruner.derivable
+        """Whether the server has to send masks, and the meter counts them. Who is sent only what it keeps of u cannot rank all of u."""
+        meter = self.experiment.meter
+        counted = meter.mask_overhead and self.experiment.allocator.prunes
+        return counted and (meter.unicast or not self.experiment.pruner.derivable)
 
     def exchanged_bytes(self, num_devices: int) -> tuple[int, int]:
         """Returns the bytes of keys and shares that each of so many devices sends, and that all receive; none without a secure sum."""

@@ -73,7 +73,8 @@ class DeviceRows:
 
     bandwidth_hz is 0 for the frozen, which send nothing; accuracy is None in a round that was not tested; clock, power: what of its full
     clock and of its full radiated power a device used, None where they are not chosen; bits: of each device's values on the uplink, 0 for
-    the frozen, None where all have the record's; blocks: the numbers of the blocks that each had, None where any are alike.
+    the frozen, None where all have the record's; blocks: the numbers of the blocks that each had, None where any are alike; bytes_down: of
+    the copy of its own that each was sent, None where all heard one broadcast.
     """
 
     id: Sequence[int] = ()
@@ -92,6 +93,7 @@ class DeviceRows:
     power: Sequence[float] | None = None
     bits: Sequence[int] | None = None
     blocks: Sequence[Sequence[int]] | None = None
+    bytes_down: Sequence[float] | None = None
 
     def columns(self) -> dict[str, object]:
         """Returns the columns in their order; what is not always chosen only where it exists."""
@@ -203,7 +205,7 @@ def _form(of: type) -> dict[str, object]:
 
 _ROUND, _DEVICES, _LOG, _PRIVACY = _form(RoundRecord), _form(DeviceRows), _form(FaultLog), _form(PrivacyLog)
 _OPTIONAL = ("frozen", "faults", "privacy")
-_CHOSEN = ("clock", "power", "bits", "blocks")
+_CHOSEN = ("clock", "power", "bits", "blocks", "bytes_down")
 
 
 def parse_record(value: object) -> RoundRecord | None:

@@ -260,3 +260,33 @@ def test_devices_that_died_in_a_round_are_left_out_of_it(run_dir: Path) -> None:
     seen: tuple[Seen, ...] = read_pilot(setup, run_dir).seen
     assert [len(one.round) for one in seen] == [ROUNDS - 1, ROUNDS, ROUNDS]
     assert 4 not in seen[0].round
+
+
+def test_copies_are_fitted_each_by_its_own_link(tmp_path: Path) -> None:
+    """The slowest exactly, as it decides rounds; the others come out by their uplinks, where downlinks are four times as fast here."""
+    own, down_bps = (*PRUNED, "meter.unicast=true", "rounds=3"), 4 * UPLINK_BPS
+    places = deal(make_setup(*own), tmp_path)
+    setup, config = begin(tmp_path, run_dir := tmp_path / "run", own)
+    list(life.run(setup, run_dir, site=InProcessSite(places, config)))
+    sent = {record.round: record.devices for record in folder.read_records(run_dir)}
+
+    def change(line: Line) -> None:
+        for node in line["nodes"]:
+            rows, node["test_downlink_s"] = sent[line["round"]], 0.0
+            node["compute_s"], node["uplink_s"] = 0.1, 8 * rows.bytes_up[node["device"]] / UPLINK_BPS[node["device"]]
+            node["downlink_s"] = 8 * (rows.bytes_down or [])[node["device"]] / down_bps[node["device"]]
+
+    rewrite(run_dir, change)
+    fit = fitted.fit_run(setup, run_dir)
+    np.testing.assert_allclose([one.downlink_bps or 0 for one in fit.devices], down_bps, rtol=1e-9)
+    assert fit.downlink_bps == min(one.downlink_bps or 0 for one in fit.devices)
+    assert fit.round.after < 0.05 < fit.round.before  # each took as long to compute, whatever it kept
+    assert "kbit/s, the slowest device's." in fitted.sentence(fit)
+    fitted.write(tmp_path / "cal", setup, fit)
+    config = compose_config([*(one for one in on_nodes(tmp_path, own) if not one.startswith("devices.")),
+                             "devices=fitted", "channel=fitted"], tmp_path / "cal")  # fmt: skip
+    life.create(planned := prepare(build_experiment(config)), config, tmp_path / "next")
+    record = next(iter(life.run(planned, tmp_path / "next", site=InProcessSite(places, plain(config, resolve=True)))))
+    waits = 8 * np.array(record.devices.bytes_down) / down_bps
+    np.testing.assert_allclose(record.devices.downlink_s, waits, rtol=0.25)
+    np.testing.assert_allclose(record.devices.downlink_s[2], waits[2], rtol=1e-3)

@@ -20,7 +20,7 @@ from fedprune_cli.config.build import GROUPS, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.test_channels import channel_of, fleet_of
 from fedprune_cli.errors import ConfigError, DataError
-from fedprune_cli.meter import Uplink, build_load, build_problem, downlink_s, measure
+from fedprune_cli.meter import Down, Uplink, Wait, build_load, build_problem, downlink_s, measure
 from fedprune_cli.round.first import allocate_first_round
 from fedprune_cli.world.band import BLOCKS, Radio, width_hz
 from fedprune_cli.world.channel import Channel, Urban, radio_of
@@ -142,12 +142,12 @@ def round_of(*overrides: str, kept: float = 1.0) -> tuple[np.ndarray, ...]:
     channel, ids = setup.experiment.channel, np.arange(4)
     load = build_load(setup.scenario.fleet, ids, [()] * 4, [setup.blueprint.cost] * 4, radio_of(channel))
     gain, b = setup.scenario.at(0).gain_linear[ids], np.full(4, 1e6)
-    problem = build_problem(load, Uplink(channel, gain, 1000), np.ones(4), 0.0, 0.9)
+    problem = build_problem(load, Uplink(channel, gain, 1000), np.ones(4), Wait(0.0), 0.9)
     planned_s = latency(problem, np.full(4, kept), b)
     assert problem.limits
     bill = measure(
         load, rate_bps=rate(b, problem.snr_hz), kept=np.full(4, kept), payload_bytes=np.full(4, 4000 * kept),
-        bits_down=0.0, t_down_s=np.zeros(4),
+        down=Down(0.0, np.zeros(4)),
     )  # fmt: skip
     return planned_s, problem.limits.tx_power_w * planned_s, bill.uplink_s, bill.joules, bill.bytes_up
 
