@@ -72,9 +72,16 @@ class Fleet:
         return [self._cells(node) for node in self.nodes]
 
     def table(self, title: str) -> Table:
-        """Returns a row for each node, for the terminal."""
+        """Returns a row for each node, for the terminal: first those that are not up, since a terminal ends where it ends."""
         folding = (HEADERS[WHY], HEADERS[MEASURED_J])
-        table = Table.of(title, HEADERS, self.cells(), folding=folding, elsewhere="on the page that --serve serves")
+        nodes = sorted(self.nodes, key=lambda node: node.state == "up")
+        table = Table.of(
+            title,
+            HEADERS,
+            [self._cells(node) for node in nodes],
+            folding=folding,
+            elsewhere="on the page that --serve serves",
+        )
         return replace(table, always=WHY + 1)
 
     def _cells(self, node: Standing) -> list[str]:

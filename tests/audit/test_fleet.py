@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import http.client
 import itertools
 import json
+import os
+import pty
 import re
+import select
 import socket
+import struct
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -465,3 +473,49 @@ def test_mistakes_are_one_line(ran: Path, tmp_path: Path) -> None:
     (empty / "ca.pem").touch()
     result = fedprune("watch", str(empty))
     assert (result.returncode, "nobody has served this pilot yet" in result.stderr) == (5, True), result.stderr
+
+
+# --- a terminal that is none of rich's own -----------------------------------------------------------------------------------
+
+
+def test_a_terminal_too_short_for_all_nodes_shows_those_in_trouble_and_renews_them(tmp_path: Path) -> None:
+    """Of 40 nodes on 24 lines the last one alone is away: it stands first, and what changes is written over what was there."""
+
+    def nodes(why: str) -> tuple[Standing, ...]:
+        then = time.time() - 60
+        return (*(Standing(k, "up", then, 1, "") for k in range(39)), Standing(39, "away", then, 1, why))
+
+    place = pilot(tmp_path, None, nodes("unplugged"))
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {
+        "TERM": "xterm-256color"
+    }
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "fedprune_cli", "watch", str(place)], stdin=its, stdout=its, stderr=its, env=env
+    )
+    os.close(its)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        ends_s = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < ends_s, seen
+            if select.select([ours], [], [], 1.0)[0]:
+                seen += os.read(ours, 65536)
+
+    try:
+        until(b"...")
+        assert b"unplugged" in seen
+        assert b"device-30" not in seen
+        pilot(tmp_path, None, nodes("restarting"))
+        seen = b""
+        until(b"restarting")
+        until(b"...")
+        assert b"\x1b[1A" in seen  # back to the table's first line
+        assert b"device-30" not in seen
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(ours)
