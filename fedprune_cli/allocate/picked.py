@@ -18,6 +18,7 @@ from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 
 CLOSE = 1e-6  # relative: to which the smallest deadline is searched for
+MOST_BLOCKS = 10_000  # 1.8 GHz of LTE: beyond, handing out takes minutes, and a block alone makes no difference
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def _in_blocks(problem: Problem) -> Problem:
     if problem.block_gain is not None:
         return problem
     grid = grid_of(problem, problem.block_hz or BLOCK_HZ, None, 1, smooth=False)
+    if grid.count > MOST_BLOCKS:
+        many = f"{grid.count} blocks of {grid.block_hz / 1e3:g} kHz, at most {MOST_BLOCKS} are handed out one by one"
+        raise ConfigError(f"channel.bandwidth_mhz={problem.bandwidth_hz / 1e6:g}: {many}; take allocator=blocks")
     return replace(
         problem, bandwidth_hz=grid.count * grid.block_hz, block_gain=np.ones((len(problem.weight), grid.count))
     )

@@ -118,6 +118,10 @@ def test_what_is_not_offered_is_refused_by_name() -> None:
         select(problem, np.array([[1.0, 1.0], [1.0, -1.0]]))
     with pytest.raises(ConfigError, match="not with a gain for every block"):
         select(replace(problem, limits=problem.energies), gain)
+    with pytest.raises(
+        ConfigError, match=r"channel\.bandwidth_mhz=2000: 11111 blocks of 180 kHz, at most 10000 are handed"
+    ):
+        Selective("selective", "stretch").solve(replace(problem, bandwidth_hz=2e9, deadline_s=1.0), 0, 0)
 
 
 # --- the allocator --------------------------------------------------------------------------------------------------
