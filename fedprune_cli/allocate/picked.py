@@ -38,13 +38,14 @@ class LeastOnPicked:
     def holds(self, problem: Problem) -> bool:
         """Whether blocks are found that suffice at the problem's deadline."""
         kept, least = hand_out(problem, _gain(problem)), problem.min_kept
-        return bool((kept >= least - TIGHT).all() and (problem.deadline_s >= problem.fixed_s).all())
+        enough = (kept >= least - TIGHT) & (problem.linked | (least == 0))
+        return bool((enough & (problem.deadline_s >= problem.fixed_s)).all())
 
     def alone(self, problem: Problem, floor_hz: Array) -> Array:
         """Whether all blocks suffice for each device alone, bool [K]."""
         rates = rates_of(problem, _gain(problem))
         able = rates.kept(rates.block_bps.sum(1)) >= problem.min_kept - TIGHT
-        return able & (problem.deadline_s >= problem.fixed_s)
+        return able & (problem.linked | (problem.min_kept == 0)) & (problem.deadline_s >= problem.fixed_s)
 
     def most(self, share: float) -> float:
         """Returns the share; with these blocks it bounds nothing."""
