@@ -1,9 +1,14 @@
-"""All randomness: named streams of (seed, purpose, ids). No other module makes a generator."""
+"""All randomness: named streams of (seed, purpose, ids), and of a secret on real devices. No other module makes a generator."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 import zlib
-from typing import Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -54,3 +59,41 @@ def stream(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
     """
     # as plain entropy, (seed, purpose) and (seed, purpose, 0) would be the same: trailing zeros do not count there
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_KEYS[purpose], *ids))))
+
+
+class Draws(Protocol):
+    """What noise and batches are drawn from: a `numpy.random.Generator`, or a `SecretStream`."""
+
+    def random(self, size: int, /) -> np.ndarray:
+        """Returns numbers in [0, 1), float64 [size]."""
+
+    def standard_normal(self, size: int | tuple[int, ...], dtype: type, /) -> np.ndarray:
+        """Returns Gaussians of this shape."""
+
+
+@dataclass(frozen=True)
+class SecretStream:
+    """Draws that nobody can foretell from others of them who lacks the key: SHAKE-256 of the key and how often it was asked.
+
+    Equal keys give equal draws. Gaussians are by Box and Muller, in float64 before they are rounded to the type.
+
+    >>> one, same, other = SecretStream(b"a"), SecretStream(b"a"), SecretStream(b"b")
+    >>> bool((one.random(4) == same.random(4)).all()), bool((one.random(4) == other.random(4)).any())
+    (True, False)
+    """
+
+    key: bytes
+    asked: Iterator[int] = field(default_factory=itertools.count)
+
+    def random(self, size: int, /) -> np.ndarray:
+        """Returns numbers in [0, 1), float64 [size], each of 53 bits."""
+        place = next(self.asked).to_bytes(8, "little")
+        words = np.frombuffer(hashlib.shake_256(place + self.key).digest(8 * size), dtype="<u8")
+        return (words >> np.uint64(11)) * 2.0**-53
+
+    def standard_normal(self, size: int | tuple[int, ...], dtype: type = np.float64, /) -> np.ndarray:
+        """Returns Gaussians of this shape and type."""
+        count = math.prod(size) if isinstance(size, tuple) else size
+        radius, angle = self.random(2 * count).reshape(2, count)
+        values: np.ndarray = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
+        return values.reshape(size).astype(dtype)

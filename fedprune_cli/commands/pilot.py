@@ -142,6 +142,12 @@ def join(
     secure: Annotated[
         bool, typer.Option("--secure", help="Take part in secure sums only: no server sees this node's update.")
     ] = False,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Take part in runs with privacy.dp only, and in no more of them than spend this together.", min=0.0
+        ),
+    ] = None,
     flower: Annotated[
         bool,
         typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped."),
@@ -171,4 +177,4 @@ def join(
             write_samples(folder, own_samples(overrides or [], part))
     elif overrides:
         raise ConfigError(f"{overrides[0]}: this node has its data, {folder / SAMPLES}; remove it to give it others")
-    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, secure))
+    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, secure, epsilon))

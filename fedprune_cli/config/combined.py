@@ -31,8 +31,8 @@ def _never(experiment: Experiment) -> Iterator[tuple[bool, str, str]]:
     lone = "no device's loss leaves it; leave it null"
     yield participation.freeze_below is not None, f"participation.freeze_below={participation.freeze_below}", lone
     remote, kind = experiment.execution.remote, f"execution.kind={experiment.execution.kind}"
-    quiet = "nodes draw no noise; take processes, serial or ray, which simulate it"
-    yield remote and privacy.dp is not None, kind, quiet
+    known = "the server's noise would follow from the seed; take privacy.secure=true, with which each node adds a share that only it knows"
+    yield remote and privacy.dp == "client" and not privacy.secure, kind, known
     tested = "each node's test reaches the server by itself; declare accuracies and losses no secret by privacy.public_scores=true"
     yield remote and not privacy.public_scores, kind, tested
     if privacy.by_sum:

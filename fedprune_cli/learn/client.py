@@ -258,8 +258,7 @@ def _noised_steps(
         for name, param in zip([n for n, _ in parts.names], parts.all_params, strict=True)
         if param.requires_grad
     }
-    draws = stream(learner.seed, "batch", task.round, task.device, index)
-    noise = stream(learner.seed, "privacy_noise", task.round, task.device, index)
+    draws, noise = noised.draws(learner.seed, task.round, task.device, index)
     for chosen in drawn_batches(draws, len(own), phase):
         of_each, losses = [torch.zeros(0, *param.shape) for param in params.values()], torch.zeros(1)
         if len(chosen):

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.parts import Parts
 from fedprune_cli.learn.schedule import LocalPhase
+from fedprune_cli.rng import Draws, SecretStream, stream
 from fedprune_cli.store.state import Array
 
 SAMPLES = 32  # of which gradients are computed at a time, to bound memory
@@ -24,13 +25,24 @@ SAMPLES = 32  # of which gradients are computed at a time, to bound memory
 
 @dataclass(frozen=True)
 class Noised:
-    """How steps are noised. clip: the norm to which a sample's gradient is shortened; noise: the noise's standard deviation over it."""
+    """How steps are noised. clip: the norm to which a sample's gradient is shortened; noise: the noise's standard deviation over it.
+
+    key: of a device's own draws of samples and noise, which nobody else may know; None: named streams, as a simulation has them.
+    """
 
     clip: float
     noise: float
+    key: bytes | None = None
+
+    def draws(self, seed: int, number: int, device: int, phase: int) -> tuple[Draws, Draws]:
+        """Returns what a phase's samples and its noise are drawn from."""
+        if self.key is None:
+            of = number, device, phase
+            return stream(seed, "batch", *of), stream(seed, "privacy_noise", *of)
+        return SecretStream(b"batch %d" % phase + self.key), SecretStream(b"noise %d" % phase + self.key)
 
 
-def drawn_batches(rng: np.random.Generator, num_samples: int, phase: LocalPhase) -> list[Array]:
+def drawn_batches(rng: Draws, num_samples: int, phase: LocalPhase) -> list[Array]:
     """Returns the positions of each step's samples: every sample takes part in a step with probability batch / D_k, whatever others do.
 
     It is what the accounting is for: batches that are cut out of a permutation would be another draw.
@@ -58,7 +70,7 @@ def sample_gradients(
     return of_each, losses
 
 
-def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: np.random.Generator) -> tuple[Tensor, ...]:
+def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: Draws) -> tuple[Tensor, ...]:
     """Returns what a step descends: the sum of the samples' gradients, each at most `clip` long, and the noise, over the planned batch."""
     squares = torch.stack([grad.flatten(1).square().sum(1) for grad in of_each])
     factor = (noised.clip / squares.sum(0).sqrt().clamp(min=1e-30)).clamp(max=1.0)

@@ -239,7 +239,7 @@ class NodeExecutor:
             raise DeviceError(failures[0])
         for device, reply in sorted(replies.items()):
             if reply.refusal:
-                self.say(f"device-{device}: has no part in the sum: {reply.refusal}")
+                self.say(f"device-{device}: does not take part: {reply.refusal}")
         return replies
 
     def _request(self, order: Order) -> Request:

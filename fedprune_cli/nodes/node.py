@@ -17,11 +17,14 @@ from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
+from fedprune_cli.learn.private import Noised
 from fedprune_cli.nodes.data import Place, Versions, versions_of
 from fedprune_cli.nodes.energy import SYS, metering, spent_between
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
 from fedprune_cli.nodes.protocol import failed, refused
+from fedprune_cli.nodes.spent import Purse
 from fedprune_cli.nodes.sum_messages import Question, SumAnswer, read_question
+from fedprune_cli.privacy.accounting import Release
 from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.round.protect import sound_or_old
@@ -33,7 +36,7 @@ from fedprune_cli.wire.quantize import BITS_PER_PARAM
 
 @dataclass(frozen=True)
 class Node:
-    """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected.
+    """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected, in how many rounds.
 
     sys: where its machine says what it draws.
     """
@@ -42,12 +45,18 @@ class Node:
     learner: Learner
     versions: Versions
     privacy: Privacy
+    rounds: int
     sys: Path = SYS
 
     @property
     def run(self) -> str:
         """The name of its run."""
         return self.versions.folder.name
+
+    @property
+    def purse(self) -> Purse:
+        """What it has to spend of its privacy budget."""
+        return Purse(self.versions.folder, self.privacy, self.rounds)
 
     def read(self, message: Sealed, heard: Heard | None) -> tuple[Order | Question, Heard | None]:
         """Returns the task in a message, or the question of a secure sum, and what of u is heard by then.
@@ -99,15 +108,18 @@ class Node:
         if order.work == "test":
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
-            # of a device that never trained, whose start is its own now
-            if task.schedule and np.isfinite(personal).all():
+            # of a device that never trained, whose start is its own now, unless no step may be without noise
+            if task.schedule and np.isfinite(personal).all() and self.privacy.dp != "example":
                 self.versions.write(task.round, personal)
                 self.versions.keep((task.round,))
             return score, False
         open_ = order.attempt is None and task.shared.size > 0
         if self.privacy.secure and (open_ or task.bits != BITS_PER_PARAM):
             raise RefusedSumError(f"device {self.device}: is to hand in an update without masks")
-        update = train_block(self.learner, [task])[0] if order.work == "block" else train(self.learner, task)
+        if self.privacy.dp == "example":
+            task = replace(task, noised=self._noised(order))
+        together = order.work == "block" and task.noised is None
+        update = train_block(self.learner, [task])[0] if together else train(self.learner, task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
         if moved:
             self.versions.write(task.round + 1, update.personal)
@@ -115,6 +127,20 @@ class Node:
         update = update if moved else _diverged(update, task)
         masks = self.privacy.secure and order.attempt is not None  # else there is nothing to hand in
         return (self._under_masks(order, update) if masks else update), moved
+
+    def _noised(self, order: Order) -> Noised:
+        """Returns how the steps of a task are noised; raises RefusedSumError where that is not enough, or the budget is spent."""
+        clip, phases = self.privacy.clip, [phase for phase in order.task.schedule if phase.steps]
+        if order.noise is None or clip is None:
+            raise RefusedSumError(f"device {self.device}: is to train without noise")
+        what, _ = replace(order, attempt=None, levels=None).encode(
+            self.learner.layout, None
+        )  # the same whoever else is there
+        key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + what)
+        rate = max((phase.batch / len(self.learner.train[self.device]) for phase in phases), default=1.0)
+        if phases:
+            self.purse.spend(Release(order.noise, rate, sum(phase.steps for phase in phases)), key)
+        return Noised(clip, order.noise, key)
 
     def _under_masks(self, order: Order, update: Update) -> Update:
         """Returns the update with whole numbers under the masks of the round's sum in the place of its values [n_k]; none without a sum.
@@ -132,8 +158,8 @@ class Node:
         change = sound_or_old(update.shared, before).astype(np.float64) - before
         if order.levels is not None:
             change = change[np.argsort(order.levels, kind="stable")]
-        weight = int(self.privacy.weight(len(self.learner.train[self.device])))
-        part = sum_member.Part(self.device, task.round, order.attempt, change, weight)
+        samples = len(self.learner.train[self.device])
+        part = sum_member.Part(self.device, task.round, order.attempt, change, samples, self.purse)
         return replace(bare, shared=sum_member.masked_change(self.versions.folder, part))
 
 
@@ -157,4 +183,4 @@ def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
         experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
         samples.scale, samples.mean, samples.std, train, test, layout,
     )  # fmt: skip
-    return Node(place.device, learner, versions, experiment.privacy)
+    return Node(place.device, learner, versions, experiment.privacy, experiment.rounds)

@@ -39,7 +39,7 @@ class Order:
 
     attempt: which secure sum of the round what comes of it is for, empty where too few are there for one, and nothing is handed in, None
     where updates are no secret; levels: of each entry that the device keeps, in the order of which they are summed, of one level by
-    index; None where all are of one.
+    index; None where all are of one. noise: what a node is told to noise its steps with, over its clip.
     """
 
     work: str
@@ -47,6 +47,7 @@ class Order:
     base: int
     attempt: str | None = None
     levels: Array | None = None
+    noise: float | None = None
 
     def encode(self, layout: Layout, heard: Heard | None) -> tuple[bytes, Heard]:
         """Returns the message, and what the node has heard then: of u the entries that the device keeps and has not heard yet."""
@@ -58,7 +59,7 @@ class Order:
         header: dict[str, Plain] = {
             "kind": "task", "work": self.work, "stage": task.stage, "round": task.round, "device": task.device, "base": self.base,
             "bits": task.bits, "may_diverge": task.may_diverge, "size": task.shared.size, "keep": type(kept).__name__, "onto": onto,
-            "attempt": self.attempt,
+            "attempt": self.attempt, "noise": task.noised.noise if task.noised else None,
             "schedule": [[phase.kind, phase.samples, phase.batch, phase.epoch] for phase in task.schedule],
         }  # fmt: skip
         arrays = {"values": task.shared[wanted]} | ({} if self.levels is None else {"levels": self.levels})
@@ -96,7 +97,8 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     if levels is not None and (levels.dtype.kind != "u" or len(levels) != (size if mask is None else int(mask.sum()))):
         raise ValueError("levels of another number or type")
     attempt = None if header["attempt"] is None else str(header["attempt"])
-    return Order(str(header["work"]), task, int(str(header["base"])), attempt, levels), after
+    noise = None if header["noise"] is None else float(str(header["noise"]))
+    return Order(str(header["work"]), task, int(str(header["base"])), attempt, levels, noise), after
 
 
 def _read_phase(of: list[Plain]) -> LocalPhase:

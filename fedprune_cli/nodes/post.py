@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Post:
     """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told.
 
-    secure: whether it takes part in secure sums only, whatever the server asks for.
+    secure: whether it takes part in secure sums only, whatever the server asks for; epsilon: what all its runs together may spend of its
+    privacy, None: no run is refused for that.
     """
 
     address: str
@@ -28,6 +29,7 @@ class Post:
     labels: bool
     say: Callable[[str], None]
     secure: bool = False
+    epsilon: float | None = None
 
 
 def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
@@ -40,5 +42,9 @@ def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
     node = build_node(post.place, run, config if isinstance(config, dict) else {})
     if post.secure and not node.privacy.secure:
         raise ConfigError(f"device-{node.device}: {run} has no privacy.secure=true, and this node joined with --secure")
+    if post.epsilon is not None:
+        from fedprune_cli.nodes.spent import refuse_beyond
+
+        refuse_beyond(post.epsilon, node.device, node.purse)
     post.say(f"device-{node.device}: works on {run}")
     return node

@@ -6,7 +6,7 @@
     both             sum                      keys and shares of a secure sum (`sum_messages`), in which updates are under masks
     node -> server   got                      the task is there: download is over
     node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
-    node -> server   refused                  why the device has no part in a secure sum
+    node -> server   refused                  why the device does not take part: in a secure sum, or beyond its privacy budget
     server -> node   end                      the run has had its last round
 
 An answer names the SHA-256 of the task that it is of. Neither v_k nor data have a place in any of them. What is in tasks and answers is
@@ -29,7 +29,7 @@ from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
 
-PROTOCOL = 2  # raised by a change that an older node or server would misread
+PROTOCOL = 3  # raised by a change that an older node or server would misread
 SPARE_BYTES = 2**20  # of a message for what is not values
 
 
@@ -138,11 +138,11 @@ END = Sealed({"kind": "end"}).encode()
 
 TASK = {
     "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
-    "onto": bool, "schedule": [[(str, int)]], "attempt": (str, None),
+    "onto": bool, "schedule": [[(str, int)]], "attempt": (str, None), "noise": (float, None),
 }  # fmt: skip
 SUM = {
     "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
-    "largest": float, "bits": int, "survivors": [int],
+    "largest": float, "bits": int, "survivors": [int], "noise": (float, None),
 }  # fmt: skip
 
 
@@ -165,7 +165,7 @@ ENERGY: dict[str, object] = {"joules": (float, None), "joules_of": (str, None)}
 
 
 def refused(of: str, why: str) -> bytes:
-    """Returns the message that a node has no part in a secure sum, which the others make without it."""
+    """Returns the message that a node does not take part, which the others do without it."""
     return Sealed({"kind": "refused", "of": of, "why": why}).encode()
 
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.nodes.certificates import read_identity
+from fedprune_cli.nodes.spent import Purse
 from fedprune_cli.nodes.sum_keys import checked_keys, sign_keys
 from fedprune_cli.nodes.sum_messages import KEYS, Parcels, Question, keys_of_parcels
-from fedprune_cli.privacy.fixed import FixedPoint
+from fedprune_cli.privacy.accounting import Release
+from fedprune_cli.privacy.fixed import LEAST_NOISE, FixedPoint
+from fedprune_cli.privacy.noised import clipped, noise_steps, with_share
 from fedprune_cli.privacy.secure import (
     Member,
     RefusedSumError,
@@ -27,6 +30,7 @@ from fedprune_cli.privacy.secure import (
     share_keys,
     unmask,
 )
+from fedprune_cli.rng import SecretStream
 from fedprune_cli.store.files import Plain, read_bytes
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.store.state import Array
@@ -51,7 +55,7 @@ class Memory:
     """What a node remembers of the last sum that it took part in.
 
     number: its round, from 0; keys: everybody's, once they are checked; masked: the SHA-256 of what it has put under its masks, empty
-    before it has; helped: the first sum of this round that it has helped to unmask.
+    before it has; helped: the first sum of this round that it has helped to unmask; noise: of the sum over the clip, None: none.
     """
 
     number: int
@@ -62,6 +66,7 @@ class Memory:
     keys: Mapping[int, bytes] = field(default_factory=dict)
     masked: str = ""
     helped: Helped | None = None
+    noise: float | None = None
 
     def member(self, device: int) -> Member:
         """Returns the device with everybody's keys; raises RefusedSumError where it has none yet."""
@@ -70,13 +75,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Part:
-    """What a device has to hand in: its change in rank order, float64 [n_k], and what it counts; for which round and attempt."""
+    """What a device has to hand in: its change in rank order, float64 [n_k], and the samples it has; for which round and attempt.
+
+    purse: what of it the run's configuration protects, which decides what the change counts, and how it is clipped and noised.
+    """
 
     device: int
     number: int
     attempt: str
     change: Array
-    weight: int
+    samples: int
+    purse: Purse
 
 
 def answer(folder: Path, question: Question) -> Parcels:
@@ -128,11 +137,11 @@ def _begun(memory: Memory | None, question: Question) -> Memory:
     if helped and not same and terms.devices != helped.survivors:
         raise RefusedSumError(f"device {device}: has helped with a sum of other devices of round {number + 1} already")
     secrets = draw_secrets(terms.threshold, os.urandom)
-    return Memory(number, question.attempt, terms, question.point, secrets, helped=helped)
+    return Memory(number, question.attempt, terms, question.point, secrets, helped=helped, noise=question.noise)
 
 
 def masked_change(folder: Path, part: Part) -> Array:
-    """Returns what a device hands in, uint32 [n_k]: its change in fixed point times what it counts, under its masks.
+    """Returns what a device hands in, uint32 [n_k]: its change in fixed point times what it counts, or with its noise, under its masks.
 
     Raises RefusedSumError for other values than before under the same masks, or in a round with whose sum it has helped: the difference
     would lay both open.
@@ -141,13 +150,34 @@ def masked_change(folder: Path, part: Part) -> Array:
     begun = memory is not None and (memory.attempt, memory.number) == (part.attempt, part.number)
     if memory is None or not begun or not memory.keys:
         raise RefusedSumError(f"device {device}: is to hand in a change for a sum that it has not begun")
-    values = memory.point.whole(part.change) * part.weight
+    values = _whole(memory, part)
     digest = hashlib.sha256(f"{memory.point}".encode() + values.tobytes()).hexdigest()
     if {memory.masked, memory.helped.masked if memory.helped else ""} - {"", digest}:
         raise RefusedSumError(f"device {device}: is asked for other values of round {part.number + 1} than before")
     masked = mask_values(memory.member(device), values)
     write_memory(folder, replace(memory, masked=digest))
     return masked
+
+
+def _whole(memory: Memory, part: Part) -> Array:
+    """Returns the change as whole numbers, int64 [n_k]; where the device is protected clipped, and with its share of the sum's noise.
+
+    Raises RefusedSumError where the noise would not hide it, or its budget is spent.
+    """
+    point, privacy = memory.point, part.purse.privacy
+    if privacy.dp != "client":
+        return point.whole(part.change) * int(privacy.weight(part.samples))
+    if memory.noise is None or privacy.clip is None or point.largest != privacy.clip:
+        raise RefusedSumError(f"device {part.device}: is to hand in a change without noise, or of another clip")
+    steps = noise_steps(memory.terms, point, memory.noise)[: len(part.change)]
+    if (steps < LEAST_NOISE).any():
+        raise RefusedSumError(
+            f"device {part.device}: its share of the noise is below {LEAST_NOISE:g} steps of the fixed point"
+        )
+    change = clipped(part.change, privacy.clip)
+    key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(change.tobytes()).digest())
+    part.purse.spend(Release(memory.noise, 1.0, 1), key)
+    return with_share(point, change, steps, SecretStream(key))
 
 
 def read_memory(folder: Path) -> Memory | None:
@@ -179,7 +209,8 @@ def _memory(header: Mapping[str, Plain], arrays: Mapping[str, Array]) -> Memory:
     own_part, helped = str(header["helped_masked"]), None
     if numbers["helped_survivors"]:
         helped = Helped(numbers["helped_survivors"], numbers["helped_devices"], whole["helped_threshold"], own_part)
-    of = str(header["attempt"]), terms, point, secrets, keys, str(header["masked"]), helped
+    noise = None if header.get("noise") is None else float(str(header["noise"]))
+    of = str(header["attempt"]), terms, point, secrets, keys, str(header["masked"]), helped, noise
     return Memory(whole["number"], *of)
 
 
@@ -190,7 +221,7 @@ def write_memory(folder: Path, memory: Memory) -> None:
     header: dict[str, Plain] = {
         "number": memory.number, "attempt": memory.attempt, "context": terms.context.hex(), "threshold": terms.threshold,
         "least": terms.least, "bits": memory.point.bits, "largest": memory.point.largest, "masked": memory.masked,
-        "helped_threshold": helped.threshold, "helped_masked": helped.masked,
+        "helped_threshold": helped.threshold, "helped_masked": helped.masked, "noise": memory.noise,
     }  # fmt: skip
     arrays = {
         "devices": np.array(terms.devices), "counts": np.array(terms.counts),

@@ -40,7 +40,8 @@ class SignedKeys:
 class Question:
     """What a device is asked. number: the round, from 0; attempt: which of the round's sums; terms: with the context of that one.
 
-    survivors: who is left, when it is to help to unmask; parcels: what comes with the question.
+    survivors: who is left, when it is to help to unmask; parcels: what comes with the question; noise: of the sum, over the clip that the
+    run's configuration has, None: none.
     """
 
     step: str
@@ -51,6 +52,7 @@ class Question:
     point: FixedPoint
     survivors: tuple[int, ...] = ()
     parcels: Parcels = field(default_factory=dict)
+    noise: float | None = None
 
     def encode(self) -> bytes:
         """Returns the message."""
@@ -58,7 +60,7 @@ class Question:
         header: dict[str, Plain] = {
             "kind": "sum", "step": self.step, "device": self.device, "round": self.number, "attempt": self.attempt,
             "devices": [*terms.devices], "counts": [*terms.counts], "threshold": terms.threshold, "least": terms.least,
-            "largest": point.largest, "bits": point.bits, "survivors": [*self.survivors],
+            "largest": point.largest, "bits": point.bits, "survivors": [*self.survivors], "noise": self.noise,
         }  # fmt: skip
         return Sealed(header, _arrays(self.parcels)).encode()
 
@@ -76,17 +78,19 @@ def read_question(message: Sealed, run: str) -> Question:
         raise ValueError("not a question of a secure sum")
     if len(devices) != len(counts) or min(number, *devices, *counts) < 0:
         raise ValueError("not the devices of a secure sum")
+    noise = None if header["noise"] is None else float(str(header["noise"]))
     terms = Terms(
         devices, counts, _whole(header["threshold"]), _whole(header["least"]),
-        context_of(f"{run}, round {number + 1}".encode(), attempt, point),
+        context_of(f"{run}, round {number + 1}".encode(), attempt, point, noise),
     )  # fmt: skip
     survivors = _wholes(header["survivors"])
-    return Question(step, _whole(header["device"]), number, attempt, terms, point, survivors, _parcels(message))
+    return Question(step, _whole(header["device"]), number, attempt, terms, point, survivors, _parcels(message), noise)
 
 
-def context_of(of_round: bytes, attempt: str, point: FixedPoint) -> bytes:
-    """Returns what names a sum as no other: its run and round, which attempt it is, and the fixed point, which all must have in common."""
-    return of_round + f", attempt {attempt}, {point.bits} bits of {point.largest!r}".encode()
+def context_of(of_round: bytes, attempt: str, point: FixedPoint, noise: float | None) -> bytes:
+    """Returns what names a sum as no other: its run and round, which attempt it is, and what all must have in common, point and noise."""
+    noised = "" if noise is None else f", noise {noise!r}"
+    return of_round + f", attempt {attempt}, {point.bits} bits of {point.largest!r}{noised}".encode()
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ def agree(ask: Ask, order: SumOrder) -> Agreed:
     while True:
         order.terms.check(devices)
         attempt, counts = secrets.token_hex(8), tuple(map(order.terms.count, devices))
-        context = context_of(order.terms.context, attempt, order.point)
+        context = context_of(order.terms.context, attempt, order.point, order.noise)
         terms = replace(order.terms, devices=devices, counts=counts, context=context)
-        asked = Question("keys", 0, order.number, attempt, terms, order.point)
+        asked = Question("keys", 0, order.number, attempt, terms, order.point, noise=order.noise)
         announced = {
             device: SignedKeys(*(parcels[name] for name in KEYS))
             for device, parcels in _ask_all(ask, asked, {device: {} for device in devices}).items()
@@ -57,7 +57,9 @@ def total(ask: Ask, agreed: Agreed, masked: Mapping[int, Array]) -> Array:
     """Returns the sum of what the survivors handed in, int64, with their help; raises RefusedSumError where too few are left, or help."""
     survivors, order = tuple(sorted(masked)), agreed.order
     order.terms.check(survivors)  # before they are asked: nodes would refuse it too
-    question = Question("unmask", 0, order.number, agreed.attempt, agreed.terms, order.point, survivors)
+    question = Question(
+        "unmask", 0, order.number, agreed.attempt, agreed.terms, order.point, survivors, noise=order.noise
+    )
     for_each = {
         device: {str(sender): of[str(device)] for sender, of in agreed.sealed.items() if sender != device}
         for device in survivors

@@ -10,6 +10,7 @@ import numpy as np
 from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.privacy.fixed import FixedPoint, point_of
 from fedprune_cli.privacy.keepers import fewest_keepers, keepers_by_rank
+from fedprune_cli.privacy.noised import clipped, noise_steps, with_share
 from fedprune_cli.privacy.secure import Draw, RefusedSumError, Terms, secure_sum
 from fedprune_cli.rng import stream
 from fedprune_cli.round.plan import Plan
@@ -93,7 +94,7 @@ def protected_sum(
     """
     ranked = rank_changes(state.shared, sent, arrivals)
     settings = setup.experiment.privacy
-    if settings.dp == "client":
+    if settings.dp == "client" and sent.total_of is None:  # nodes have done so themselves
         shorter = {device: clipped(mine, settings.clip) for device, mine in ranked.changes.items()}
         ranked = replace(ranked, changes=shorter)
     if not state.shared.size or not (ranked.devices or sent.expected):
@@ -117,12 +118,6 @@ def protected_sum(
     return _contributions(setup, state.shared, ranked, total * point.step), replace(log, bits=point.bits)
 
 
-def clipped(change: Array, bound: float | None) -> Array:
-    """Returns the change, shortened to the norm `bound` where it is longer."""
-    norm = float(np.linalg.norm(change))
-    return change if bound is None or norm <= bound else change * (bound / norm)
-
-
 def terms(setup: Setup, number: int, devices: Sequence[int], counts: Sequence[int]) -> Terms:
     """Returns what the devices of round `number` are told before they send, `counts` of entries each."""
     settings, experiment = setup.experiment.privacy, setup.experiment
@@ -138,7 +133,8 @@ def sum_order(setup: Setup, number: int, masks: Masks, devices: Sequence[int]) -
         return None
     counts = [int(masks[device].sum()) for device in devices]
     levels = masks.levels(np.array(devices))
-    return SumOrder(number, terms(setup, number, devices, counts), fixed_point(setup, devices), levels)
+    noise = setup.budget.one.noise if setup.budget and experiment.privacy.dp == "client" else None
+    return SumOrder(number, terms(setup, number, devices, counts), fixed_point(setup, devices), levels, noise)
 
 
 def fixed_point(setup: Setup, devices: Sequence[int]) -> FixedPoint:
@@ -162,14 +158,12 @@ def _whole(setup: Setup, number: int, ranked: Ranked, point: FixedPoint) -> dict
     settings, budget = setup.experiment.privacy, setup.budget
     if settings.dp != "client" or budget is None:
         return {device: point.whole(mine) * int(weight_of(setup, device)) for device, mine in ranked.changes.items()}
-    gone = len(ranked.devices) - settings.needed(len(ranked.devices))
-    sure = np.maximum(keepers_by_rank(ranked.counts) - gone, settings.least)
-    steps = budget.one.noise * point.most / np.sqrt(sure)  # clip is `most` steps
-    noised = {}
-    for device, mine in ranked.changes.items():
-        draws = stream(setup.experiment.seed, "privacy_noise", number, device).standard_normal(len(mine))
-        noised[device] = point.towards_zero(mine) + np.rint(draws * steps[: len(mine)]).astype(np.int64)
-    return noised
+    told = terms(setup, number, ranked.devices, ranked.counts)
+    steps = noise_steps(told, point, budget.one.noise)
+    return {
+        device: with_share(point, mine, steps, stream(setup.experiment.seed, "privacy_noise", number, device))
+        for device, mine in ranked.changes.items()
+    }
 
 
 def _noised_total(setup: Setup, number: int, ranked: Ranked, least: int = 0) -> Array:

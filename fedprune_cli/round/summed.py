@@ -18,13 +18,15 @@ TotalOf = Callable[[Mapping[int, Array]], Array]
 class SumOrder:
     """number: the round, from 0; terms: of all devices that are to send; point: in what their changes are summed.
 
-    levels: of each shared entry, [U]: devices keep the entries in the order of their level, and of one level by index.
+    levels: of each shared entry, [U]: devices keep the entries in the order of their level, and of one level by index. noise: of the sum,
+    its standard deviation over the clip, of which each device adds a share; None: none.
     """
 
     number: int
     terms: Terms
     point: FixedPoint
     levels: Array
+    noise: float | None = None
 
 
 class Summing(Protocol):

@@ -438,14 +438,16 @@ def test_a_question_of_another_form_is_refused(made: Made) -> None:
         read_from_server(Sealed({**header, "survivors": ["1"]}).encode())
 
 
-def test_noise_and_hidden_scores_are_refused_on_nodes() -> None:
+def test_a_servers_noise_and_hidden_scores_are_refused_on_nodes() -> None:
     nodes = ("execution.kind=nodes", "privacy.secure=true", "devices.count=8")
     with pytest.raises(
         ConfigError,
         match=r"execution\.kind=nodes: not with privacy\.secure=true: each node's test reaches the server by itself",
     ):
         make_experiment(*nodes)
-    with pytest.raises(ConfigError, match=r"execution\.kind=nodes: not with privacy\.dp=client: nodes draw no noise"):
+    with pytest.raises(
+        ConfigError, match=r"execution\.kind=nodes: not with privacy\.dp=client: the server's noise would follow"
+    ):
         make_experiment(
             nodes[0], "privacy.dp=client", "privacy.epsilon=3", "privacy.delta=1e-3", "privacy.clip=1", "weights=uniform",
             "privacy.public_scores=true",
