@@ -27,9 +27,11 @@ from fedprune_cli.nodes.executor import Reply, Request
 from fedprune_cli.nodes.pilot import Pilot
 from fedprune_cli.nodes.post import Post, node_for
 from fedprune_cli.nodes.protocol import read_from_server
+from fedprune_cli.nodes.spent import Purse
 from fedprune_cli.nodes.sum_keys import sign_keys
 from fedprune_cli.nodes.sum_messages import KEYS, Question, read_question
 from fedprune_cli.privacy.secure import RefusedSumError
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.files import Plain
@@ -118,6 +120,11 @@ def test_over_grpc_too_and_a_node_that_wants_no_other_run_says_so(made: Made) ->
         _, other = begin(made.home / "pilot", made.home / override, [*made.overrides, override])
         with pytest.raises(ConfigError, match=told) if told else contextlib.nullcontext():
             node_for(post, Sealed({"kind": "run", "run": f"{setup.experiment.config_hash}-s0", "config": other}), None)
+
+
+def open_purse(run: Path) -> Purse:
+    """Returns what a node of a run without noise has to spend."""
+    return Purse(run, Privacy(secure=True), 3)
 
 
 def updates_on(wire: list[bytes]) -> Iterator[np.ndarray]:
@@ -295,7 +302,7 @@ def test_a_node_helps_with_one_set_of_survivors_a_round_whatever_it_is_told(made
         few = dataclasses.replace(again.terms, devices=devices, counts=(9,) * len(devices), threshold=3)
         with pytest.raises(RefusedSumError, match="has helped with a sum of other devices of round 1 already"):
             sum_member.answer(place, dataclasses.replace(again, attempt="third", terms=few))
-    part = sum_member.Part(2, 0, "another", np.zeros(memory.terms.count(2)), 1)
+    part = sum_member.Part(2, 0, "another", np.zeros(memory.terms.count(2)), 1, open_purse(place))
     keyed = dict.fromkeys(memory.terms.devices, bytes(64))
     sum_member.write_memory(place, dataclasses.replace(memory, keys=keyed))
     with pytest.raises(RefusedSumError, match="other values of round 1 than before"):
@@ -311,7 +318,7 @@ def test_a_node_never_puts_two_changes_under_the_same_masks(made: Made) -> None:
     memory = sum_member.read_memory(place)
     assert memory
     count = memory.terms.count(2)
-    part = sum_member.Part(2, 0, memory.attempt, np.full(count, 0.5), 1)
+    part = sum_member.Part(2, 0, memory.attempt, np.full(count, 0.5), 1, open_purse(place))
     with pytest.raises(RefusedSumError, match="other values of round 1 than before"):
         sum_member.masked_change(place, part)
     for other in ({"attempt": ""}, {"attempt": "another"}, {"number": 1}):
