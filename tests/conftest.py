@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
+import warm  # noqa: F401  # makes this process quicker as well
 from forked import PRELOADED, fedprune
 from hypothesis import settings
 
@@ -77,6 +80,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(7200))
 
 
+def pytest_collection_finish() -> None:
+    """Takes what collecting the tests has left out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 def extra(name: str) -> list[str]:
     """Returns the requirements of one of the package's extras."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
@@ -134,9 +143,10 @@ def forge(
 
 @pytest.fixture(scope="session", autouse=True)
 def _everything_imported_once() -> None:
-    """Starts the server that commands, workers and members are forked from before the program itself would, with less in it."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    multiprocessing.forkserver.ensure_running()
+    """Starts the server that commands, workers and members are forked from before the program itself would, with other things in it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, "forked", "warm"])
+    with contextlib.chdir(Path(__file__).parent):  # where it finds the last two
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
     return next((spelling for spelling in spellings if spelling in values), key)
 
 
+@functools.cache
+def _typed(cls: type) -> DictConfig:
+    """Returns the types and defaults of a dataclass's fields as OmegaConf has them: a configuration is built in 20 of them."""
+    return OmegaConf.structured(cls)
+
+
 def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
     """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
     si = _to_si(values, where)
@@ -118,7 +125,7 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         if field.name not in si and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}.{field.name}: missing value")
     try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si)))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(_typed(cls), si)))
     except ConfigError as error:
         if not error.key:
             raise ConfigError(f"{where}: {error}") from None
@@ -206,7 +213,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     build: Callable[..., Experiment] = Experiment  # whose parts are of the classes of GROUPS and SECTIONS
     scalars = {key: value for key, value in values.items() if key not in parts}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(_Scalars), scalars)
+        merged = OmegaConf.merge(_typed(_Scalars), scalars)
         checked = cast(dict[str, Plain], OmegaConf.to_container(merged))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
