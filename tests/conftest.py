@@ -24,15 +24,15 @@ import warm  # noqa: F401  # makes this process quicker as well
 from forked import PRELOADED, fedprune
 from hypothesis import settings
 
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
-from fedprune_cli.contracts.parts import TINY, Step, make_experiment, make_setup, outcome, sent_by, steps_of
+from fedprune_cli.contracts.parts import TINY, Step, composed, make_experiment, make_setup, outcome, sent_by, steps_of
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import State, encode, encode_masks
 
 __all__ = [  # what tests share with contracts
-    "MODEL_CASES", "TINY", "Step", "fedprune", "make_experiment", "make_setup", "model_inputs", "outcome", "sent_by", "steps_of",
+    "MODEL_CASES", "TINY", "Step", "composed", "fedprune", "make_experiment", "make_setup", "model_inputs", "outcome", "sent_by",
+    "steps_of",
 ]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -53,14 +53,14 @@ def results(run_dir: Path) -> dict[str, bytes]:
 def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     """Returns the lines of rounds.jsonl of a tiny run in its own folder."""
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    life.create(setup, composed(*overrides), run_dir)
     return [record.as_json() for record in life.run(setup, run_dir)]
 
 
 def run_in_parts(run_dir: Path, *overrides: str, stops: int) -> None:
     """Runs a tiny run in its own folder, which is left after each of its first rounds and gone on with."""
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    life.create(setup, composed(*overrides), run_dir)
     for _ in range(stops):
         rounds = life.run(setup, run_dir)
         next(rounds)

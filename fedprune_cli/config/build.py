@@ -125,7 +125,7 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         if field.name not in si and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}.{field.name}: missing value")
     try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(_typed(cls), si)))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(_typed(cast(type, cls)), si)))
     except ConfigError as error:
         if not error.key:
             raise ConfigError(f"{where}: {error}") from None

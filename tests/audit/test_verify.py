@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Line, forge, make_setup, read_lines, run_to_end, steps_of
+from conftest import Line, composed, forge, make_setup, read_lines, run_to_end, steps_of
 from typer.testing import CliRunner
 
 from fedprune_cli.audit.metering import code_bytes
 from fedprune_cli.audit.verify import Findings, audit_round, state_failures, verify_run
 from fedprune_cli.commands.app import app
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CertificateError, CheckpointError
 from fedprune_cli.round.plan import plan_round
 from fedprune_cli.round.roster import choose_roster
@@ -150,7 +149,7 @@ def test_the_command_says_what_it_checked_and_an_unfinished_run_is_named(tmp_pat
     for word in ("checksums", "state and summary", "metered again", "certificate", "sound"):
         assert word in result.output
     setup = make_setup("rounds=5")
-    life.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "half")
+    life.create(setup, composed("rounds=5"), tmp_path / "half")
     records = life.run(setup, tmp_path / "half")
     next(records), next(records)
     records.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_experiment
+import warm
+from conftest import TINY, composed, make_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from fedprune_cli import CONF
 from fedprune_cli.config.build import GROUPS, build_experiment
@@ -77,6 +79,38 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
 def test_every_file_has_its_table_entry() -> None:
     for group, table in GROUPS.items():
         assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(table)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [], ["devices=measured", "rounds=2"], ["training.lr=0.5", "training.lr=null", "model.hidden=[8,4]"],
+        ["experiment=ablations", "seed=3"], ["model.hidden=[]", "data=watch", "meter=paper", "model=cnn1d", "name='a b'"],
+        ["out=${oc.env:HOME}/x", "out=y"], ["+foo=1", "~training.lr"], ["partition=iid", "+training.more={a: 3}"],
+    ],
+)  # fmt: skip
+def test_the_tests_own_way_to_compose_gives_what_the_command_line_does(overrides: list[str]) -> None:
+    given, asked = composed(*overrides), compose_config([*TINY, *overrides])
+    assert OmegaConf.to_yaml(given) == OmegaConf.to_yaml(asked)
+    assert OmegaConf.is_struct(given) == OmegaConf.is_struct(asked)
+    given.rounds = 7
+    assert composed(*overrides) == asked  # nobody else sees what somebody changes
+
+
+@pytest.mark.parametrize(
+    "override", ["trainin.lr=1", "partition.alhpa=1", "training.lr=1,2", "data=fmnst", "pruner.x.y=1"]
+)
+def test_what_the_command_line_refuses_is_refused_by_the_tests_own_way_in_the_same_words(override: str) -> None:
+    with pytest.raises(ConfigError) as asked:
+        compose_config([*TINY, override])
+    with pytest.raises(ConfigError) as given:
+        composed(override)
+    assert str(given.value) == str(asked.value)
+
+
+def test_what_the_tests_read_once_is_what_the_files_hold() -> None:
+    for path in sorted(CONF.rglob("*.yaml")):
+        assert OmegaConf.load(path) == warm.load(path), path
 
 
 def test_units_become_si() -> None:

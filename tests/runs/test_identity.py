@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import own
 import pytest
-from conftest import TINY, fedprune, read_lines
+from conftest import TINY, composed, fedprune, read_lines
 
 from fedprune_cli.audit.listing import find_runs
 from fedprune_cli.audit.verify import verify_run
@@ -255,8 +255,8 @@ def test_an_edited_configuration_file_is_another_run() -> None:
 
 
 def test_a_folder_of_another_run_is_not_said_to_be_continued() -> None:
-    life.begin_or_reopen(compose_config([*TINY, "out=run"]))
-    config = compose_config([*TINY, "out=run", "training.epochs=2"])
+    life.begin_or_reopen(composed("out=run"))
+    config = composed("out=run", "training.epochs=2")
     with pytest.raises(CheckpointError, match="holds another run"):
         life.create(life.prepare(build_experiment(config)), config, Path("run"))
 
@@ -304,12 +304,12 @@ def test_a_data_folder_that_another_process_fills_is_read_at_each_look() -> None
 def test_keys_that_are_younger_than_a_configuration_leave_its_hash_alone() -> None:
     """Where they are not used: runs of before are found again."""
     for method in ("personalized", "proposed"):
-        plain = build_experiment(compose_config([*TINY, f"method={method}"]))
+        plain = build_experiment(composed(f"method={method}"))
         assert "rotation" not in plain.identity["participation"]
-        turns = build_experiment(compose_config([*TINY, f"method={method}", "participation.rotation=true"]))
+        turns = build_experiment(composed(f"method={method}", "participation.rotation=true"))
         assert turns.config_hash != plain.config_hash
     for allocator in ("dense", "fixed"):
-        plain = build_experiment(compose_config([*TINY, f"allocator={allocator}"]))
+        plain = build_experiment(composed(f"allocator={allocator}"))
         assert "on_infeasible" not in plain.identity["allocator"]
-        drops = build_experiment(compose_config([*TINY, f"allocator={allocator}", "allocator.on_infeasible=drop"]))
+        drops = build_experiment(composed(f"allocator={allocator}", "allocator.on_infeasible=drop"))
         assert drops.identity["allocator"]["on_infeasible"] == "drop"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from conftest import TINY, run_to_end
+from conftest import composed, run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from test_architecture import LAYERS
@@ -254,7 +254,7 @@ def test_the_examples_of_an_aggregator_a_fault_and_a_memory_work(
     monkeypatch.setitem(faults.FAULTS, "settling", class_of("A fault", faults))
     turns = class_of("A memory", memory)
     monkeypatch.setitem(memory.MEMORIES, "turns", lambda experiment: turns())
-    config = compose_config([*TINY, "rounds=3", "failsafe.aggregation=damped", "failsafe.trim=0.1"])
+    config = composed("rounds=3", "failsafe.aggregation=damped", "failsafe.trim=0.1")
     setup = prepare(build_experiment(config))
     life.create(setup, config, tmp_path / "run")
     records = list(life.run(setup, tmp_path / "run"))

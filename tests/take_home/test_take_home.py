@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fedprune, make_setup, run_to_end
+from conftest import TINY, composed, fedprune, make_setup, run_to_end
 from PIL import Image
 
 from fedprune_cli.config.build import build_experiment
@@ -233,7 +233,7 @@ def test_a_newcomer_trains_its_own_part_on_samples_and_needs_none_without_one(tm
 
 def test_an_unfinished_run_gives_the_models_of_its_last_round(tmp_path: Path) -> None:
     setup = make_setup("rounds=5")
-    life.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "run")
+    life.create(setup, composed("rounds=5"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="no round is finished"):
         open_run(tmp_path / "run")
     rounds = life.run(setup, tmp_path / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_experiment, make_setup, run_to_end
+from conftest import composed, make_experiment, make_setup, run_to_end
 from omegaconf import open_dict
 
 from fedprune_cli.allocate.inverse import rate
@@ -200,7 +200,7 @@ def test_a_run_on_5g_is_audited(allocator: str, tmp_path: Path) -> None:
 def test_whole_blocks_are_those_of_the_channel_unless_the_allocator_says_otherwise() -> None:
     def allocated(*overrides: str) -> np.ndarray:
         asked = ["devices.count=5", "meter=paper", "deadline.seconds=0.003", "allocator=blocks", *overrides]
-        found = allocate_first_round(build_experiment(compose_config([*TINY, *asked]))).allocation
+        found = allocate_first_round(build_experiment(composed(*asked))).allocation
         assert found.certificate
         assert found.certificate.holds
         return found.bandwidth_hz / found.block_hz
