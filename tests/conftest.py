@@ -25,14 +25,24 @@ from forked import PRELOADED, fedprune
 from hypothesis import settings
 
 from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
-from fedprune_cli.contracts.parts import TINY, Step, composed, make_experiment, make_setup, outcome, sent_by, steps_of
+from fedprune_cli.contracts.parts import (
+    TINY,
+    Step,
+    composed,
+    configured,
+    make_experiment,
+    make_setup,
+    outcome,
+    sent_by,
+    steps_of,
+)
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import State, encode, encode_masks
 
 __all__ = [  # what tests share with contracts
-    "MODEL_CASES", "TINY", "Step", "composed", "fedprune", "make_experiment", "make_setup", "model_inputs", "outcome", "sent_by",
-    "steps_of",
+    "MODEL_CASES", "TINY", "Step", "composed", "configured", "fedprune", "make_experiment", "make_setup", "model_inputs",
+    "outcome", "sent_by", "steps_of",
 ]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)

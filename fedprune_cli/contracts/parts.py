@@ -82,29 +82,33 @@ def has_field(entry: str, name: str, field: str) -> bool:
     return any(one.name == field for one in dataclasses.fields(TABLES[entry][name]))  # type: ignore[arg-type]
 
 
-def composed(*overrides: str) -> DictConfig:
-    """Returns the configuration of a tiny experiment with some values changed: what `compose_config` gives, in a tenth of its time.
+def configured(*overrides: str) -> DictConfig:
+    """Returns the configuration that overrides select: what `compose_config` gives, in a tenth of its time.
 
     As Hydra does it, the options of groups come first, here once for all that choose the same ones, and values on top of them.
     """
     values = [text for text in overrides if re.match(r"[a-z_]+\.(?!.*[$?])|(rounds|seed|name|out)=", text)]
     options = tuple(text for text in overrides if text not in values)
     if all((CONF / f"{text.replace('=', '/', 1)}.yaml").is_file() for text in options):
+        config = _chosen(options).copy()
         with contextlib.suppress(OmegaConfBaseException):  # said below, in our own words
-            return _with(_chosen(options).copy(), values)
-    return compose_config([*TINY, *overrides])
+            for parsed in map(_parsed, values):
+                OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
+            return config
+    return compose_config(overrides)
 
 
 @functools.cache
 def _chosen(options: tuple[str, ...]) -> DictConfig:
-    return _with(compose_config(options), TINY)
+    return compose_config(options)
 
 
-def _with(config: DictConfig, values: Sequence[str]) -> DictConfig:
-    for value in values:
-        parsed = parse_override(value)
-        OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
-    return config
+_parsed = functools.cache(parse_override)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Returns the configuration of a tiny experiment with some values changed."""
+    return configured(*TINY, *overrides)
 
 
 def make_experiment(*overrides: str) -> Experiment:

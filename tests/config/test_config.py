@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import warm
-from conftest import TINY, composed, make_experiment
+from conftest import TINY, composed, configured, make_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -77,7 +77,7 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
         "arrays": ["file=some.npz"], "folder": ["root=some"], "nodes": ["file=some.json"],
     }  # fmt: skip
     overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]
-    chosen = getattr(build_experiment(compose_config(overrides)), group)
+    chosen = getattr(build_experiment(configured(*overrides)), group)
     assert getattr(chosen, "name", name) == name
 
 
@@ -225,6 +225,4 @@ def test_every_experiment_says_what_it_asks(name: str) -> None:
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     for key in ("Question:", "Command:", "Expected:", "Minutes:"):
         assert any(line.startswith(f"# {key}") and line.removeprefix(f"# {key}").strip() for line in lines), key
-    assert (
-        build_experiment(compose_config([f"experiment={name}"])).name == name
-    )  # tests/system/test_experiments.py: its arms
+    assert build_experiment(configured(f"experiment={name}")).name == name  # tests/system/test_experiments.py: its arms

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_CASES, make_setup, model_inputs, run_to_end
+from conftest import MODEL_CASES, configured, make_setup, model_inputs, run_to_end
 from torch import nn
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.batched import batches, train_block
 from fedprune_cli.learn.client import Learner, Task, evaluate, train
@@ -39,7 +38,7 @@ KINDS = ("personal", "shared", "both")
 
 
 def config_of(*overrides: str) -> ModelConfig:
-    return build_experiment(compose_config([*overrides])).model
+    return build_experiment(configured(*overrides)).model
 
 
 def learner_of(*overrides: str, personal: str = "head") -> Learner:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, resign, run_to_end
+from conftest import TINY, configured, resign, run_to_end
 
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report import figures, page
 from fedprune_cli.report.comparison import compare, headline, latency_split, mean_equal_s, missed_seeds, run_figures
@@ -223,7 +222,7 @@ def test_a_table_s_ids_name_the_devices_of_a_run(tmp_path: Path) -> None:
     )
     Path("fleet.csv").write_text(table)
     tiny = [override for override in TINY if not override.startswith("devices.")]
-    config = compose_config([*tiny, "devices=table", "devices.file=fleet.csv", "devices.fresh=1", "out=run"])
+    config = configured(*tiny, "devices=table", "devices.file=fleet.csv", "devices.fresh=1", "out=run")
     setup = life.begin_or_reopen(config)
     for _ in life.run(setup, Path("run")):
         pass

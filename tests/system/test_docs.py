@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -150,6 +151,12 @@ def one_of(override: Override) -> str:
     return str(override.input_line)
 
 
+@functools.cache
+def accept(overrides: tuple[str, ...], given: tuple[str, ...]) -> None:
+    """Raises what the command line would of overrides beside the plug-ins that are given: those of many commands are the same."""
+    build_experiment(compose_config(overrides))
+
+
 def check(words: tuple[str, ...]) -> None:
     """Raises what the command line would of a command that it does not accept; runs nothing."""
     name, *rest = words
@@ -175,8 +182,7 @@ def check(words: tuple[str, ...]) -> None:
             assert (CONF / key / f"{override.value()}.yaml").exists()
         elif not key.startswith("hydra.") and key not in ("KEY", "GROUP"):  # what stands for any
             chosen.append(one_of(override))
-    config = compose_config(chosen)
-    build_experiment(config)
+    accept(tuple(chosen), tuple(file.sha256 for file in plugins.given()))
     for method in (context.params.get("methods") or "").split(","):
         assert not method or method in GROUPS["method"]
 
