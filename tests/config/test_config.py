@@ -61,7 +61,7 @@ BAD = [
 @pytest.mark.parametrize(("override", "message"), BAD)
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_experiment(compose_config([override]))
+        build_experiment(configured(override))
     text = str(caught.value)
     assert "\n" not in text
     assert any(part in text for part in message.split("|")), text
@@ -145,9 +145,9 @@ def test_every_file_has_its_table_entry() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        [], ["devices=measured", "rounds=2"], ["training.lr=0.5", "training.lr=null", "model.hidden=[8,4]"],
-        ["experiment=ablations", "seed=3"], ["model.hidden=[]", "data=watch", "meter=paper", "model=cnn1d", "name='a b'"],
-        ["out=${oc.env:HOME}/x", "out=y"], ["+foo=1", "~training.lr"], ["partition=iid", "+training.more={a: 3}"],
+        ["devices=measured", "training.lr=0.5", "rounds=2", "training.lr=null", "model.hidden=[8,4]", "out=${oc.env:HOME}/x", "out=y"],
+        ["model.hidden=[]", "experiment=ablations", "seed=3", "data=watch", "meter=paper", "model=cnn1d", "name='a b'"],
+        ["+foo=1", "~training.lr", "partition=iid", "+training.more={a: 3}"],
     ],
 )  # fmt: skip
 def test_the_tests_own_way_to_compose_gives_what_the_command_line_does(overrides: list[str]) -> None:
@@ -158,9 +158,7 @@ def test_the_tests_own_way_to_compose_gives_what_the_command_line_does(overrides
     assert composed(*overrides) == asked  # nobody else sees what somebody changes
 
 
-@pytest.mark.parametrize(
-    "override", ["trainin.lr=1", "partition.alhpa=1", "training.lr=1,2", "data=fmnst", "pruner.x.y=1"]
-)
+@pytest.mark.parametrize("override", ["partition.alhpa=1", "training.lr=1,2", "data=fmnst"])
 def test_what_the_command_line_refuses_is_refused_by_the_tests_own_way_in_the_same_words(override: str) -> None:
     with pytest.raises(ConfigError) as asked:
         compose_config([*TINY, override])
