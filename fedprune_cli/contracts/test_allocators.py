@@ -186,7 +186,7 @@ def test_more_bandwidth_or_a_later_deadline_is_never_worse(name: str) -> None:
 def test_the_policies_for_infeasible_rounds(name: str) -> None:
     needs_a_policy(name)
     rng = np.random.Generator(np.random.PCG64(6))
-    for _ in range(2 if name == "cvxpy" else 3 if name in SEARCHING else 6):
+    for _ in range(2 if name in ("cvxpy", "selective") else 6):
         problem = draw(rng, 8)
         problem = replace(problem, max_ratio=np.full(8, 0.5), weight=np.maximum(problem.weight, 0.1))
         problem = replace(problem, deadline_s=0.7 * least_feasible(problem))

@@ -29,7 +29,7 @@ def failures_of(run_dir: Path) -> tuple[str, ...]:
     return verify_run(life.reopen(run_dir), run_dir, every=2).failures
 
 
-@pytest.mark.parametrize("overrides", [PICKED, OWN_BITS], ids=["blocks", "bits"])
+@pytest.mark.parametrize("overrides", [pytest.param(PICKED, marks=pytest.mark.slow), OWN_BITS], ids=["blocks", "bits"])
 def test_a_run_is_the_same_from_every_executor_and_after_a_stop_and_is_sound(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:

@@ -97,7 +97,12 @@ SOURCES = {
 }
 
 
-@pytest.fixture(params=SOURCES, name="source")
+OF_A_KIND = ("labels", "packed")  # read and looked at as `images` are
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=[pytest.mark.slow] * (one in OF_A_KIND)) for one in SOURCES], name="source"
+)
 def _source(request: pytest.FixtureRequest) -> Source:
     Path("fleet.csv").write_text(FLEET)
     Path("trace.csv").write_text(TRACE)
@@ -155,7 +160,11 @@ def test_the_same_bytes_elsewhere_are_the_same_run(source: Source) -> None:
     assert build_experiment(configured(*SMALL, *moved)).config_hash == identity
 
 
-@pytest.mark.parametrize("source", [FLEET_SOURCE, TRACE_SOURCE, OWN_SOURCE], ids=["fleet", "trace", "own"])
+@pytest.mark.parametrize(
+    "source",
+    [FLEET_SOURCE, TRACE_SOURCE, pytest.param(OWN_SOURCE, marks=pytest.mark.slow)],
+    ids=["fleet", "trace", "own"],
+)
 def test_a_run_goes_on_from_anywhere_when_its_table_is_gone(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

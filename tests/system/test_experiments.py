@@ -85,9 +85,8 @@ def small(name: str, arm: str) -> Experiment:
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_every_experiment_runs_a_round(name: str) -> None:
-    """Its first arm and its last; all of them are a slow test."""
-    names = [*arms_of(name)]
-    arms = [small(name, arm) for arm in (names[0], names[-1])]
+    """Its last arm; all of them are a slow test."""
+    arms = [small(name, [*arms_of(name)][-1])]
     if name in NATURAL:
         skip_without_data(arms[0])
     records = [run_arm(experiment) for experiment in arms]
