@@ -33,7 +33,7 @@ lint: .venv/installed ## style and formatting
 type: .venv/installed ## mypy, strict
 	$(BIN)/mypy
 
-test: .venv/installed ## the default tests, some ten minutes on two cores; also as outputs/tests.xml (JUnit)
+test: .venv/installed ## the default tests, some five minutes on two quiet cores; also as outputs/tests.xml (JUnit)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --junitxml=outputs/tests.xml
 
 test-all: .venv/installed lint type ## everything, with the slow proofs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -18,18 +20,29 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
+import warm  # noqa: F401  # makes this process quicker as well
 from forked import PRELOADED, fedprune
 from hypothesis import settings
 
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.inputs import MODEL_CASES, model_inputs
-from fedprune_cli.contracts.parts import TINY, Step, make_experiment, make_setup, outcome, sent_by, steps_of
+from fedprune_cli.contracts.parts import (
+    TINY,
+    Step,
+    composed,
+    configured,
+    make_experiment,
+    make_setup,
+    outcome,
+    sent_by,
+    steps_of,
+)
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 from fedprune_cli.store.state import State, encode, encode_masks
 
 __all__ = [  # what tests share with contracts
-    "MODEL_CASES", "TINY", "Step", "fedprune", "make_experiment", "make_setup", "model_inputs", "outcome", "sent_by", "steps_of",
+    "MODEL_CASES", "TINY", "Step", "composed", "configured", "fedprune", "make_experiment", "make_setup", "model_inputs",
+    "outcome", "sent_by", "steps_of",
 ]  # fmt: skip
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -50,14 +63,14 @@ def results(run_dir: Path) -> dict[str, bytes]:
 def run_to_end(run_dir: Path, *overrides: str) -> list[Line]:
     """Returns the lines of rounds.jsonl of a tiny run in its own folder."""
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    life.create(setup, composed(*overrides), run_dir)
     return [record.as_json() for record in life.run(setup, run_dir)]
 
 
 def run_in_parts(run_dir: Path, *overrides: str, stops: int) -> None:
     """Runs a tiny run in its own folder, which is left after each of its first rounds and gone on with."""
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    life.create(setup, composed(*overrides), run_dir)
     for _ in range(stops):
         rounds = life.run(setup, run_dir)
         next(rounds)
@@ -75,6 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(7200))
+
+
+def pytest_collection_finish() -> None:
+    """Takes what collecting the tests has left out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def extra(name: str) -> list[str]:
@@ -134,9 +153,10 @@ def forge(
 
 @pytest.fixture(scope="session", autouse=True)
 def _everything_imported_once() -> None:
-    """Starts the server that commands, workers and members are forked from before the program itself would, with less in it."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    multiprocessing.forkserver.ensure_running()
+    """Starts the server that commands, workers and members are forked from before the program itself would, with other things in it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, "forked", "warm"])
+    with contextlib.chdir(Path(__file__).parent):  # where it finds the last two
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """A command line in a process of its own, forked from one that has everything imported: starting one anew takes seconds.
 
-The process imports this module and no other of the tests: what is imported here is paid for by every command.
+Of the tests, the process imports this module and `warm` and no other.
 """
 
 from __future__ import annotations

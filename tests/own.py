@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import TINY
+from conftest import composed
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.world.datasets.dataset import Dataset
 
 CLASSES, MACHINES = ("ok", "worn", "broken"), ("m10", "m2", "m1", "m7")
@@ -28,7 +27,7 @@ REQUIRED = {
 
 @functools.cache
 def _composed(kind: str, partition: str) -> DictConfig:
-    return compose_config([*TINY, f"data={kind}", f"partition={partition}", *REQUIRED[kind]])
+    return composed(f"data={kind}", f"partition={partition}", *REQUIRED[kind])
 
 
 def config_of(kind: str, partition: str = "iid", **values: Any) -> DictConfig:

@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, make_setup, results, run_to_end
+from conftest import TINY, composed, make_setup, results, run_to_end
 from test_execute import Context, build, die_once, fail, scaled
 
 from fedprune_cli import on_ray
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.execute import Execution, executor, ready
 from fedprune_cli.runs import life
@@ -91,7 +90,7 @@ def test_a_run_whose_worker_is_killed_has_the_bytes_of_serial(
     monkeypatch.setattr(on_ray.Crew, "gather", _seen(crews, on_ray.Crew.gather))
     overrides = ("pruner=taylor", "rounds=4", *ON_RAY)
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), tmp_path / "ray")
+    life.create(setup, composed(*overrides), tmp_path / "ray")
     for record in life.run(setup, tmp_path / "ray"):
         if record.round == 2:
             os.kill(int(crews[0].idle[-1].name.split()[2]), signal.SIGKILL)  # the next one to be given a task
@@ -234,7 +233,7 @@ def test_two_nodes_of_which_one_is_lost_give_the_bytes_of_serial(
     overrides = ("rounds=8", "execution.kind=ray", f"execution.address={cluster.address}")
     run_to_end(tmp_path / "serial", "rounds=8", "execution.kind=serial")
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), tmp_path / "ray")
+    life.create(setup, composed(*overrides), tmp_path / "ray")
     for record in life.run(setup, tmp_path / "ray"):
         if record.round == 3:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)

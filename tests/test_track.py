@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, extra, make_setup, run_to_end
+from conftest import TINY, composed, extra, make_setup, run_to_end
 
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs import life
@@ -75,7 +74,7 @@ def test_a_tracker_that_fails_is_one_warning_and_no_byte(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str, rounds: int, reason: str
 ) -> None:
     run_to_end(tmp_path / "plain")
-    life.create(planted(fails), compose_config(TINY), tmp_path / "run")
+    life.create(planted(fails), composed(), tmp_path / "run")
     assert len(list(life.run(planted(fails), tmp_path / "run"))) == 3
     output = capsys.readouterr()
     told = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
@@ -87,7 +86,7 @@ def test_a_tracker_that_fails_is_one_warning_and_no_byte(
 
 
 def test_an_interrupted_run_tells_each_round_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    life.create(planted("never"), compose_config(TINY), tmp_path / "run")
+    life.create(planted("never"), composed(), tmp_path / "run")
     records = life.run(planted("never"), tmp_path / "run")
     next(records)
     records.close()
@@ -96,7 +95,7 @@ def test_an_interrupted_run_tells_each_round_again(tmp_path: Path, capsys: pytes
 
 
 def test_an_error_of_the_run_is_not_the_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    life.create(planted("end"), compose_config(TINY), tmp_path / "run")
+    life.create(planted("end"), composed(), tmp_path / "run")
     records = life.run(planted("end"), tmp_path / "run")
     next(records)
     with pytest.raises(KeyError, match="the run's"):
@@ -116,7 +115,7 @@ def test_a_missing_package_is_said_before_anything_is_written(
     setup = tracked_by(tracking)
     expected = rf"^tracking={tracking.name} needs its extra: pip install 'fedprune\[{tracking.name}\]'$"
     with pytest.raises(ConfigError, match=expected):
-        life.create(setup, compose_config(TINY), tmp_path / "run")
+        life.create(setup, composed(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -158,7 +157,7 @@ def test_a_server_that_has_some_rounds_is_sent_the_others(tmp_path: Path, monkey
     wandb.init, wandb.Settings = init, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     overrides = ("tracking=wandb", "tracking.mode=online")
-    life.create(make_setup(*overrides), compose_config([*TINY, *overrides]), tmp_path / "run")
+    life.create(make_setup(*overrides), composed(*overrides), tmp_path / "run")
     records = life.run(make_setup(*overrides), tmp_path / "run")
     next(records)
     next(records)

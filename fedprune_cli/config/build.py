@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -105,10 +107,55 @@ def _yaml_key(key: str, values: Mapping[str, Plain]) -> str:
     return next((spelling for spelling in spellings if spelling in values), key)
 
 
+_hints = functools.cache(get_type_hints)
+
+
+class _AskError(Exception):
+    """A value is for OmegaConf to convert or to refuse."""
+
+
+def _plainly(value: object, hint: object) -> object:
+    """Returns a value as OmegaConf gives it to a field of that type; raises _AskError for one that is not plainly of it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in (int, float, bool) and type(value) is hint:
+        return value
+    if hint is str and type(value) is str and "$" not in value and value != "???":
+        return value
+    if hint is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if origin in (UnionType, Union) and NoneType in inner and len(inner) == 2:
+        return None if value is None else _plainly(value, next(one for one in inner if one is not NoneType))
+    if type(value) is list and (origin is list or (origin is tuple and inner[1:] == (...,))):
+        return [_plainly(one, inner[0]) for one in value]
+    if type(value) is dict and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        try:
+            return hint(**_fields(hint, value))
+        except ConfigError:  # perhaps not the first thing that is wrong
+            raise _AskError from None
+    raise _AskError
+
+
+def _fields(cls: type, values: Mapping[str, Plain]) -> dict[str, object]:
+    """Returns the values of all of a dataclass's fields, given or its defaults, as OmegaConf gives them; raises _AskError."""
+    given = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(cls) if field.init}
+    if values.keys() - given.keys():
+        raise _AskError
+    return {name: _plainly(value, _hints(cls)[name]) for name, value in given.items()}
+
+
+def _checked(cls: type[T], values: Mapping[str, Plain]) -> T:
+    """Returns an instance of the dataclass with values in SI; OmegaConf, which takes long, is asked where one is not plain."""
+    try:
+        fields = _fields(cls, values)
+    except _AskError:
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
+    return cls(**fields)
+
+
 def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
     """Returns an instance of the dataclass, its types checked by OmegaConf and its ranges by the class itself."""
     si = _to_si(values, where)
-    hints = get_type_hints(cls)
+    hints = _hints(cast(type, cls))
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [field.name for field in fields]
     for key, name in zip(values, si, strict=True):
@@ -118,7 +165,7 @@ def _construct(cls: type[T], values: Mapping[str, Plain], where: str) -> T:
         if field.name not in si and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}.{field.name}: missing value")
     try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), si)))
+        return _checked(cls, si)
     except ConfigError as error:
         if not error.key:
             raise ConfigError(f"{where}: {error}") from None
@@ -206,11 +253,10 @@ def build_experiment(config: DictConfig) -> Experiment:
     build: Callable[..., Experiment] = Experiment  # whose parts are of the classes of GROUPS and SECTIONS
     scalars = {key: value for key, value in values.items() if key not in parts}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(_Scalars), scalars)
-        checked = cast(dict[str, Plain], OmegaConf.to_container(merged))
+        checked = vars(_checked(_Scalars, scalars))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        raise ConfigError(f"{key}={values.get(key)}: {reason(error, get_type_hints(_Scalars).get(key))}") from None
+        raise ConfigError(f"{key}={values.get(key)}: {reason(error, _hints(_Scalars).get(key))}") from None
     try:
         experiment = build(**checked, **parts)
     except ConfigError as error:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import names
+from fedprune_cli.contracts.parts import configured, names
 from fedprune_cli.learn.models import MODELS, ModelConfig, Shape, build_model
 
 MODEL_CASES: dict[str, Shape] = {
@@ -36,7 +35,7 @@ def model_cases() -> list[object]:
 @functools.cache
 def config_of(case: str) -> ModelConfig:
     """Returns the model of a case."""
-    return build_experiment(compose_config([*case.split()])).model
+    return build_experiment(configured(*case.split())).model
 
 
 @functools.cache

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fedprune_cli import plugins
+from fedprune_cli import CONF, plugins
 from fedprune_cli.config.build import GROUPS, OF_SECTIONS, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
+from fedprune_cli.config.overrides import parse_override
 from fedprune_cli.errors import unknown
 from fedprune_cli.execute import executor
 from fedprune_cli.round.bill import charge
@@ -77,9 +82,38 @@ def has_field(entry: str, name: str, field: str) -> bool:
     return any(one.name == field for one in dataclasses.fields(TABLES[entry][name]))  # type: ignore[arg-type]
 
 
+def configured(*overrides: str) -> DictConfig:
+    """Returns the configuration that overrides select: what `compose_config` gives, in a tenth of its time.
+
+    As Hydra does it, the options of groups come first, here once for all that choose the same ones, and values on top of them.
+    """
+    values = [text for text in overrides if re.match(r"[a-z_]+\.(?!.*[$?])|(rounds|seed|name|out)=", text)]
+    options = tuple(text for text in overrides if text not in values)
+    if all((CONF / f"{text.replace('=', '/', 1)}.yaml").is_file() for text in options):
+        config = _chosen(options).copy()
+        with contextlib.suppress(OmegaConfBaseException):  # said below, in our own words
+            for parsed in map(_parsed, values):
+                OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
+            return config
+    return compose_config(overrides)
+
+
+@functools.cache
+def _chosen(options: tuple[str, ...]) -> DictConfig:
+    return compose_config(options)
+
+
+_parsed = functools.cache(parse_override)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Returns the configuration of a tiny experiment with some values changed."""
+    return configured(*TINY, *overrides)
+
+
 def make_experiment(*overrides: str) -> Experiment:
     """Returns a tiny experiment with some values changed."""
-    return build_experiment(compose_config([*TINY, *overrides]))
+    return build_experiment(composed(*overrides))
 
 
 @functools.cache

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import each, has_field
+from fedprune_cli.contracts.parts import configured, each, has_field
 from fedprune_cli.world.channel import Channel
 from fedprune_cli.world.fleet import Fleet
 
@@ -22,13 +21,11 @@ def channel_of(name: str, *overrides: str) -> Channel:
         rows = [f"{r},{d},{first - r - 2 * d}" for r in range(5) for d in range(60)]
         Path(f"{name}.csv").write_text("\n".join([f"round,device,{column}", *rows]) + "\n")
         overrides = (f"channel.file={name}.csv", *overrides)
-    return build_experiment(compose_config([f"channel={name}", *overrides])).channel
+    return build_experiment(configured(f"channel={name}", *overrides)).channel
 
 
 def fleet_of(count: int, *overrides: str, seed: int = 0) -> Fleet:
-    return build_experiment(compose_config([f"devices.count={count}", "devices.fresh=0", *overrides])).devices.draw(
-        seed
-    )
+    return build_experiment(configured(f"devices.count={count}", "devices.fresh=0", *overrides)).devices.draw(seed)
 
 
 @each_channel

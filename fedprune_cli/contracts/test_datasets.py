@@ -7,8 +7,7 @@ import functools
 import numpy as np
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TABLES, each, has_field, make_setup, steps_of
+from fedprune_cli.contracts.parts import TABLES, configured, each, has_field, make_setup, steps_of
 from fedprune_cli.world.datasets import Dataset
 
 AT_HAND = ("digits", "patches")  # of those built in, what needs no file and no network
@@ -16,7 +15,7 @@ each_dataset = each("datasets", without=[name for name in TABLES["datasets"].own
 
 
 def load(name: str) -> Dataset:
-    return build_experiment(compose_config([f"data={name}"])).data.load()
+    return build_experiment(configured(f"data={name}")).data.load()
 
 
 loaded = functools.cache(load)

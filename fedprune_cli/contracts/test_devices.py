@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TABLES, each
+from fedprune_cli.contracts.parts import TABLES, configured, each
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.devices import Devices
@@ -23,9 +22,9 @@ def devices_of(name: str, count: int, *overrides: str) -> Devices:
     if name == "table":
         rows = [f"d{i},{0.5 + i / 1000},1,{20 + i % 4},{0.02 + i / 5000}" for i in range(count)]
         Path("fleet.csv").write_text("\n".join(["id,cpu_ghz,cycles_per_flop,tx_power_dbm,distance_km", *rows]) + "\n")
-        return build_experiment(compose_config(["devices=table", "devices.file=fleet.csv", *overrides])).devices
+        return build_experiment(configured("devices=table", "devices.file=fleet.csv", *overrides)).devices
     return build_experiment(
-        compose_config([f"devices={name}", f"devices.count={count}", "devices.fresh=0", *overrides])
+        configured(f"devices={name}", f"devices.count={count}", "devices.fresh=0", *overrides)
     ).devices
 
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import each
+from fedprune_cli.contracts.parts import configured, each
 from fedprune_cli.store.state import Array
 from fedprune_cli.world.datasets.dataset import Dataset, Source, number_dataset
 from fedprune_cli.world.partition import Partition, PartitionConfig, build_partition
@@ -23,7 +22,7 @@ each_cover = each("partitions", without=["drawn"])  # which repeats samples
 
 @functools.cache
 def config_of(name: str, *overrides: str) -> PartitionConfig:
-    return build_experiment(compose_config([f"partition={name}", *overrides])).partition
+    return build_experiment(configured(f"partition={name}", *overrides)).partition
 
 
 def build(

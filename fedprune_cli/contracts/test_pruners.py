@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import each, outcome
+from fedprune_cli.contracts.parts import configured, each, outcome
 from fedprune_cli.learn.prune import Pruner, build_masks
 from fedprune_cli.learn.structured import Layout
 from fedprune_cli.store.memory import Sizes
@@ -23,7 +22,7 @@ each_pruner = each("pruners")
 
 @functools.cache
 def pruner_of(name: str) -> Pruner:
-    return build_experiment(compose_config([f"pruner={name}"])).pruner
+    return build_experiment(configured(f"pruner={name}")).pruner
 
 
 def state_of(pruner: Pruner, size: int, seed: int) -> State:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.inputs import MODEL_CASES, config_of, model_cases, model_inputs, shape_of
-from fedprune_cli.contracts.parts import parts
+from fedprune_cli.contracts.parts import configured, parts
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.cost import ModelCost, count_cost
 from fedprune_cli.learn.models import build_model
@@ -44,7 +43,7 @@ def layout_of(name: str, personal: str = "head") -> tuple[Layout, ModelCost]:
 
 
 def masks_of(name: str, ratios: list[float], pruner: str = "magnitude") -> Masks:
-    chosen = build_experiment(compose_config([f"pruner={pruner}", CHANNEL])).pruner
+    chosen = build_experiment(configured(f"pruner={pruner}", CHANNEL)).pruner
     shared = parts_of(name).shared.numpy()
     state = State(0, shared, untrained(np.zeros(0, np.float32), 0), chosen.slots(Sizes(0, shared.size)))
     return build_masks(chosen, state, np.array(ratios), 0, layout_of(name)[0])

@@ -6,8 +6,7 @@ import numpy as np
 
 from fedprune_cli.allocate.weights import Weights
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import each, outcome
+from fedprune_cli.contracts.parts import configured, each, outcome
 from fedprune_cli.store.memory import Sizes, Slots
 from fedprune_cli.store.state import Array
 
@@ -15,7 +14,7 @@ each_weighting = each("weights")
 
 
 def weights_of(name: str) -> Weights:
-    return build_experiment(compose_config([f"weights={name}"])).weights
+    return build_experiment(configured(f"weights={name}")).weights
 
 
 def first(weights: Weights, count: int) -> Slots:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import configured
 from scipy.optimize import linprog
 
 from fedprune_cli.allocate.blocks import (
@@ -25,7 +26,6 @@ from fedprune_cli.allocate.kkt import solve_p1
 from fedprune_cli.allocate.problem import Problem, kept_on
 from fedprune_cli.allocate.whole import Blocks
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.problems import draw, literature
 from fedprune_cli.errors import ConfigError, InfeasibleError
 
@@ -204,6 +204,6 @@ def test_more_devices_than_blocks_is_said_by_the_policy() -> None:
 
 
 def test_yaml_speaks_of_kilohertz() -> None:
-    assert build_experiment(compose_config(["allocator=blocks", "allocator.block_khz=360"])).allocator == Blocks(
+    assert build_experiment(configured("allocator=blocks", "allocator.block_khz=360")).allocator == Blocks(
         "blocks", "stretch", 360e3
     )

@@ -253,8 +253,18 @@ def three(**changes: np.ndarray) -> Problem:
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-@pytest.mark.parametrize("snr_hz", [0.0, 5e-324, 1e-20, 1e-3])
-@pytest.mark.parametrize("policy", ["stretch", "drop"])
+@pytest.mark.parametrize(
+    ("policy", "snr_hz"),
+    [
+        ("stretch", 0.0), ("drop", 1e-3),
+        *(
+            pytest.param(policy, snr_hz, marks=pytest.mark.slow)
+            for policy in ("stretch", "drop")
+            for snr_hz in (0.0, 5e-324, 1e-20, 1e-3)
+            if (policy, snr_hz) not in (("stretch", 0.0), ("drop", 1e-3))
+        ),
+    ],
+)  # fmt: skip
 def test_a_device_without_a_link_is_dropped_by_name_and_the_others_go_on(name: str, snr_hz: float, policy: str) -> None:
     """Nothing, or a signal of -103 dB of the noise and less."""
     problem = three(snr_hz=np.array([1e7, snr_hz, 2e7]))

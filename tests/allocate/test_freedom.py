@@ -108,7 +108,7 @@ def certify_many(count: int, seed: int, sizes: tuple[int, ...]) -> None:
 
 
 def test_clock_and_power_are_certified_on_random_instances() -> None:
-    certify_many(20, 3, (1, 2, 3, 10, 50))
+    certify_many(12, 3, (1, 2, 3, 10, 50))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fedprune, make_setup, run_to_end
+from conftest import configured, fedprune, make_setup, run_to_end
 
 from fedprune_cli.audit import leak, leak_page
 from fedprune_cli.audit.leak import Frame, Row, attack_all, cases_of, first_layer, membership, pieces
@@ -255,11 +255,10 @@ def test_a_device_is_found_by_name_or_number() -> None:
 def test_the_figures_of_the_guide(tmp_path: Path) -> None:
     """The default run on digits: quotients and completion by ratio, sums and noise, over all devices."""
     from fedprune_cli.config.build import build_experiment
-    from fedprune_cli.config.compose import compose_config
     from fedprune_cli.round.setup import prepare
     from fedprune_cli.runs import life
 
-    config = compose_config([])
+    config = configured()
     setup = prepare(build_experiment(config))
     life.create(setup, config, tmp_path / "run")
     list(life.run(setup, tmp_path / "run"))

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import fedprune, make_setup, run_to_end
+from conftest import composed, fedprune, make_setup, run_to_end
 
 from fedprune_cli.audit import listing as runs
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report.run import write_report
 from fedprune_cli.runs import life
@@ -18,9 +17,8 @@ from fedprune_cli.store import folder, lock
 
 
 def interrupted(run_dir: Path) -> None:
-    from conftest import TINY
 
-    life.create(make_setup(), compose_config(list(TINY)), run_dir)
+    life.create(make_setup(), composed(), run_dir)
     records = life.run(make_setup(), run_dir)
     next(records)
     records.close()

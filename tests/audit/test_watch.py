@@ -8,13 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import TINY, fedprune, make_setup, run_to_end
+from conftest import composed, fedprune, make_setup, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune_cli.audit import watch
 from fedprune_cli.audit.watch import Limit, Prices, parse_limit
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, LimitError
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
@@ -79,7 +78,7 @@ def test_a_run_is_watched_while_it_runs_and_found_when_it_was_left(
     monkeypatch.setattr(watch, "LOOK_S", 0.01)
     monkeypatch.setattr(watch, "ABANDONED_S", 0.05)
     place = tmp_path / "run"
-    life.create(make_setup(), compose_config(list(TINY)), place)
+    life.create(make_setup(), composed(), place)
     records = life.run(make_setup(), place)
     next(records)
     with (place / "rounds.jsonl").open("ab") as log:

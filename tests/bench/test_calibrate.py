@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import configured
 from typer.testing import CliRunner
 
 from fedprune_cli.bench import kinds, power
@@ -155,7 +156,7 @@ def test_a_class_that_is_written_is_composed_and_used() -> None:
         np.testing.assert_allclose(fleet.practice.flop_scale[kind], of[f"{kind}_scale"])
     mixed = devices_of("devices=bench_pc", "devices.mix=[bench_pc,pi5]", "devices.shares=[1,1]").draw(0)
     assert {*mixed.cpu_hz.tolist()} == {2.5e9, 2.4e9}
-    built_in = json.loads(json.dumps(plain(compose_config(["devices=measured"]))["devices"]))["classes"]
+    built_in = json.loads(json.dumps(plain(configured("devices=measured"))["devices"]))["classes"]
     assert (
         plain(compose_config(["devices=bench_pc"], Path("cal")))["devices"]["classes"][:-1] == built_in
     )  # the same shape
@@ -216,6 +217,6 @@ def test_watts_are_read_from_counters_that_start_again(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_figures_by_kind_of_this_machine_are_nearer_than_one_figure() -> None:
-    of = kinds.measure(build_experiment(compose_config([])), turns=20)
+    of = kinds.measure(build_experiment(configured()), turns=20)
     worst = [max(abs(float(row[key])) for row in of.rows) for key in ("error", "one_figure_error")]
     assert worst[0] < worst[1]

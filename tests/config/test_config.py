@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
 import pytest
-from conftest import make_experiment
+import warm
+from conftest import TINY, composed, configured, make_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from fedprune_cli import CONF
-from fedprune_cli.config.build import GROUPS, build_experiment
+from fedprune_cli.config.build import GROUPS, SECTIONS, _checked, _to_si, build_experiment
 from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 
@@ -54,7 +61,7 @@ BAD = [
 @pytest.mark.parametrize(("override", "message"), BAD)
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_experiment(compose_config([override]))
+        build_experiment(configured(override))
     text = str(caught.value)
     assert "\n" not in text
     assert any(part in text for part in message.split("|")), text
@@ -70,13 +77,99 @@ def test_every_table_entry_has_its_file_and_composes(group: str, name: str) -> N
         "arrays": ["file=some.npz"], "folder": ["root=some"], "nodes": ["file=some.json"],
     }  # fmt: skip
     overrides += [f"{group}.{value}" for value in needed.get(name, []) if (group, value) != ("devices", "label=state")]
-    chosen = getattr(build_experiment(compose_config(overrides)), group)
+    chosen = getattr(build_experiment(configured(*overrides)), group)
     assert getattr(chosen, "name", name) == name
+
+
+def outcome_of(build: Callable[[], object]) -> str:
+    """Returns what is built, every number with its type, or what is said instead."""
+    try:
+        return repr(build())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def check_against_omegaconf(cls: type, values: dict[str, Any]) -> None:
+    asked = outcome_of(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
+    assert outcome_of(lambda: _checked(cls, values)) == asked
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_files_hold_is_of_the_types_that_omegaconf_gives_it(group: str) -> None:
+    for name, cls in GROUPS[group].items():
+        values = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+        check_against_omegaconf(cls, _to_si(values, group))  # type: ignore[arg-type]
+
+
+STRANGE = (None, True, False, 0, -1, 8, 2**53, 2**70, 10**400, 0.5, 8.0, float("nan"), float("inf"), "8", "0.5", "", "yes", "cpu", "???",
+           "${x}", "\\${x}", [], [1], [1, "2"], [1.5], [None], [[1]], {}, {"a": 1})  # fmt: skip
+
+
+OF_ALL_TYPES = ("model=mlp", "payload", "deadline", "evaluation")  # numbers, texts, lists; records have the law below
+LONG = ("devices=measured", "channel=umi", *SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [*OF_ALL_TYPES, *(pytest.param(one, marks=pytest.mark.slow) for one in LONG if one not in OF_ALL_TYPES)],
+)
+def test_every_strange_value_is_converted_or_refused_as_omegaconf_does(place: str) -> None:
+    key, _, name = place.partition("=")
+    cls = GROUPS[key][name] if name else SECTIONS[key]
+    whole = make_experiment(*[place] * bool(name))
+    sound = {field.name: getattr(getattr(whole, key), field.name) for field in dataclasses.fields(cls) if field.init}
+    sound = json.loads(json.dumps(sound, default=dataclasses.asdict))
+    for name in sound:
+        for strange in STRANGE:
+            check_against_omegaconf(cls, sound | {name: strange})
+    check_against_omegaconf(cls, sound | {"nope": 1})
+    for name in sound:
+        check_against_omegaconf(cls, {key: value for key, value in sound.items() if key != name})
+
+
+@pytest.mark.parametrize("strange", [None, True, -1, 10**400, "8", "x", "${x}", [1]])
+@pytest.mark.parametrize("key", ["cpu_hz", "source", "nope"])
+def test_a_strange_value_in_a_record_is_converted_or_refused_as_omegaconf_does(key: str, strange: object) -> None:
+    devices = dataclasses.asdict(make_experiment("devices=measured").devices)  # type: ignore[call-overload]
+    records = [record | {key: strange} for record in devices["classes"][:1]]
+    check_against_omegaconf(
+        GROUPS["devices"]["measured"], devices | {"classes": records, "mix": [records[0]["name"]], "shares": [1]}
+    )
 
 
 def test_every_file_has_its_table_entry() -> None:
     for group, table in GROUPS.items():
         assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(table)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["devices=measured", "training.lr=0.5", "rounds=2", "training.lr=null", "model.hidden=[8,4]", "out=${oc.env:HOME}/x", "out=y"],
+        ["model.hidden=[]", "experiment=ablations", "seed=3", "data=watch", "meter=paper", "model=cnn1d", "name='a b'"],
+        ["+foo=1", "~training.lr", "partition=iid", "+training.more={a: 3}"],
+    ],
+)  # fmt: skip
+def test_the_tests_own_way_to_compose_gives_what_the_command_line_does(overrides: list[str]) -> None:
+    given, asked = composed(*overrides), compose_config([*TINY, *overrides])
+    assert OmegaConf.to_yaml(given) == OmegaConf.to_yaml(asked)
+    assert OmegaConf.is_struct(given) == OmegaConf.is_struct(asked)
+    given.rounds = 7
+    assert composed(*overrides) == asked  # nobody else sees what somebody changes
+
+
+@pytest.mark.parametrize("override", ["partition.alhpa=1", "training.lr=1,2", "data=fmnst"])
+def test_what_the_command_line_refuses_is_refused_by_the_tests_own_way_in_the_same_words(override: str) -> None:
+    with pytest.raises(ConfigError) as asked:
+        compose_config([*TINY, override])
+    with pytest.raises(ConfigError) as given:
+        composed(override)
+    assert str(given.value) == str(asked.value)
+
+
+def test_what_the_tests_read_once_is_what_the_files_hold() -> None:
+    for path in sorted(CONF.rglob("*.yaml")):
+        assert OmegaConf.load(path) == warm.load(path), path
 
 
 def test_units_become_si() -> None:
@@ -130,6 +223,4 @@ def test_every_experiment_says_what_it_asks(name: str) -> None:
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     for key in ("Question:", "Command:", "Expected:", "Minutes:"):
         assert any(line.startswith(f"# {key}") and line.removeprefix(f"# {key}").strip() for line in lines), key
-    assert (
-        build_experiment(compose_config([f"experiment={name}"])).name == name
-    )  # tests/system/test_experiments.py: its arms
+    assert build_experiment(configured(f"experiment={name}")).name == name  # tests/system/test_experiments.py: its arms

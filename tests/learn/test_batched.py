@@ -39,9 +39,15 @@ def learner_of(setup: Setup) -> Learner:
     return build_learner(setup.experiment, setup.scenario)
 
 
-@pytest.mark.parametrize("personal", ["none", "head", "input", "all"])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(
+    ("personal", "decay", "pruned"),
+    [  # by default each with both decays, and each decay with and without masks
+        pytest.param(personal, decay, pruned, marks=[pytest.mark.slow] * ((decay > 0) != (pruned ^ (at % 2 == 1))))
+        for at, personal in enumerate(("none", "head", "input", "all"))
+        for decay in (0.0, 0.01)
+        for pruned in (False, True)
+    ],
+)
 def test_a_block_trains_like_the_loop(personal: str, decay: float, pruned: bool) -> None:
     setup = make_setup(*SCENE, f"model.personal={personal}", f"training.weight_decay={decay}")
     learner, tasks = learner_of(setup), tasks_of(setup, pruned and personal != "all")

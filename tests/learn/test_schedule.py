@@ -69,7 +69,7 @@ def test_with_steps_a_batch_is_never_larger_than_the_data(num_samples: int, batc
             assert sorted(batch.tolist()) == list(range(num_samples))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 8, 32, 512])
+@pytest.mark.parametrize("batch_size", [5, 32, 512, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8))])
 def test_blocks_train_like_the_loop_whatever_is_left_of_a_batch(batch_size: int) -> None:
     setup = make_setup("devices.count=6", "training.block=10", f"training.batch_size={batch_size}", "training.epochs=2")
     learner, tasks = build_learner(setup.experiment, setup.scenario), tasks_of(setup)

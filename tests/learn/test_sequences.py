@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_CASES, make_setup, model_inputs, run_to_end
+from conftest import MODEL_CASES, configured, make_setup, model_inputs, run_to_end
 from torch import nn
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.batched import batches, train_block
 from fedprune_cli.learn.client import Learner, Task, evaluate, train
@@ -39,7 +38,7 @@ KINDS = ("personal", "shared", "both")
 
 
 def config_of(*overrides: str) -> ModelConfig:
-    return build_experiment(compose_config([*overrides])).model
+    return build_experiment(configured(*overrides)).model
 
 
 def learner_of(*overrides: str, personal: str = "head") -> Learner:
@@ -103,8 +102,11 @@ def tasks_of(learner: Learner) -> list[Task]:
 @pytest.mark.parametrize(
     ("name", "personal", "decay"),
     [
-        ("gru", "head", 0.0), ("gru", "input", 0.1), ("gru", "rnn2+head", 0.0), ("gru", "rnn2", 0.1), ("gru", "none", 0.0),
-        ("tokens", "head", 0.1), ("tokens", "input", 0.0), ("tokens", "rnn1", 0.1),
+        ("gru", "input", 0.1), ("gru", "rnn2+head", 0.0), ("gru", "none", 0.0), ("tokens", "head", 0.1), ("tokens", "rnn1", 0.1),
+        *(
+            pytest.param(*of, marks=pytest.mark.slow)
+            for of in (("gru", "head", 0.0), ("gru", "rnn2", 0.1), ("tokens", "input", 0.0))
+        ),
     ],
 )  # fmt: skip
 def test_grus_side_by_side_train_like_the_loop(name: str, personal: str, decay: float) -> None:
@@ -160,8 +162,13 @@ def test_it_learns_digits(name: str) -> None:
     assert after.correct > before.correct + after.total / 5
 
 
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        ("cnn1d", "channel"), ("gru", "weight"), ("gru", "channel"), ("tokens", "channel"),
+        pytest.param("cnn1d", "weight", marks=pytest.mark.slow), pytest.param("tokens", "weight", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_run_prunes_and_keeps_its_deadline(
     name: str, granularity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

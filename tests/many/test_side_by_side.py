@@ -8,16 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import TINY, fedprune
+from conftest import TINY, composed, fedprune
 from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.many.side_by_side import Member, run_members
 
 
 def make_member(tmp_path: Path, arm: str, seed: int, *overrides: str) -> Member:
-    config = compose_config([*TINY, f"out={tmp_path}/{arm}{seed}", f"seed={seed}", *overrides])
+    config = composed(f"out={tmp_path}/{arm}{seed}", f"seed={seed}", *overrides)
     build_experiment(config)
     return Member(arm, seed, OmegaConf.to_yaml(config, resolve=True), tmp_path / f"{arm}{seed}")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from conftest import TINY, make_setup
+from conftest import TINY, composed, make_setup
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
@@ -82,7 +82,7 @@ class InProcessSite:
 def simulate(run_dir: Path, *overrides: str) -> Setup:
     """Runs the simulator to its end; returns its setup."""
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), run_dir)
+    life.create(setup, composed(*overrides), run_dir)
     list(life.run(setup, run_dir))
     return setup
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import composed
 from nodes.fleet import InProcessSite, begin, deal, result, simulate
 
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TINY
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError
 from fedprune_cli.nodes.protocol import hello_of, read_from_node, read_from_server, read_hello
 from fedprune_cli.runs import life
@@ -167,9 +166,7 @@ def test_a_card_that_contradicts_itself_is_refused() -> None:
 def test_nodes_and_their_data_go_together(tmp_path: Path) -> None:
     deal(simulate(tmp_path / "simulated"), tmp_path)
     with pytest.raises(ConfigError, match="go together"):
-        life.prepare(
-            life.build_experiment(compose_config([*TINY, "data=nodes", f"data.file={tmp_path / 'roster.json'}"]))
-        )
+        life.prepare(life.build_experiment(composed("data=nodes", f"data.file={tmp_path / 'roster.json'}")))
     setup, _ = begin(tmp_path, tmp_path / "run", [])
     with pytest.raises(ConfigError, match="fedprune serve"):
         list(life.run(setup, tmp_path / "run"))

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import fedprune, run_to_end
+from conftest import configured, fedprune, run_to_end
 
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.report.comparison import compare
 from fedprune_cli.report.comparison_page import comparison_json, comparison_table, write_comparison
 from fedprune_cli.report.presence import left_out, presence
@@ -88,7 +87,7 @@ def test_turns_leave_nobody_out_of_a_run_and_can_be_audited(allocator: str, tmp_
               "allocator.on_infeasible=drop", "pruner.max_ratio=0.05")  # fmt: skip
     found = []
     for turns in ("false", "true"):
-        config = compose_config([*scarce, f"participation.rotation={turns}", f"out={tmp_path}/{turns}"])
+        config = configured(*scarce, f"participation.rotation={turns}", f"out={tmp_path}/{turns}")
         setup = life.begin_or_reopen(config)
         for _ in life.run(setup, tmp_path / turns):
             pass

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, resign, run_to_end
+from conftest import TINY, configured, resign, run_to_end
 
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError
 from fedprune_cli.report import figures, page
 from fedprune_cli.report.comparison import compare, headline, latency_split, mean_equal_s, missed_seeds, run_figures
@@ -43,6 +42,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     return paths
 
 
+@pytest.fixture(scope="module")
+def pages(finished: dict[tuple[str, int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Returns the page of a run's report and that of a comparison, drawn once, to look at."""
+    place = tmp_path_factory.mktemp("pages")
+    of_one = write_report(shutil.copytree(finished["proposed", 0], place / "run"))
+    return [of_one, write_comparison(compare([read_run(path) for path in finished.values()]), place / "comparison")]
+
+
 def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str, int], Path]) -> None:
     path = runs["proposed", 0]
     page = write_report(path)
@@ -64,9 +71,7 @@ def test_a_report_holds_its_figures_and_repeats_to_the_byte(runs: dict[tuple[str
     assert counts.sum() == 1797
 
 
-def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    pages = [write_report(runs["proposed", 0])]
-    pages.append(write_comparison(compare([read_run(path) for path in runs.values()]), tmp_path / "out"))
+def test_a_page_needs_nothing_but_itself(pages: list[Path]) -> None:
     for written in pages:
         text = written.read_text()
         assert len(text) < 1_000_000
@@ -80,13 +85,14 @@ def test_a_page_needs_nothing_but_itself(runs: dict[tuple[str, int], Path], tmp_
         assert "currentColor" in text
 
 
-def test_no_figure_shows_markup_of_mathematics(runs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+def test_no_figure_shows_markup_of_mathematics(
+    runs: dict[tuple[str, int], Path], pages: list[Path], tmp_path: Path
+) -> None:
     """Text is drawn as it is, for names may hold dollars: a label in TeX would be read as TeX."""
     loaded = [read_run(path) for path in runs.values()]
-    pages = [write_report(runs["proposed", 0]), write_comparison(compare(loaded), tmp_path / "comparison")]
     swept = [Combination((f"a={at}", f"seed={run.seed}"), str(run.path)) for at, run in enumerate(loaded)]
-    pages.append(write_sweep(swept, build_groups(swept), tmp_path / "sweep"))
-    drawn = [path.read_text() for page in pages for path in page.parent.glob("*.svg")]
+    written = [*pages, write_sweep(swept, build_groups(swept), tmp_path / "sweep")]
+    drawn = [path.read_text() for page in written for path in page.parent.glob("*.svg")]
     drawn.append(figures.frontier_figure([{"deadline_s": 1.0, "mean_ratio": 0.5}], 1.0).svg())
     point = dict.fromkeys(("ratio", "measured_s", "low_s", "high_s", "modelled_s", "masked_s"), 0.5)
     drawn.append(figures.calibration_figure([point]).svg())
@@ -223,7 +229,7 @@ def test_a_table_s_ids_name_the_devices_of_a_run(tmp_path: Path) -> None:
     )
     Path("fleet.csv").write_text(table)
     tiny = [override for override in TINY if not override.startswith("devices.")]
-    config = compose_config([*tiny, "devices=table", "devices.file=fleet.csv", "devices.fresh=1", "out=run"])
+    config = configured(*tiny, "devices=table", "devices.file=fleet.csv", "devices.fresh=1", "out=run")
     setup = life.begin_or_reopen(config)
     for _ in life.run(setup, Path("run")):
         pass

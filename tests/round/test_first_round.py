@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, configured
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.report.allocation import allocation_table, answer, write_allocation
 from fedprune_cli.round.first import FirstRound, allocate_first_round
 from fedprune_cli.round.setup import prepare
@@ -24,7 +23,7 @@ def both_ways(folder: Path, *overrides: str) -> tuple[FirstRound, FirstRound]:
     rows = [f"{ghz},1,{dbm},{db}" for ghz, dbm, db in PHYSICS]
     file.write_text("\n".join(["cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db", *rows]) + "\n")
     tiny = [override for override in TINY if not override.startswith("devices.")]
-    experiment = build_experiment(compose_config([*tiny, "devices=table", f"devices.file={file}", *overrides]))
+    experiment = build_experiment(configured(*tiny, "devices=table", f"devices.file={file}", *overrides))
     samples = prepare(experiment).scenario.partition.train.sizes
     file_with_samples = folder / "with_samples.csv"
     lines = [f"{row},{count}" for row, count in zip(rows, samples, strict=True)]
@@ -66,7 +65,7 @@ def test_a_table_s_ids_name_its_devices_in_every_answer(tmp_path: Path) -> None:
     rows = ["agv-1,1,1,23,-100,40", "agv-2,1,1,23,-249,40", "press 7,2,1,23,-95,60"]
     file.write_text("\n".join(["id," + HEADER, *rows]) + "\n")
     tiny = [override for override in TINY if not override.startswith("devices.")]
-    plain = allocate_first_round(build_experiment(compose_config([*tiny, "payload.bits=[4,8]"])), file)
+    plain = allocate_first_round(build_experiment(configured(*tiny, "payload.bits=[4,8]")), file)
     assert "agv-2" in plain.allocation.message
     result = answer(plain, of_several=True)
     assert [device["name"] for device in result["devices"]] == ["agv-1", "agv-2", "press 7"]

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Line, forge, make_experiment, make_setup, read_lines, results, run_to_end, steps_of
+from conftest import Line, composed, forge, make_experiment, make_setup, read_lines, results, run_to_end, steps_of
 
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
-from fedprune_cli.contracts.parts import TINY
 from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.round.first import allocate_first_round
 from fedprune_cli.round.plan import plan_round
@@ -31,7 +29,7 @@ def failures_of(run_dir: Path) -> tuple[str, ...]:
     return verify_run(life.reopen(run_dir), run_dir, every=2).failures
 
 
-@pytest.mark.parametrize("overrides", [PICKED, OWN_BITS], ids=["blocks", "bits"])
+@pytest.mark.parametrize("overrides", [pytest.param(PICKED, marks=pytest.mark.slow), OWN_BITS], ids=["blocks", "bits"])
 def test_a_run_is_the_same_from_every_executor_and_after_a_stop_and_is_sound(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
@@ -40,7 +38,7 @@ def test_a_run_is_the_same_from_every_executor_and_after_a_stop_and_is_sound(
     assert len({record["frozen"] for record in lines}) > 1
     run_to_end(workers, *overrides, *HARD, "execution.kind=processes", "execution.workers=2")
     assert {**results(workers), "manifest.json": b""} == {**results(whole), "manifest.json": b""}
-    config = compose_config([*TINY, *overrides, *HARD])
+    config = composed(*overrides, *HARD)
     life.create(make_setup(*overrides, *HARD), config, stopped)
     records = life.run(life.reopen(stopped), stopped)
     next(records)

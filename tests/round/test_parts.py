@@ -9,10 +9,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
-from conftest import TINY, Line, forge, make_experiment, results
+from conftest import Line, composed, forge, make_experiment, results
 
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.round.memory import MEMORIES
 from fedprune_cli.round.setup import prepare
@@ -96,7 +95,7 @@ def lived(run_dir: Path, *overrides: str) -> tuple[list[Line], State]:
 
     Its setup is its own: one that `make_setup` remembers would take the new part to other tests.
     """
-    stopped, config = run_dir.with_name("stopped"), compose_config([*TINY, *overrides])
+    stopped, config = run_dir.with_name("stopped"), composed(*overrides)
     for place in (run_dir, stopped):
         life.create(prepare(make_experiment(*overrides)), config, place)
     lines = [record.as_json() for record in life.run(life.reopen(run_dir), run_dir)]

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_setup, outcome, resign, results, run_to_end, steps_of
+from conftest import TINY, composed, make_setup, outcome, resign, results, run_to_end, steps_of
 from omegaconf import OmegaConf
 
 from fedprune_cli.allocate.deadline import dense_deadline
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, InfeasibleError
 from fedprune_cli.execute import executor
 from fedprune_cli.round.evaluate import tested_devices as devices_tested
@@ -162,7 +161,7 @@ def test_partial_participation_and_epochs(tmp_path: Path) -> None:
 
 def stop_and_resume(run_dir: Path, stop: int, *overrides: str) -> None:
     """Runs a tiny experiment to its end with an interruption after `stop` rounds."""
-    life.create(make_setup(*overrides), compose_config([*TINY, *overrides]), run_dir)
+    life.create(make_setup(*overrides), composed(*overrides), run_dir)
     records = life.run(make_setup(*overrides), run_dir)
     for _ in range(stop):
         next(records)
@@ -301,7 +300,7 @@ def test_only_devices_that_trained_take_room_and_old_rows_are_cleared(tmp_path: 
     """Twelve devices, two a round: the file of personal rows stays within four times the live ones, at every round."""
     overrides = ("devices.count=12", "devices.per_round=2", "rounds=30", "evaluation.every=30", "evaluation.devices=3")
     setup = make_setup(*overrides)
-    life.create(setup, compose_config([*TINY, *overrides]), tmp_path / "run")
+    life.create(setup, composed(*overrides), tmp_path / "run")
     size, trained, state = setup.initial.personal.initial.nbytes, set(), setup.initial
     with executor(
         setup.experiment.execution, functools.partial(build_learner, setup.experiment, setup.scenario)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import own
 import pytest
-from conftest import TINY, fedprune, read_lines
+from conftest import TINY, composed, configured, fedprune, read_lines
 
 from fedprune_cli.audit.listing import find_runs
 from fedprune_cli.audit.verify import verify_run
@@ -97,7 +97,12 @@ SOURCES = {
 }
 
 
-@pytest.fixture(params=SOURCES, name="source")
+OF_A_KIND = ("labels", "packed")  # read and looked at as `images` are
+
+
+@pytest.fixture(
+    params=[pytest.param(one, marks=[pytest.mark.slow] * (one in OF_A_KIND)) for one in SOURCES], name="source"
+)
 def _source(request: pytest.FixtureRequest) -> Source:
     Path("fleet.csv").write_text(FLEET)
     Path("trace.csv").write_text(TRACE)
@@ -108,12 +113,12 @@ def _source(request: pytest.FixtureRequest) -> Source:
 
 def asked(source: Source) -> Experiment:
     """Returns the experiment that a command line asks for now."""
-    return build_experiment(compose_config([*SMALL, *source.overrides]))
+    return build_experiment(configured(*SMALL, *source.overrides))
 
 
 def run(source: Source) -> Path:
     """Takes the run that is asked for to its end, unless it is there; returns its folder."""
-    setup = life.begin_or_reopen(compose_config([*SMALL, *source.overrides]))
+    setup = life.begin_or_reopen(configured(*SMALL, *source.overrides))
     for _ in life.run(setup, setup.experiment.run_dir):
         pass
     return setup.experiment.run_dir
@@ -152,10 +157,14 @@ def test_the_same_bytes_elsewhere_are_the_same_run(source: Source) -> None:
     for name in ("fleet.csv", "trace.csv", "own.csv", "data"):
         shutil.move(name, Path("away") / name)
     moved = [override.replace("file=", "file=away/").replace("root=", "root=away/") for override in source.overrides]
-    assert build_experiment(compose_config([*SMALL, *moved])).config_hash == identity
+    assert build_experiment(configured(*SMALL, *moved)).config_hash == identity
 
 
-@pytest.mark.parametrize("source", [FLEET_SOURCE, TRACE_SOURCE, OWN_SOURCE], ids=["fleet", "trace", "own"])
+@pytest.mark.parametrize(
+    "source",
+    [FLEET_SOURCE, TRACE_SOURCE, pytest.param(OWN_SOURCE, marks=pytest.mark.slow)],
+    ids=["fleet", "trace", "own"],
+)
 def test_a_run_goes_on_from_anywhere_when_its_table_is_gone(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +173,7 @@ def test_a_run_goes_on_from_anywhere_when_its_table_is_gone(
     Path("own.csv").write_text(OWN)
     whole = run(source)
     lines = read_lines(whole)
-    setup = life.begin_or_reopen(compose_config([*SMALL, *source.overrides, "out=half"]))
+    setup = life.begin_or_reopen(configured(*SMALL, *source.overrides, "out=half"))
     next(life.run(setup, Path("half")))
     Path(source.file).unlink()
     (tmp_path / "elsewhere").mkdir()
@@ -255,8 +264,8 @@ def test_an_edited_configuration_file_is_another_run() -> None:
 
 
 def test_a_folder_of_another_run_is_not_said_to_be_continued() -> None:
-    life.begin_or_reopen(compose_config([*TINY, "out=run"]))
-    config = compose_config([*TINY, "out=run", "training.epochs=2"])
+    life.begin_or_reopen(composed("out=run"))
+    config = composed("out=run", "training.epochs=2")
     with pytest.raises(CheckpointError, match="holds another run"):
         life.create(life.prepare(build_experiment(config)), config, Path("run"))
 
@@ -280,7 +289,7 @@ def test_a_folder_of_images_is_known_by_its_content() -> None:
     run_dir = run(source)
     shutil.copytree("images", "copy")
     moved = [override.replace("=images", "=copy") for override in images]
-    assert build_experiment(compose_config([*SMALL, *moved])).config_hash == asked(source).config_hash
+    assert build_experiment(configured(*SMALL, *moved)).config_hash == asked(source).config_hash
     before = one.read_bytes()
     source.edit(one)
     with pytest.raises(CheckpointError, match=r"images: folder: edited since the run was made: SHA-256 \w{64} now"):
@@ -298,18 +307,18 @@ def test_a_data_folder_that_another_process_fills_is_read_at_each_look() -> None
     assert _stamp(Path("data")) == _stamp(Path("data"))
     Path("data/MNIST/raw/.incoming").symlink_to("nowhere")
     assert _stamp(Path("data")) != _stamp(Path("data"))
-    assert build_experiment(compose_config([*MNIST])).identity["data"]["sha256"]
+    assert build_experiment(configured(*MNIST)).identity["data"]["sha256"]
 
 
 def test_keys_that_are_younger_than_a_configuration_leave_its_hash_alone() -> None:
     """Where they are not used: runs of before are found again."""
     for method in ("personalized", "proposed"):
-        plain = build_experiment(compose_config([*TINY, f"method={method}"]))
+        plain = build_experiment(composed(f"method={method}"))
         assert "rotation" not in plain.identity["participation"]
-        turns = build_experiment(compose_config([*TINY, f"method={method}", "participation.rotation=true"]))
+        turns = build_experiment(composed(f"method={method}", "participation.rotation=true"))
         assert turns.config_hash != plain.config_hash
     for allocator in ("dense", "fixed"):
-        plain = build_experiment(compose_config([*TINY, f"allocator={allocator}"]))
+        plain = build_experiment(composed(f"allocator={allocator}"))
         assert "on_infeasible" not in plain.identity["allocator"]
-        drops = build_experiment(compose_config([*TINY, f"allocator={allocator}", "allocator.on_infeasible=drop"]))
+        drops = build_experiment(composed(f"allocator={allocator}", "allocator.on_infeasible=drop"))
         assert drops.identity["allocator"]["on_infeasible"] == "drop"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, make_experiment, make_setup, outcome, results, run_to_end
+from conftest import composed, make_experiment, make_setup, outcome, results, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,7 +19,6 @@ from hypothesis.extra.numpy import arrays
 from fedprune_cli import CONF
 from fedprune_cli.allocate.problem import latency
 from fedprune_cli.audit.verify import verify_run
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import train_block
 from fedprune_cli.learn.client import Update, train
@@ -78,7 +77,7 @@ def test_runs_with_every_fault_are_the_same_bytes_and_sound(tmp_path: Path) -> N
     assert verify_run(life.reopen(tmp_path / "whole"), tmp_path / "whole", every=0).failures == ()
     run_to_end(tmp_path / "processes", *ALL, "execution.kind=processes", "execution.workers=2")
     assert results(tmp_path / "processes") == results(tmp_path / "whole")
-    life.create(make_setup(*ALL), compose_config([*TINY, *ALL]), tmp_path / "stopped")
+    life.create(make_setup(*ALL), composed(*ALL), tmp_path / "stopped")
     unfinished = life.run(make_setup(*ALL), tmp_path / "stopped")
     for record in unfinished:  # with updates under way
         log = record.faults

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, fedprune, make_setup, results, run_to_end
+from conftest import TINY, composed, fedprune, make_setup, results, run_to_end
 from matplotlib.figure import Figure
 
 from fedprune_cli import api
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, InfeasibleError
 from fedprune_cli.report import drawing
 from fedprune_cli.runs import life
@@ -45,7 +44,7 @@ def test_a_run_from_python_has_the_bytes_of_one_by_the_command_line() -> None:
 
 def test_a_run_is_resumed_and_branched(tmp_path: Path) -> None:
     setup = make_setup()
-    life.create(setup, compose_config([*TINY]), tmp_path / "run")
+    life.create(setup, composed(), tmp_path / "run")
     rounds = life.run(setup, tmp_path / "run")
     next(rounds)
     rounds.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from conftest import TINY, run_to_end
+from conftest import composed, run_to_end
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from test_architecture import LAYERS
@@ -150,6 +151,12 @@ def one_of(override: Override) -> str:
     return str(override.input_line)
 
 
+@functools.cache
+def accept(overrides: tuple[str, ...], given: tuple[str, ...]) -> None:
+    """Raises what the command line would of overrides beside the plug-ins that are given: those of many commands are the same."""
+    build_experiment(compose_config(overrides))
+
+
 def check(words: tuple[str, ...]) -> None:
     """Raises what the command line would of a command that it does not accept; runs nothing."""
     name, *rest = words
@@ -175,8 +182,7 @@ def check(words: tuple[str, ...]) -> None:
             assert (CONF / key / f"{override.value()}.yaml").exists()
         elif not key.startswith("hydra.") and key not in ("KEY", "GROUP"):  # what stands for any
             chosen.append(one_of(override))
-    config = compose_config(chosen)
-    build_experiment(config)
+    accept(tuple(chosen), tuple(file.sha256 for file in plugins.given()))
     for method in (context.params.get("methods") or "").split(","):
         assert not method or method in GROUPS["method"]
 
@@ -254,7 +260,7 @@ def test_the_examples_of_an_aggregator_a_fault_and_a_memory_work(
     monkeypatch.setitem(faults.FAULTS, "settling", class_of("A fault", faults))
     turns = class_of("A memory", memory)
     monkeypatch.setitem(memory.MEMORIES, "turns", lambda experiment: turns())
-    config = compose_config([*TINY, "rounds=3", "failsafe.aggregation=damped", "failsafe.trim=0.1"])
+    config = composed("rounds=3", "failsafe.aggregation=damped", "failsafe.trim=0.1")
     setup = prepare(build_experiment(config))
     life.create(setup, config, tmp_path / "run")
     records = list(life.run(setup, tmp_path / "run"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, forge, make_experiment, make_setup, read_lines, resign, run_to_end
+from conftest import composed, forge, make_experiment, make_setup, read_lines, resign, run_to_end
 from omegaconf import DictConfig, OmegaConf
 
 from fedprune_cli import CONF, terminal
@@ -68,7 +68,7 @@ def flip(tmp_path: Path, count: int) -> None:
     """Damages every file of a finished and of a killed run in turn; whoever reads it must refuse it, and change nothing."""
     run_to_end(tmp_path / "finished")
     setup, rng = make_setup(), random.Random(0)
-    life.create(setup, compose_config([*TINY]), tmp_path / "killed")
+    life.create(setup, composed(), tmp_path / "killed")
     records = life.run(setup, tmp_path / "killed")
     next(records), next(records)
     records.close()

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, make_setup
+from conftest import composed, make_setup
 
 from fedprune_cli import execute
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, OutputError
 from fedprune_cli.round.setup import Setup
 from fedprune_cli.runs import life
@@ -38,7 +37,7 @@ def to_the_end(run_dir: Path, kind: str) -> None:
     if run_dir.exists():
         setup = life.reopen(run_dir)
     else:
-        life.create(setup, compose_config([*TINY, *RUN, f"execution.kind={kind}"]), run_dir)
+        life.create(setup, composed(*RUN, f"execution.kind={kind}"), run_dir)
     for _ in range(1000):  # the workers of a killed process hold its lock until they notice
         try:
             list(life.run(setup, run_dir))
@@ -180,7 +179,7 @@ def test_whichever_operation_fails_the_run_goes_on_from_the_last_good_checkpoint
 ) -> None:
     """Every single write, rename and removal of a whole run fails once: one line, and then the same bytes."""
     overrides = ("rounds=2", "devices.count=3", "devices.per_round=2", "evaluation.every=2")
-    setup, config = make_setup(*overrides), compose_config([*TINY, *overrides])
+    setup, config = make_setup(*overrides), composed(*overrides)
     life.create(setup, config, tmp_path / "whole")
     list(life.run(setup, tmp_path / "whole"))
     whole, number = files(tmp_path / "whole"), 1 - every
@@ -211,7 +210,7 @@ def test_a_read_only_folder_of_a_killed_run_is_one_line(
     tmp_path: Path, fail_at: Callable[[int, BaseException], None]
 ) -> None:
     """What a resume removes and cuts first: each refusal is an OutputError, and nothing is lost by it."""
-    setup, config = make_setup(), compose_config([*TINY])
+    setup, config = make_setup(), composed()
     life.create(setup, config, tmp_path / "run")
     records = life.run(setup, tmp_path / "run")
     next(records), next(records)
@@ -235,13 +234,13 @@ def test_what_another_process_left_half_made_is_removed_and_a_living_ones_is_not
     dead.join()
     for pid in (dead.pid, os.getppid()):
         (tmp_path / f".run.{pid}.new").mkdir()
-    life.create(make_setup(), compose_config([*TINY]), tmp_path / "run")
+    life.create(make_setup(), composed(), tmp_path / "run")
     assert [path.name for path in tmp_path.glob(".run.*")] == [f".run.{os.getppid()}.new"]
 
 
 def test_of_two_that_make_the_same_folder_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one made it between this one's look and its rename."""
-    setup, config = make_setup(), compose_config([*TINY])
+    setup, config = make_setup(), composed()
     life.create(setup, config, tmp_path / "run")
     monkeypatch.setattr(Path, "exists", lambda self: False)
     with pytest.raises(CheckpointError, match="exists: continue it with"):
@@ -251,12 +250,12 @@ def test_of_two_that_make_the_same_folder_one_does(tmp_path: Path, monkeypatch: 
 
 def test_nothing_depends_on_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock jumps by years in both directions, at every look at it."""
-    life.create(make_setup(), compose_config([*TINY]), tmp_path / "calm")
+    life.create(make_setup(), composed(), tmp_path / "calm")
     list(life.run(make_setup(), tmp_path / "calm"))
     rng = random.Random(0)
     for name in ("time", "time_ns"):
         monkeypatch.setattr(time, name, lambda: rng.randrange(-(10**9), 10**10))
-    life.create(make_setup(), compose_config([*TINY]), tmp_path / "jumps")
+    life.create(make_setup(), composed(), tmp_path / "jumps")
     records = life.run(make_setup(), tmp_path / "jumps")
     next(records)
     records.close()

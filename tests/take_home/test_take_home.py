@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fedprune, make_setup, run_to_end
+from conftest import TINY, composed, configured, fedprune, make_setup, run_to_end
 from PIL import Image
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError
 from fedprune_cli.learn.client import Score
 from fedprune_cli.meter import accuracies
@@ -141,7 +140,7 @@ def test_onnx_runtime_agrees_with_pytorch(name: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     tiny = [one for one in TINY if "hidden" not in one or "net" not in name]
-    config = compose_config([*tiny, *ON_ONNX[name]])
+    config = configured(*tiny, *ON_ONNX[name])
     setup = prepare(build_experiment(config))
     life.create(setup, config, tmp_path / "run")
     for _ in life.run(setup, tmp_path / "run"):
@@ -177,7 +176,7 @@ def test_sequences_are_taken_home_in_every_format(model: tuple[str, ...], granul
     np.savez("x.npz", inputs=series, labels=np.arange(80) % 2)
     tiny = [one for one in TINY if "hidden" not in one]
     data = ("data=arrays", "data.file=x.npz", "data.layout=series")
-    config = compose_config([*tiny, *data, *model, f"pruner.granularity={granularity}"])
+    config = configured(*tiny, *data, *model, f"pruner.granularity={granularity}")
     setup = prepare(build_experiment(config))
     life.create(setup, config, tmp_path / "run")
     assert len(list(life.run(setup, tmp_path / "run"))) == 3
@@ -233,7 +232,7 @@ def test_a_newcomer_trains_its_own_part_on_samples_and_needs_none_without_one(tm
 
 def test_an_unfinished_run_gives_the_models_of_its_last_round(tmp_path: Path) -> None:
     setup = make_setup("rounds=5")
-    life.create(setup, compose_config([*TINY, "rounds=5"]), tmp_path / "run")
+    life.create(setup, composed("rounds=5"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="no round is finished"):
         open_run(tmp_path / "run")
     rounds = life.run(setup, tmp_path / "run")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import configured
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.contracts.test_channels import channel_of, fleet_of
 from fedprune_cli.errors import DataError
 
@@ -75,7 +75,7 @@ def test_a_trace_repeats_and_is_checked() -> None:
     channel, fleet = channel_of("trace"), fleet_of(60)
     np.testing.assert_allclose(10 * np.log10(channel.gain(0, 3, fleet)), -103 - 2 * np.arange(60))
     np.testing.assert_array_equal(channel.gain(0, 8, fleet), channel.gain(0, 3, fleet))
-    bad = build_experiment(compose_config(["channel=trace", "channel.file=bad.csv"])).channel
+    bad = build_experiment(configured("channel=trace", "channel.file=bad.csv")).channel
     for text, message in (
         ("round,device\n0,0\n", "line 1: column gain_db is missing"),
         ("round,device,gain_db\n0,0,x\n", "line 2: gain_db='x'"),
@@ -93,14 +93,14 @@ def test_a_trace_repeats_and_is_checked() -> None:
         with pytest.raises(DataError, match=message):
             bad.gain(0, 0, fleet_of(2))
     with pytest.raises(DataError, match=r"gone\.csv: No such file"):
-        build_experiment(compose_config(["channel=trace", "channel.file=gone.csv"])).channel.gain(0, 0, fleet_of(2))
+        build_experiment(configured("channel=trace", "channel.file=gone.csv")).channel.gain(0, 0, fleet_of(2))
 
 
 def test_a_trace_may_hold_more_devices_in_any_order_and_outages() -> None:
     Path("out.csv").write_text(
         "device,round,gain_db,available\n9999999,0,-50,1\n1,1,-93,1\n0,1,-92,0\n1,0,-91,0\n0,0,-90,1\n"
     )
-    known = build_experiment(compose_config(["channel=trace", "channel.file=out.csv"])).channel
+    known = build_experiment(configured("channel=trace", "channel.file=out.csv")).channel
     assert known.available(0, 3, 2).tolist() == [[True, False], [False, True], [True, False]]
     np.testing.assert_allclose(10 * np.log10(known.gain(0, 1, fleet_of(2))), [-92, -93])
 

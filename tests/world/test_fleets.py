@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import configured
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.compose import compose_config
@@ -35,13 +36,13 @@ def test_classes_come_in_their_shares_and_whole() -> None:
 
 def test_a_table_is_read_row_by_row() -> None:
     Path("fleet.csv").write_text("note,tx_power_dbm,cpu_ghz,cycles_per_flop,gain_db\nx,30,1.5,2,-90\n,0,0.5,1,-100\n")
-    fleet = build_experiment(compose_config(["devices=table", "devices.file=fleet.csv"])).devices.draw(0)
+    fleet = build_experiment(configured("devices=table", "devices.file=fleet.csv")).devices.draw(0)
     np.testing.assert_allclose(fleet.cpu_hz, [1.5e9, 0.5e9])
     np.testing.assert_allclose(fleet.tx_power_w, [1, 1e-3])
     np.testing.assert_allclose(fleet.path_gain_linear, [1e-9, 1e-10])
-    urban = build_experiment(compose_config(["channel.fading=none"])).channel
+    urban = build_experiment(configured("channel.fading=none")).channel
     np.testing.assert_allclose(urban.gain(0, 0, fleet), [1e-9, 1e-10])  # stands in for path loss and shadowing
-    faded = build_experiment(compose_config([])).channel
+    faded = build_experiment(configured()).channel
     assert (faded.gain(0, 0, fleet) != faded.gain(0, 1, fleet)).all()
 
 
@@ -65,7 +66,7 @@ HEADER = "cpu_ghz,cycles_per_flop,tx_power_dbm,gain_db\n"
 def test_a_table_names_its_bad_line(text: bytes | None, message: str) -> None:
     if text is not None:
         Path("fleet.csv").write_bytes(text)
-    devices = build_experiment(compose_config(["devices=table", "devices.file=fleet.csv"])).devices
+    devices = build_experiment(configured("devices=table", "devices.file=fleet.csv")).devices
     with pytest.raises(DataError, match=message) as caught:
         devices.draw(0)
     assert "\n" not in str(caught.value)

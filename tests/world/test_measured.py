@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_setup, run_to_end
+from conftest import configured, make_setup, run_to_end
 from torch import nn
 from torchvision import models
 
 import fedprune_cli
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError
 from fedprune_cli.learn.cost import count_cost
 from fedprune_cli.learn.models import Cnn, build_model
@@ -30,7 +29,7 @@ from fedprune_cli.world.rows import FleetTable
 
 
 def fleet_of(*overrides: str) -> MeasuredFleet:
-    devices = build_experiment(compose_config(["devices=measured", *overrides])).devices
+    devices = build_experiment(configured("devices=measured", *overrides)).devices
     assert isinstance(devices, MeasuredFleet)
     return devices
 
@@ -162,9 +161,7 @@ def test_idle_watts_are_drawn_until_the_round_ends_and_change_nothing_else(tmp_p
 def test_idle_watts_enter_the_identity_only_where_they_are_metered() -> None:
     change = "devices.classes.4.idle_power_w=9"
     for switch, same in (("meter.idle=false", True), ("meter.idle=true", False)):
-        a, b = (
-            build_experiment(compose_config(["devices=measured", switch, *more])).identity for more in ((), (change,))
-        )
+        a, b = (build_experiment(configured("devices=measured", switch, *more)).identity for more in ((), (change,)))
         assert (a == b) is same
         assert ("idle" in a["meter"]) is ("idle_power_w" in a["devices"]["classes"][4]) is not same
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import own
 import pytest
+from conftest import configured
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import DataError, DeviceError
 from fedprune_cli.world.datasets import room, sheets
 from fedprune_cli.world.datasets.dataset import Dataset
@@ -326,7 +326,7 @@ def made_dataset(kind: str) -> tuple[Dataset, bool]:
 @functools.cache
 def partition_of(name: str) -> PartitionConfig:
     overrides = ["partition.classes_per_device=2"] if name == "shards" else []
-    return build_experiment(compose_config([f"partition={name}", *overrides])).partition
+    return build_experiment(configured(f"partition={name}", *overrides)).partition
 
 
 @pytest.mark.parametrize("kind", own.REQUIRED)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.errors import ConfigError, DataError
 from fedprune_cli.world.datasets import keel, packages, shakespeare, shuttle
 from fedprune_cli.world.datasets.dataset import Dataset
@@ -37,7 +37,7 @@ SUM = hashlib.sha256(b"firstsecond").hexdigest()
 def load(*overrides: str) -> Dataset:
     """Returns the dataset of a configuration; skips the test where its package is not on this machine."""
     try:
-        return build_experiment(compose_config([*overrides])).data.load()
+        return build_experiment(configured(*overrides)).data.load()
     except DataError as error:
         if "cannot be had" not in str(error):
             raise
@@ -206,7 +206,7 @@ def test_every_window_that_fits_a_stretch_is_cut_and_no_other(
 
 def sides(dataset: Dataset, name: str, devices: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the windows that anybody trains on, and that anybody is tested on."""
-    partition = build_experiment(compose_config([f"partition={name}"])).partition
+    partition = build_experiment(configured(f"partition={name}")).partition
     made = build_partition(partition, dataset, devices, 0.2, 0)
     return np.unique(made.train.flat), np.unique(made.test.flat)
 
@@ -260,7 +260,7 @@ def test_no_character_is_trained_on_and_tested_on(partition: str, overrides: tup
     """Each window is found in its role's text again; then the places of characters in the two sides are compared."""
     words = ("data=shakespeare", "data.roles=10", *overrides)
     dataset = load(*words)
-    config = build_experiment(compose_config([*words])).data
+    config = build_experiment(configured(*words)).data
     assert isinstance(config, shakespeare.Shakespeare)
     plays = {name.split(":")[0] for name in dataset.source.owner_names}
     texts = packaged_files("x", shakespeare.SHAKESPEARE, None)
@@ -398,4 +398,4 @@ def test_the_shuttle_is_58000_readings(tmp_path: Path) -> None:
 )
 def test_values_out_of_range_are_refused_with_what_is_allowed(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_experiment(compose_config([*overrides]))
+        build_experiment(configured(*overrides))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_experiment, make_setup, run_to_end
+from conftest import composed, configured, make_experiment, make_setup, run_to_end
 from omegaconf import open_dict
 
 from fedprune_cli.allocate.inverse import rate
@@ -122,7 +122,7 @@ def test_a_later_field_has_the_default_of_the_yaml() -> None:
         ("channel", "trace"),
         ("allocator", "blocks"),
     ):
-        given = compose_config([f"{group}={name}", *["channel.file=t.csv"] * (name == "trace")])
+        given = configured(f"{group}={name}", *["channel.file=t.csv"] * (name == "trace"))
         cls = GROUPS[group][name]
         later = [one for one in cls.__dataclass_fields__.values() if one.metadata.get("later")]  # type: ignore[attr-defined]
         assert later or group == "allocator"
@@ -200,7 +200,7 @@ def test_a_run_on_5g_is_audited(allocator: str, tmp_path: Path) -> None:
 def test_whole_blocks_are_those_of_the_channel_unless_the_allocator_says_otherwise() -> None:
     def allocated(*overrides: str) -> np.ndarray:
         asked = ["devices.count=5", "meter=paper", "deadline.seconds=0.003", "allocator=blocks", *overrides]
-        found = allocate_first_round(build_experiment(compose_config([*TINY, *asked]))).allocation
+        found = allocate_first_round(build_experiment(composed(*asked))).allocation
         assert found.certificate
         assert found.certificate.holds
         return found.bandwidth_hz / found.block_hz
@@ -406,6 +406,6 @@ def test_a_measured_uplink_is_the_models_rate_on_the_band_of_the_measurement() -
 )
 def test_an_uplink_that_no_band_carries_is_refused(row: str, words: str) -> None:
     Path("up.csv").write_text(f"round,device,uplink_mbps\n{row}\n")
-    channel = build_experiment(compose_config(["channel=uplink", "channel.file=up.csv"])).channel
+    channel = build_experiment(configured("channel=uplink", "channel.file=up.csv")).channel
     with pytest.raises(DataError, match=words):
         channel.gain(0, 0, fleet_of(1))

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_setup
+from conftest import configured, make_setup
 
 from fedprune_cli.allocate.inverse import rate
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.config.compose import compose_config
 from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import FedpruneError, one_line
 from fedprune_cli.learn.personalize import Phase
@@ -26,7 +25,7 @@ MOBILE = {"conv": 5.4e8, "depthwise": 4e7, "dense": 2.6e6}
 
 def experiment_of(text: str, *overrides: str) -> Experiment:
     Path("fleet.csv").write_text(text)
-    return build_experiment(compose_config(["devices=table", "devices.file=fleet.csv", *overrides]))
+    return build_experiment(configured("devices=table", "devices.file=fleet.csv", *overrides))
 
 
 def fleet_of(text: str, *overrides: str) -> Fleet:
@@ -43,9 +42,7 @@ def test_a_class_and_a_place_suffice() -> None:
     np.testing.assert_array_equal(fleet.practice.flop_scale["depthwise"], [94, 1, 94])
     np.testing.assert_array_equal(fleet.practice.idle_power_w, [2.8, 0, 2.8])  # nobody said it of the microcontroller
     np.testing.assert_array_equal(fleet.max_bandwidth_hz, [np.inf, 1.08e6, np.inf])
-    alone = build_experiment(
-        compose_config(["devices=measured", "devices.mix=[pi5]", "devices.shares=[1]"])
-    ).devices.draw(0)
+    alone = build_experiment(configured("devices=measured", "devices.mix=[pi5]", "devices.shares=[1]")).devices.draw(0)
     for name in ("cpu_hz", "cycles_per_flop", "tx_power_w", "energy_coefficient", "radio_power_w", "max_bandwidth_hz"):
         assert getattr(fleet, name)[0] == getattr(alone, name)[0], name
 
@@ -154,11 +151,11 @@ def test_allocate_reads_the_same_columns_as_a_fleet() -> None:
     of_table = ask(experiment, Path("fleet.csv")).problem
     drawn = experiment.devices.draw(0)
     np.testing.assert_allclose(of_table.snr_hz, drawn.tx_power_w * experiment.channel.gain(0, 0, drawn) / 10**-20.4)
-    sampled = build_experiment(compose_config(["devices=sampled"]))
+    sampled = build_experiment(configured("devices=sampled"))
     with pytest.raises(FedpruneError, match="line 2: class='pi5' is not allowed: this configuration has no classes"):
         ask(sampled, Path("fleet.csv"))
     Path("fleet.csv").write_text(text.replace("\n,60", "\npi4,60"))
-    measured = build_experiment(compose_config(["devices=measured"]))
+    measured = build_experiment(configured("devices=measured"))
     for key in ("shared_compute_s", "fixed_s", "snr_hz"):
         np.testing.assert_array_equal(getattr(ask(measured, Path("fleet.csv")).problem, key), getattr(of_table, key))
 
