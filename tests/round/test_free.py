@@ -183,11 +183,20 @@ def test_later_keys_at_their_defaults_leave_the_identity_as_it_was() -> None:
         (["channel.coherence_mhz=1", "channel.numerology=1", "channel.fading=none"], "channel.fading=rayleigh"),
         (["channel.coherence_mhz=0", "channel.numerology=1"], r"channel.coherence_mhz=0: must be > 0"),
         (["allocator=selective", "allocator.on_infeasible=wait"], "must be 'stretch', 'drop' or 'fail'"),
+        (
+            ["meter.unicast=true", "allocator.clock=chosen"],
+            "meter.unicast=true: not with allocator.clock=chosen: it would",
+        ),
+        (
+            ["meter.unicast=true", "meter.downlink=false"],
+            "must be false where meter.downlink=false: nothing of it is counted",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_its_key(overrides: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as refused:
         make_experiment(*overrides)
+    assert not str(refused.value).startswith("None")
 
 
 @pytest.mark.parametrize("limit", ["devices.energy_budget_j=0.01", "devices.max_bandwidth_mhz=5"])
