@@ -175,6 +175,9 @@ class NodeExecutor:
     def _ask(self, questions: Mapping[int, Question]) -> Mapping[int, Mapping[str, bytes]]:
         """Returns the answers of those that gave one to a question of a secure sum; raises RefusedSumError where too few refuse none."""
         replies = self._exchange({device: _asking(question) for device, question in questions.items()})
+        for device, reply in replies.items():
+            before_s = cast(float, self.done.get(device, {}).get("sum_s", 0.0))
+            self.done[device] = {**self.done.get(device, {}), "sum_s": before_s + reply.done_s - reply.sent_s}
         if refusals := [reply.refusal for _, reply in sorted(replies.items()) if reply.refusal]:
             replies = {device: reply for device, reply in replies.items() if not reply.refusal}
             if len(replies) < next(iter(questions.values())).terms.threshold:
@@ -192,7 +195,7 @@ class NodeExecutor:
                 moved_s = reply.done_s - reply.got_s - reply.compute_s
                 ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
             took = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
-            self.done[device] = {**took, **as_plain(reply.spent)}
+            self.done[device] = {**self.done.get(device, {}), **took, **as_plain(reply.spent)}
         updates = {task.device: self._update(task, replies.get(task.device)) for task in asked}
         return {task.device: updates.get(task.device) or _lost(task, self.layout) for task in tasks}
 
@@ -276,7 +279,7 @@ def measured(done: dict[int, Taken], record: RoundRecord) -> dict[str, object]:
     rows = record.devices
     nodes = []
     for at, device in enumerate(rows.id):
-        if device in done:
+        if "compute_s" in done.get(device, {}):  # and not the keys alone, of one that was lost then
             modelled = {key: getattr(rows, key)[at] for key in ("compute_s", "uplink_s", "downlink_s", "joules")}
             nodes.append({"device": device, **done[device], "modelled": modelled})
     done.clear()

@@ -102,6 +102,9 @@ def test_a_secure_run_on_nodes_has_the_simulators_bytes(tmp_path: Path, more: tu
     if "method=local" not in more:
         assert max(record["privacy"]["devices"] or 0 for record in records) >= 5
         assert records[0]["mean_ratio"] > 0 or "allocator=dense" in more
+        timings = [json.loads(line) for line in (made.home / "run" / folder.TIMINGS).read_text().splitlines()]
+        summed = [node["sum_s"] for one in timings for node in one["nodes"] if "sum_s" in node]
+        assert set(summed) == {15.0}  # three exchanges of five seconds each, as the carrier says
 
 
 @pytest.mark.slow
