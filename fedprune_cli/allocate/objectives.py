@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedprune_cli.allocate.certificate import Certificate
+from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.fair import certify_fair, solve_fair
 from fedprune_cli.allocate.joules import (
@@ -36,6 +36,10 @@ from fedprune_cli.allocate.variants import common_kept
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.store.state import Array
 
+COARSE = (
+    0.1 * TOLERANCE
+)  # of what a device has of the deadline: a last digit from which on a certificate may be off by as much as it may
+
 
 @dataclass(frozen=True)
 class Proportional:
@@ -50,7 +54,17 @@ class Proportional:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         policy = as_policy(self.on_infeasible)
-        return solve_under_policy(problem, policy, solve_fair, least_feasible, self.certify)
+        return solve_under_policy(problem, policy, solve_fair, least_feasible, self._told)
+
+    def _told(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+        """Returns the certificate; raises InfeasibleError where the deadline's own digits are too few for one, as behind 10^12 s."""
+        certificate = self.certify(problem, kept, bandwidth_hz, price_per_hz)
+        digit = float(np.spacing(problem.deadline_s) / max((problem.deadline_s - problem.fixed_s).min(), SMALLEST))
+        return (
+            _told(certificate, f"{self.name!r} cannot tell the fairest shares", problem)
+            if digit > COARSE
+            else certificate
+        )
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
@@ -90,7 +104,7 @@ class LeastEnergy:
         certificate = _told(
             self.certify(settled.feasible, kept, bandwidth_hz, price),
             f"{self.name!r} cannot tell the fewest joules",
-            settled,
+            settled.feasible,
         )
         settled = _optimal(settled)
         common = float(kept.max())
@@ -137,7 +151,9 @@ class Weighted:
         at = replace(settled.feasible, deadline_s=deadline_s)
         settled = replace(settled, feasible=at)
         certificate = _told(
-            self.certify(at, kept, bandwidth_hz, price), f"{self.name!r} cannot tell the best deadline", settled
+            self.certify(at, kept, bandwidth_hz, price),
+            f"{self.name!r} cannot tell the best deadline",
+            settled.feasible,
         )
         settled = _optimal(settled)
         return _with_joules(problem, build_allocation(problem, settled, kept, bandwidth_hz, price, certificate))
@@ -160,10 +176,10 @@ class Weighted:
         return replace(problem, max_ratio=np.minimum(problem.max_ratio, self.ratio))
 
 
-def _told(certificate: Certificate, wanted: str, settled: Settled) -> Certificate:
+def _told(certificate: Certificate, wanted: str, problem: Problem) -> Certificate:
     """Returns the certificate; raises InfeasibleError where rounding has not left digits enough for one, as with -70 dB beside 100 dB."""
     if not certificate.holds:
-        of = f"of devices {listed(settled.feasible.called)} to the last digit that matters"
+        of = f"of devices {listed(problem.called)} to the last digit that matters"
         raise InfeasibleError(f"allocator {wanted} {of}: their figures are too far apart")
     return certificate
 

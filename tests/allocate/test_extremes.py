@@ -340,6 +340,14 @@ def test_what_cannot_be_computed_with_is_refused_by_the_devices_name(
         three(**change)
 
 
+def test_fair_shares_behind_a_deadline_whose_digits_end_too_soon_are_one_line() -> None:
+    """An hour of upload behind 10^12 seconds: of that hour a deadline has eight digits, a certificate has nine."""
+    problem = replace(three(fixed_s=np.full(3, 1e12)), bandwidth_hz=1.0, deadline_s=1e12 + 1.0)
+    problem = replace(problem, snr_hz=np.full(3, 10**3.41025641025641), payload_bits=np.array([7e5, 7.9e5, 8e5]))
+    with pytest.raises(InfeasibleError, match="cannot tell the fairest shares of devices 7, 8, 9 to the last digit"):
+        build("proportional", "stretch").solve(problem, 0, 0)
+
+
 def test_a_deadline_to_its_last_digit_is_met_or_moved() -> None:
     """An upload of a second on top of 1e12 seconds: the deadline's digits end at a ten-thousandth of a second."""
     for fixed_s in (1e9, 1e12, 1e14):
