@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedprune_cli.allocate.certificate import TOLERANCE, Certificate
+from fedprune_cli.allocate.certificate import Certificate
 from fedprune_cli.allocate.deadline import least_feasible
 from fedprune_cli.allocate.fair import certify_fair, solve_fair
 from fedprune_cli.allocate.joules import (
@@ -36,10 +36,6 @@ from fedprune_cli.allocate.variants import common_kept
 from fedprune_cli.errors import InfeasibleError, require
 from fedprune_cli.store.state import Array
 
-COARSE = (
-    0.1 * TOLERANCE
-)  # of what a device has of the deadline: a last digit from which on a certificate may be off by as much as it may
-
 
 @dataclass(frozen=True)
 class Proportional:
@@ -57,14 +53,8 @@ class Proportional:
         return solve_under_policy(problem, policy, solve_fair, least_feasible, self._told)
 
     def _told(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
-        """Returns the certificate; raises InfeasibleError where the deadline's own digits are too few for one, as behind 10^12 s."""
         certificate = self.certify(problem, kept, bandwidth_hz, price_per_hz)
-        digit = float(np.spacing(problem.deadline_s) / max((problem.deadline_s - problem.fixed_s).min(), SMALLEST))
-        return (
-            _told(certificate, f"{self.name!r} cannot tell the fairest shares", problem)
-            if digit > COARSE
-            else certificate
-        )
+        return _told(certificate, f"{self.name!r} cannot tell the fairest shares", problem)
 
     def certify(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         """Returns the certificate of x [K] and b [K] of the admitted devices at a price."""
@@ -177,7 +167,10 @@ class Weighted:
 
 
 def _told(certificate: Certificate, wanted: str, problem: Problem) -> Certificate:
-    """Returns the certificate; raises InfeasibleError where rounding has not left digits enough for one, as with -70 dB beside 100 dB."""
+    """Returns the certificate; raises InfeasibleError where rounding has not left digits enough for one.
+
+    So it is with -70 dB beside 100 dB, and where an hour follows 10^12 seconds.
+    """
     if not certificate.holds:
         of = f"of devices {listed(problem.called)} to the last digit that matters"
         raise InfeasibleError(f"allocator {wanted} {of}: their figures are too far apart")
