@@ -27,6 +27,7 @@ from fedprune_cli.learn.client import (
     require_finite,
     samples,
     send,
+    train,
 )
 from fedprune_cli.learn.parts import Parts
 from fedprune_cli.learn.recurrent import Gru, Steps, Tokens
@@ -76,6 +77,11 @@ def blocks(tasks: Sequence[Task], size: int) -> list[list[Task]]:
     """Returns the tasks in blocks of at most `size`, devices with about as many steps together: they wait for the slowest."""
     ordered = sorted(tasks, key=lambda task: (task.steps, task.device))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def train_some(learner: Learner, work: Task | Sequence[Task]) -> list[Update]:
+    """Returns the updates of several devices, trained side by side, or of one by itself, so that both are handed out at once."""
+    return [train(learner, work)] if isinstance(work, Task) else train_block(learner, work)
 
 
 def train_block(learner: Learner, tasks: Sequence[Task]) -> list[Update]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 import numpy as np
 
 from fedprune_cli.errors import DeviceError
-from fedprune_cli.learn.batched import train_block
-from fedprune_cli.learn.client import Score, Task, Update, evaluate, train
+from fedprune_cli.learn.batched import train_some
+from fedprune_cli.learn.client import Score, Task, Update, evaluate
 from fedprune_cli.learn.kept import Whole
 from fedprune_cli.learn.schedule import LocalPhase
 from fedprune_cli.learn.structured import Layout
@@ -134,16 +134,14 @@ class NodeExecutor:
         Raises DeviceError where a device's training did, the first in order of the devices.
         """
         work = cast(Callable[..., object], f)
-        if work is train_block:
-            sides = cast(list[Sequence[Task]], list(tasks))
-            updates = self._train("block", [task for side in sides for task in side])
-            return cast(list[Result], [[updates[task.device] for task in side] for side in sides])
-        todo = cast(list[Task], list(tasks))
-        if work is train:
-            return cast(list[Result], [*self._train("train", todo).values()])
+        if work is train_some:
+            sides = cast(list[Task | Sequence[Task]], list(tasks))
+            updates = self._train([one for side in sides for one in _works(side)])
+            return cast(list[Result], [[updates[task.device] for _, task in _works(side)] for side in sides])
         if work is not evaluate:
             raise TypeError(f"nodes have no {f.__name__}")
-        scores = self._exchange(self._requests("test", todo))
+        todo = cast(list[Task], list(tasks))
+        scores = self._exchange(self._requests([("test", task) for task in todo]))
         if self.fresh and todo:
             self._welcome(todo[0], self.fresh)
         self._note_tests(scores)
@@ -184,9 +182,10 @@ class NodeExecutor:
                 raise RefusedSumError(refusals[0])
         return {device: cast(Mapping[str, bytes], reply.result) for device, reply in replies.items()}
 
-    def _train(self, work: str, tasks: Sequence[Task]) -> dict[int, Update]:
-        asked = [task for task in tasks if self._is_asked(task)]
-        given = self._exchange(self._requests(work, asked))
+    def _train(self, works: Sequence[tuple[str, Task]]) -> dict[int, Update]:
+        """Returns the updates of all, who are asked at once: whoever waited for others would make the round longer."""
+        asked = [(work, task) for work, task in works if self._is_asked(task)]
+        given = self._exchange(self._requests(asked))
         replies = {device: reply for device, reply in given.items() if not reply.refusal}
         last_s = max((reply.done_s for reply in replies.values()), default=0.0)
         for device, reply in replies.items():
@@ -196,8 +195,8 @@ class NodeExecutor:
                 ways = {"downlink_s": reply.got_s - reply.sent_s, "uplink_s": max(moved_s, 0.0)}
             took = {"compute_s": reply.compute_s, **ways, "waiting_s": last_s - reply.done_s}
             self.done[device] = {**self.done.get(device, {}), **took, **as_plain(reply.spent)}
-        updates = {task.device: self._update(task, replies.get(task.device)) for task in asked}
-        return {task.device: updates.get(task.device) or _lost(task, self.layout) for task in tasks}
+        updates = {task.device: self._update(task, replies.get(task.device)) for _, task in asked}
+        return {task.device: updates.get(task.device) or _lost(task, self.layout) for _, task in works}
 
     def _is_asked(self, task: Task) -> bool:
         """Whether a device is asked to train: where others agreed on a secure sum without it, it is one that died."""
@@ -222,8 +221,8 @@ class NodeExecutor:
         update = cast(Update, reply.result)
         return update if task.due_s is None else replace(update, late=reply.done_s - reply.sent_s > task.due_s)
 
-    def _requests(self, work: str, tasks: Sequence[Task]) -> dict[int, Request]:
-        return {task.device: self._request(self._order(work, task)) for task in tasks}
+    def _requests(self, works: Sequence[tuple[str, Task]]) -> dict[int, Request]:
+        return {task.device: self._request(self._order(work, task)) for work, task in works}
 
     def _order(self, work: str, task: Task) -> Order:
         base = int(task.personal[0])
@@ -253,6 +252,11 @@ class NodeExecutor:
             lambda heard: order.encode(layout, heard), lambda message: read_result(message, order, layout),
             due_s if self.drops else None, due_s, number, f"the {'test' if test else 'training'} of round {number}",
         )  # fmt: skip
+
+
+def _works(side: Task | Sequence[Task]) -> list[tuple[str, Task]]:
+    """Returns what each device of a side is asked: those that a simulation trains side by side have the bits of that."""
+    return [("train", side)] if isinstance(side, Task) else [("block", task) for task in side]
 
 
 def _refuse(error: RefusedSumError, _: Mapping[int, Array]) -> Array:

@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 
 from fedprune_cli.execute import Executor
-from fedprune_cli.learn.batched import blocks, train_block
-from fedprune_cli.learn.client import Task, Update, train
+from fedprune_cli.learn.batched import blocks, train_some
+from fedprune_cli.learn.client import Task, Update
 from fedprune_cli.learn.private import Noised
 from fedprune_cli.learn.prune import Masks, build_masks
 from fedprune_cli.round.plan import Plan
@@ -121,16 +121,19 @@ def train_devices(setup: Setup, workers: Executor, tasks: Sequence[Task]) -> lis
     A device that diverged keeps its old personal part; that is an error except where faults may have led to it.
     """
     together = [task for task in tasks if setup.batched and task.kept.batchable]
-    sides = blocks(together, setup.experiment.training.block)
-    in_blocks = workers.map(train_block, sides, lambda side: len(side) * side[-1].steps) if sides else []
-    done = {update.device: update for block in in_blocks for update in block}
-    rest = [task for task in tasks if task.device not in done]
-    done |= {update.device: update for update in workers.map(train, rest, lambda task: task.steps)} if rest else {}
+    side_by_side = {task.device for task in together}
+    work: list[Task | list[Task]] = [*blocks(together, setup.experiment.training.block)]
+    work += [task for task in tasks if task.device not in side_by_side]
+    done = {update.device: update for some in workers.map(train_some, work, _steps) for update in some} if work else {}
     updates = [done[task.device] for task in tasks]
     return [
         _without_training(update, task) if _diverged(update) else update
         for update, task in zip(updates, tasks, strict=True)
     ]
+
+
+def _steps(work: Task | list[Task]) -> int:
+    return work.steps if isinstance(work, Task) else len(work) * work[-1].steps
 
 
 def _without_training(update: Update, task: Task) -> Update:

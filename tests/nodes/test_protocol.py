@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import composed
 from nodes.fleet import InProcessSite, begin, deal, result, simulate
 
 from fedprune_cli.errors import CheckpointError, ConfigError, DataError
+from fedprune_cli.nodes.executor import Reply, Request
 from fedprune_cli.nodes.protocol import hello_of, read_from_node, read_from_server, read_hello
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
@@ -88,6 +90,28 @@ def test_what_a_test_has_sent_of_u_is_not_sent_again(tmp_path: Path) -> None:
             sent[key] = sent.get(key, 0) + len(message.arrays["values"])
     assert len(sent) == 4 * 4 + 3  # four devices in rounds 0 to 3, the fresh one in tests alone
     assert max(sent.values()) <= setup.blueprint.cost.shared_params
+
+
+def test_whole_and_pruned_devices_are_asked_at_once(tmp_path: Path) -> None:
+    """A simulation trains some side by side and some alone; nodes that waited for one another would make a round twice as long."""
+    overrides = ("pruner.granularity=channel", "deadline.fraction=0.7", "rounds=2")
+    places = deal(simulate(tmp_path / "simulated", *overrides), tmp_path)
+    setup, config = begin(tmp_path, tmp_path / "run", overrides)
+    site = InProcessSite(places, config)
+    asked = list[set[str]]()
+    exchange = site.carrier.exchange
+
+    def counted(requests: Mapping[int, Request]) -> Mapping[int, Reply]:
+        heads = [read_from_server(request.write(None)[0]).header for request in requests.values()]
+        asked.append({f"{head['work']} {'whole' if head['keep'] == 'Whole' else 'pruned'}" for head in heads})
+        return exchange(requests)
+
+    site.carrier.exchange = counted  # type: ignore[method-assign]
+    list(life.run(setup, tmp_path / "run", site=site))
+    assert result(tmp_path / "run") == result(tmp_path / "simulated")
+    trained = [works for works in asked if not any(work.startswith("test") for work in works)]
+    assert len(trained) == 2
+    assert {"block whole", "train pruned"} in trained
 
 
 def test_a_lost_task_is_a_device_that_died_and_its_work_rolls_back(tmp_path: Path) -> None:
