@@ -22,7 +22,7 @@ from fedprune_cli.learn.models import Cnn, build_model
 from fedprune_cli.learn.parts import split_model
 from fedprune_cli.learn.personalize import Phase
 from fedprune_cli.learn.schedule import by_steps
-from fedprune_cli.meter import Uplink, build_load, build_problem, measure
+from fedprune_cli.meter import Down, Uplink, Wait, build_load, build_problem, measure
 from fedprune_cli.world.fleet import Fleet, Practice
 from fedprune_cli.world.measured import MeasuredClass, MeasuredFleet
 from fedprune_cli.world.rows import FleetTable
@@ -96,7 +96,7 @@ def test_the_page_says_what_the_references_of_times_cost() -> None:
 def test_the_upload_of_a_phone_costs_what_its_battery_gives() -> None:
     fleet = fleet_of("devices.mix=[phone_low]", "devices.shares=[1]", "devices.count=2", "devices.fresh=0").draw(0)
     load = build_load(fleet, np.arange(2), [[], []], [count_cost_of(), count_cost_of()])
-    figures = {"kept": np.ones(2), "bits_down": 0.0, "t_down_s": np.zeros(2)}
+    figures = {"kept": np.ones(2), "down": Down(0.0, np.zeros(2))}
     sent = measure(load, rate_bps=np.full(2, 8e6), payload_bytes=np.full(2, 34e6 / 8), **figures)
     np.testing.assert_allclose(sent.joules, 2.9 * 34e6 / 8e6)  # LTE's 2.9 W for 4.25 s
     assert (fleet.tx_power_w < 0.2).all()
@@ -129,7 +129,7 @@ def problem_of(fleet: Fleet) -> object:
     schedule = by_steps([Phase("personal", 2), Phase("shared", 3)], 100, 8)
     load = build_load(fleet, ids, [schedule] * 4, [setup.blueprint.cost] * 4)
     uplink = Uplink(setup.experiment.channel, setup.scenario.at(0).gain_linear[ids], 100)
-    return build_problem(load, uplink, np.ones(4), 0.0, 0.9)
+    return build_problem(load, uplink, np.ones(4), Wait(0.0), 0.9)
 
 
 def test_idle_watts_are_drawn_until_the_round_ends_and_change_nothing_else(tmp_path: Path) -> None:
