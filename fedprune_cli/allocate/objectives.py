@@ -50,9 +50,9 @@ class Proportional:
 
     def solve(self, problem: Problem, seed: int, number: int) -> Allocation:
         policy = as_policy(self.on_infeasible)
-        return solve_under_policy(problem, policy, solve_fair, least_feasible, self._told)
+        return solve_under_policy(problem, policy, solve_fair, least_feasible, self._certified)
 
-    def _told(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
+    def _certified(self, problem: Problem, kept: Array, bandwidth_hz: Array, price_per_hz: float) -> Certificate:
         certificate = self.certify(problem, kept, bandwidth_hz, price_per_hz)
         return _told(certificate, f"{self.name!r} cannot tell the fairest shares", problem)
 

@@ -38,14 +38,12 @@ class LeastOnPicked:
     def holds(self, problem: Problem) -> bool:
         """Whether blocks are found that suffice at the problem's deadline."""
         kept, least = hand_out(problem, _gain(problem)), problem.min_kept
-        enough = (kept >= least - TIGHT) & (problem.linked | (least == 0))
-        return bool((enough & (problem.deadline_s >= problem.fixed_s)).all())
+        return bool((_able(problem) & (kept >= least - TIGHT)).all())
 
     def alone(self, problem: Problem, floor_hz: Array) -> Array:
         """Whether all blocks suffice for each device alone, bool [K]."""
         rates = rates_of(problem, _gain(problem))
-        able = rates.kept(rates.block_bps.sum(1)) >= problem.min_kept - TIGHT
-        return able & (problem.linked | (problem.min_kept == 0)) & (problem.deadline_s >= problem.fixed_s)
+        return _able(problem) & (rates.kept(rates.block_bps.sum(1)) >= problem.min_kept - TIGHT)
 
     def most(self, share: float) -> float:
         """Returns the share; with these blocks it bounds nothing."""
@@ -106,6 +104,11 @@ def _in_blocks(problem: Problem) -> Problem:
     return replace(
         problem, bandwidth_hz=grid.count * grid.block_hz, block_gain=np.ones((len(problem.weight), grid.count))
     )
+
+
+def _able(problem: Problem) -> Array:
+    """Whether blocks can help each device at all, bool [K]: it has a link or nothing that it must send, and time before the deadline."""
+    return (problem.linked | (problem.min_kept == 0)) & (problem.deadline_s >= problem.fixed_s)
 
 
 def _gain(problem: Problem) -> Array:

@@ -123,10 +123,8 @@ def _broadcast_failures(record: RoundRecord, others: float, most: int, *, at_mos
 
 def _broadcast_wait_s(setup: Setup, roster: Roster, record: RoundRecord, stopped: Array) -> Array:
     """Returns what the devices waited for what was broadcast [K]."""
-    listeners, meter = (
-        {False: roster.asked, True: np.concatenate([roster.asked, roster.frozen])},
-        setup.experiment.meter,
-    )
+    meter = setup.experiment.meter
+    listeners = {False: roster.asked, True: np.concatenate([roster.asked, roster.frozen])}
     bits = 8.0 * max(record.bytes_down, BITS_PER_PARAM // 8 * setup.blueprint.cost.shared_params)
     wait_s = {
         still: downlink_s(meter, setup.experiment.channel, roster.gain_linear[listeners[still]], bits)

@@ -126,11 +126,9 @@ def _device(fleet: Fleet, seen: Seen, known_s: float, counted: float, *, unicast
 def _bps(seen: Seen) -> float | None:
     """Returns the median rate of a device's copies; None where nothing is metered."""
     took = (seen.bits_down > 0) & (seen.downlink_s > 0)
-    return (
-        float(np.median(seen.bits_down[took] / seen.downlink_s[took]))
-        if took.any() and seen.modelled_downlink_s.any()
-        else None
-    )
+    if not (took.any() and seen.modelled_downlink_s.any()):
+        return None
+    return float(np.median(seen.bits_down[took] / seen.downlink_s[took]))
 
 
 def _copies(devices: Sequence[FittedDevice]) -> float | None:
@@ -192,10 +190,8 @@ def _downlink(pilot: Pilot) -> float | None:
     rates = []
     for number in _numbers(pilot):
         here = [(seen, seen.round == number) for seen in pilot.seen if number in seen.round]
-        wait_s, bits = (
-            max(float(seen.downlink_s[at][0]) for seen, at in here),
-            float(here[0][0].bits_down[here[0][1]][0]),
-        )
+        wait_s = max(float(seen.downlink_s[at][0]) for seen, at in here)
+        bits = max(float(seen.bits_down[at][0]) for seen, at in here)  # of one broadcast, the same for all
         if bits and wait_s > 0:
             rates.append(bits / wait_s)
     return float(np.median(rates)) if rates else None

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.errors import DeviceError
-from fedprune_cli.learn.batched import train_block
-from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate, train
+from fedprune_cli.learn.batched import train_some
+from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.learn.private import Noised
@@ -119,7 +119,7 @@ class Node:
         if self.privacy.dp == "example":
             task = replace(task, noised=self._noised(order))
         together = order.work == "block" and task.noised is None
-        update = train_block(self.learner, [task])[0] if together else train(self.learner, task)
+        (update,) = train_some(self.learner, [task] if together else task)
         moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
         if moved:
             self.versions.write(task.round + 1, update.personal)
@@ -133,9 +133,8 @@ class Node:
         clip, phases = self.privacy.clip, [phase for phase in order.task.schedule if phase.steps]
         if order.noise is None or clip is None:
             raise RefusedSumError(f"device {self.device}: is to train without noise")
-        what, _ = replace(order, attempt=None, levels=None).encode(
-            self.learner.layout, None
-        )  # the same whoever else is there
+        alone = replace(order, attempt=None, levels=None)  # the same whoever else is there
+        what, _ = alone.encode(self.learner.layout, None)
         key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + what)
         rate = max((phase.batch / len(self.learner.train[self.device]) for phase in phases), default=1.0)
         if phases:

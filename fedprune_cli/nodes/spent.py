@@ -19,7 +19,7 @@ from fedprune_cli.privacy.accounting import Release, draws_for, epsilon
 from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.store.files import fits, read_bytes, read_json
-from fedprune_cli.store.write import write_whole, writing
+from fedprune_cli.store.write import private_folder, write_whole
 
 PRIVATE, SECRET = "private", "noise.key"  # a folder that its owner alone can look into
 SPENT = "spent.json"
@@ -89,9 +89,7 @@ def _secret(place: Path) -> bytes:
     """Returns the node's secret, which is drawn from the operating system the first time; raises CheckpointError for a damaged one."""
     path = place / SECRET
     if not path.exists():
-        with writing(place):
-            place.mkdir(exist_ok=True)
-            place.chmod(0o700)
+        private_folder(place)
         write_whole(path, os.urandom(SECRET_BYTES))
     secret = read_bytes(path, SECRET_BYTES, CheckpointError)
     if len(secret) != SECRET_BYTES:

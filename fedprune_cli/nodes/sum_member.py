@@ -34,7 +34,7 @@ from fedprune_cli.rng import SecretStream
 from fedprune_cli.store.files import Plain, read_bytes
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.store.state import Array
-from fedprune_cli.store.write import write_whole, writing
+from fedprune_cli.store.write import private_folder, write_whole
 
 FOLDER, FILE = "sum", "secrets.safetensors"  # a folder that its owner alone can look into
 MAX_BYTES = 2**26
@@ -229,9 +229,7 @@ def write_memory(folder: Path, memory: Memory) -> None:
         "sealing": _bytes(secrets.sealing), "masking": _elements(secrets.masking), "own": _elements(secrets.own),
         "keys": np.array([_bytes(memory.keys[device]) for device in terms.devices if device in memory.keys], dtype=np.uint8),
     }  # fmt: skip
-    with writing(place):
-        place.mkdir(exist_ok=True)
-        place.chmod(0o700)  # also where it was there before
+    private_folder(place)
     write_whole(place / FILE, Sealed(header, arrays).encode())
 
 

@@ -34,3 +34,10 @@ def write_whole(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder that its owner alone can look into, also of one that was there before."""
+    with writing(path):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o700)
