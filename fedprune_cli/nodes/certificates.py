@@ -89,7 +89,10 @@ class Peer:
 
 def peer_of(pem: bytes) -> Peer:
     """Returns whose certificate it is; raises CheckpointError for none."""
-    certificate = _parse(pem, "certificate")
+    return _peer(_parse(pem, "certificate"))
+
+
+def _peer(certificate: x509.Certificate) -> Peer:
     name = _name(certificate)
     found = NAME.fullmatch(name)
     return Peer(name, int(found[1]) if found else None, certificate.serial_number, certificate.not_valid_after_utc)
@@ -107,12 +110,21 @@ def signed(identity: Identity, message: bytes) -> bytes:
     return _key_of(identity.key, "identity").sign(message, ec.ECDSA(hashes.SHA256()))
 
 
+def in_der(pem: bytes) -> bytes:
+    """Returns a certificate in the form that is shorter; raises CheckpointError for none."""
+    return _parse(pem, "certificate").public_bytes(serialization.Encoding.DER)
+
+
 def signer(ca: bytes, own: bytes, message: bytes, signature: bytes) -> Peer | None:
-    """Returns who signed a message, whose certificate is `own`; None where it was not signed by its key, or not issued by `ca`, both PEM.
+    """Returns who signed a message, whose certificate is `own` (DER); None where its key did not, or `ca` (PEM) did not issue it.
 
     Whether the certificate is revoked or has expired says `unwanted`. Raises CheckpointError for what is no certificate.
     """
-    authority, certificate = _parse(ca, CA), _parse(own, "certificate")
+    authority = _parse(ca, CA)
+    try:
+        certificate = x509.load_der_x509_certificate(own)
+    except ValueError:
+        raise CheckpointError("not a certificate in DER") from None
     key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return None
@@ -121,7 +133,7 @@ def signer(ca: bytes, own: bytes, message: bytes, signature: bytes) -> Peer | No
         key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError, TypeError):
         return None
-    return peer_of(own)
+    return _peer(certificate)
 
 
 def revoked(pilot: Path) -> frozenset[int]:

@@ -29,7 +29,7 @@ from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
 
-PROTOCOL = 3  # raised by a change that an older node or server would misread
+PROTOCOL = 4  # raised by a change that an older node or server would misread
 SPARE_BYTES = 2**20  # of a message for what is not values
 
 
@@ -140,8 +140,9 @@ TASK = {
     "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
     "onto": bool, "schedule": [[(str, int)]], "attempt": (str, None), "noise": (float, None),
 }  # fmt: skip
+PARCELS: dict[str, object] = {"names": [str], "lengths": [int]}
 SUM = {
-    "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
+    **PARCELS, "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
     "largest": float, "bits": int, "survivors": [int], "noise": (float, None),
 }  # fmt: skip
 
@@ -173,7 +174,7 @@ ANSWERS: dict[str, dict[str, object]] = {
     "got": {"of": str},
     "failed": {"of": str, "why": str},
     "refused": {"of": str, "why": str},
-    "sum": {"of": str, "compute_s": float, "step": str},
+    "sum": {"of": str, "compute_s": float, "step": str, **PARCELS},
     "score": {"of": str, "compute_s": float, "correct": int, "total": int, **ENERGY},
     "update": {
         "of": str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedprune_cli.errors import CheckpointError, DeviceError
-from fedprune_cli.nodes.certificates import Identity, device_name, peer_of, signed, signer, unwanted
+from fedprune_cli.nodes.certificates import Identity, device_name, in_der, peer_of, signed, signer, unwanted
 from fedprune_cli.nodes.sum_messages import SignedKeys
 from fedprune_cli.privacy.secure import RefusedSumError, Terms
 
@@ -26,7 +26,7 @@ def sign_keys(identity: Identity, terms: Terms, keys: bytes) -> SignedKeys:
     device = peer.device
     if device is None or device not in terms.devices:
         raise RefusedSumError(f"{peer.name} is none of the devices of this sum")
-    return SignedKeys(keys, identity.own, signed(identity, _message(terms, device, keys)))
+    return SignedKeys(keys, in_der(identity.own), signed(identity, _message(terms, device, keys)))
 
 
 def checked_keys(

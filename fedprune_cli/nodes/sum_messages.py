@@ -9,6 +9,7 @@ Between them the device trains, and hands in whole numbers under its masks in th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,6 @@ from fedprune_cli.privacy.fixed import FixedPoint
 from fedprune_cli.privacy.secure import Terms
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
-from fedprune_cli.store.state import Array
 
 STEPS = ("keys", "shares", "unmask")
 KEYS = ("keys", "certificate", "signature")
@@ -29,7 +29,7 @@ Parcels = Mapping[str, bytes]  # byte strings by name
 
 @dataclass(frozen=True)
 class SignedKeys:
-    """What a device announces: its public keys of one sum, its certificate (PEM), and the signature of the keys by the certificate's."""
+    """What a device announces: its public keys of one sum, its certificate (DER), and the signature of the keys by the certificate's."""
 
     keys: bytes
     certificate: bytes
@@ -62,7 +62,7 @@ class Question:
             "devices": [*terms.devices], "counts": [*terms.counts], "threshold": terms.threshold, "least": terms.least,
             "largest": point.largest, "bits": point.bits, "survivors": [*self.survivors], "noise": self.noise,
         }  # fmt: skip
-        return Sealed(header, _arrays(self.parcels)).encode()
+        return _packed(header, self.parcels).encode()
 
 
 def read_question(message: Sealed, run: str) -> Question:
@@ -105,7 +105,7 @@ class SumAnswer:
     def encode(self) -> bytes:
         """Returns the message."""
         header: dict[str, Plain] = {"kind": "sum", "of": self.of, "step": self.step, "compute_s": self.compute_s}
-        return Sealed(header, _arrays(self.parcels)).encode()
+        return _packed(header, self.parcels).encode()
 
 
 def read_answer(message: Sealed, question: Question) -> dict[str, bytes]:
@@ -136,14 +136,26 @@ def keys_of_parcels(parcels: Parcels, devices: Sequence[int]) -> dict[int, Signe
     return {device: SignedKeys(*(parcels[f"{device}/{name}"] for name in KEYS)) for device in devices}
 
 
-def _arrays(parcels: Parcels) -> dict[str, Array]:
-    return {name: np.frombuffer(parcel, dtype=np.uint8) for name, parcel in parcels.items()}
+def _packed(header: Mapping[str, Plain], parcels: Parcels) -> Sealed:
+    """Returns a message with parcels in one array: as arrays of their own, those of one device would cost more than its shares."""
+    names = sorted(parcels)
+    packed = np.frombuffer(b"".join(parcels[name] for name in names), dtype=np.uint8)
+    return Sealed({**header, "names": [*names], "lengths": [len(parcels[name]) for name in names]}, {"parcels": packed})
 
 
 def _parcels(message: Sealed) -> dict[str, bytes]:
-    if any(array.dtype != np.uint8 or array.ndim != 1 for array in message.arrays.values()):
+    none = np.zeros(0, dtype=np.uint8)
+    packed, names, lengths = (
+        message.arrays.get("parcels", none),
+        message.header["names"],
+        _wholes(message.header["lengths"]),
+    )
+    ends = [0, *itertools.accumulate(lengths)]
+    if packed.dtype != np.uint8 or packed.ndim != 1 or ends[-1] != packed.size or min(lengths, default=0) < 0:
         raise ValueError("not the bytes of a secure sum")
-    return {name: array.tobytes() for name, array in message.arrays.items()}
+    if not isinstance(names, list) or not len({*map(str, names)}) == len(names) == len(lengths):
+        raise ValueError("not the names of a secure sum")
+    return {str(name): packed[start:end].tobytes() for name, start, end in zip(names, ends, ends[1:], strict=False)}
 
 
 def _whole(value: Plain) -> int:

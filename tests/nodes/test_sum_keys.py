@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("grpc")
 
 from fedprune_cli.nodes import certificates, sum_keys
-from fedprune_cli.nodes.certificates import Identity, peer_of, read_identity
+from fedprune_cli.nodes.certificates import Identity, in_der, peer_of, read_identity
 from fedprune_cli.nodes.sum_keys import FalseKeysError, checked_keys, sign_keys
-from fedprune_cli.nodes.sum_messages import SignedKeys
-from fedprune_cli.privacy.secure import RefusedSumError, Secrets, Terms, draw_secrets, meet
+from fedprune_cli.nodes.sum_messages import KEYS, STEPS, SignedKeys, SumAnswer
+from fedprune_cli.privacy.ciphers import TAG
+from fedprune_cli.privacy.field import ELEMENT
+from fedprune_cli.privacy.secure import RefusedSumError, Secrets, Terms, draw_secrets, exchanged_bytes, meet
 from fedprune_cli.rng import stream
 
 TERMS = Terms((0, 1, 2), (7, 7, 7), 2, 3, b"run, round 1")
@@ -47,6 +49,22 @@ def test_keys_that_everybody_signed_are_taken_and_a_sum_begins(pilots: dict[str,
     assert meet(1, TERMS, secrets_of(1), keys).device == 1
 
 
+def test_what_a_device_of_twenty_sends_beside_its_change_takes_four_kilobytes(
+    pilots: dict[str, dict[int, Identity]],
+) -> None:
+    """2,228 bytes are metered; what signs them, and three messages' headers, are the rest, and the guide says how much that is."""
+    signed = announced(pilots["own"])[0]
+    parcels: list[dict[str, bytes]] = [
+        {name: getattr(signed, name) for name in KEYS},
+        {str(device): bytes(2 * ELEMENT + TAG) for device in range(1, 20)},
+        {"answer": bytes(20 * ELEMENT)},
+    ]
+    sizes = [
+        len(SumAnswer("0" * 64, step, parcel, 0.123456).encode()) for step, parcel in zip(STEPS, parcels, strict=True)
+    ]
+    assert exchanged_bytes(20)[0] == 2228 < sum(sizes) < 4000
+
+
 def test_a_server_that_stands_between_the_devices_is_found_out(pilots: dict[str, dict[int, Identity]]) -> None:
     """It can sign by its own certificate, take another device's, make one up, or show what was signed for something else."""
     own, other = pilots["own"], pilots["other"]
@@ -59,8 +77,8 @@ def test_a_server_that_stands_between_the_devices_is_found_out(pilots: dict[str,
             replace(right[0], keys=right[1].keys),
             replace(right[0], signature=by_server),
             replace(right[0], signature=b""),
-            replace(right[0], certificate=own[-1].own),
-            replace(right[0], certificate=other[0].own),
+            replace(right[0], certificate=in_der(own[-1].own)),
+            replace(right[0], certificate=in_der(other[0].own)),
             sign_keys(other[0], TERMS, forged),  # an authority of the server's own
             sign_keys(own[0], replace(TERMS, context=b"run, round 2"), right[0].keys),
             sign_keys(own[0], replace(TERMS, counts=(6, 7, 7)), right[0].keys),
@@ -74,7 +92,7 @@ def test_a_server_that_stands_between_the_devices_is_found_out(pilots: dict[str,
     }
     for who in (-1, 2):  # whose certificate is in order, but another's
         by = certificates.signed(own[who], sum_keys._message(TERMS, 0, forged))
-        cases[f"they are signed by {peer_of(own[who].own).name}"] = [SignedKeys(forged, own[who].own, by)]
+        cases[f"they are signed by {peer_of(own[who].own).name}"] = [SignedKeys(forged, in_der(own[who].own), by)]
     for why, wrong in cases.items():
         for one in wrong:
             with pytest.raises(FalseKeysError, match=f"the keys of device-0 are not its own: .*{why}"):

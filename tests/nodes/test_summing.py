@@ -441,9 +441,15 @@ def test_a_question_of_another_form_is_refused(made: Made) -> None:
         {"counts": [1]},
         {"devices": [-1, 0, 1, 2, 3, 4]},
         {"attempt": "a" * 65},
+        {"names": ["0"]},
+        {"lengths": [1]},
+        {"names": ["0", "1"], "lengths": [1, -1]},
+        {"names": ["0", "0"], "lengths": [0, 0]},
     ):
         with pytest.raises(ValueError, match="of a secure sum"):
-            read_question(read_from_server(Sealed({**header, **bad}).encode()), "run")
+            read_question(
+                read_from_server(Sealed({**header, **bad}, {"parcels": np.zeros(0, np.uint8)}).encode()), "run"
+            )
     with pytest.raises(ValueError, match="not a message"):
         read_from_server(Sealed({**header, "survivors": ["1"]}).encode())
 
