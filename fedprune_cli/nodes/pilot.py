@@ -59,6 +59,10 @@ class Pilot:
         order = RunOrder(f"{experiment.config_hash}-s{experiment.seed}", self.config)
         if experiment.privacy.secure:
             self._keep_apart(order.run, experiment.seed)
+        if setup.batched:
+            block = experiment.training.block
+            why = f"a device that keeps everything trains as one of {block}, to have a simulation's bytes"
+            self.say(f"note: training.block={block}: {why}; training.block=1 takes it less time")
         cards = read_cards(self.folder / ROSTER)
         most_bytes = 4 * setup.blueprint.cost.shared_params + SPARE_BYTES
         run_dir = str(experiment.run_dir.absolute())

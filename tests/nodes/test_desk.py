@@ -112,6 +112,7 @@ def test_over_grpc_a_run_has_the_simulators_bytes_and_whatever_intrudes_changes_
     ]
     run = rounds(fleet)
     next(run)
+    assert any(line.startswith("note: training.block=10: ") for line in fleet.said)
     for intrude in (_strangers, _refused_hellos, _bad_messages):
         intrude(fleet, monkeypatch)
         if intrude is _bad_messages:  # who spoke as device 1 took its place
