@@ -145,8 +145,12 @@ def join(
     epsilon: Annotated[
         float | None,
         typer.Option(
-            help="Take part in runs with privacy.dp only, and in no more of them than spend this together.", min=0.0
+            help="Take part in runs with privacy.dp only, and in no more of them than spend this together, at --delta.",
+            min=0.0,
         ),
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="What the deltas of all its runs together may be.", min=0.0, max=1.0)
     ] = None,
     flower: Annotated[
         bool,
@@ -158,12 +162,16 @@ def join(
     """Take part as a node: data and personalized part stay in its folder, tasks come from the server.
 
     The first time the overrides say what its data are (data=table data.file=...), of which it writes samples.safetensors; later
-    they are read from there.
+    they are read from there. What --secure, --epsilon and --delta ask for is kept there too, and a later join can only narrow it.
     """
     from fedprune_cli.nodes.certificates import device_in
     from fedprune_cli.nodes.data import SAMPLES, Place, read_samples, write_samples
+    from fedprune_cli.nodes.limits import Limits, remembered
     from fedprune_cli.nodes.post import Post
+    from fedprune_cli.store.lock import locked
 
+    if (epsilon is None) != (delta is None):
+        raise ConfigError("--epsilon and --delta: give both or none, since an epsilon is one at a delta")
     if flower:
         from fedprune_cli.nodes.flower import attend
     else:
@@ -177,4 +185,6 @@ def join(
             write_samples(folder, own_samples(overrides or [], part))
     elif overrides:
         raise ConfigError(f"{overrides[0]}: this node has its data, {folder / SAMPLES}; remove it to give it others")
-    attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, secure, epsilon))
+    with locked(folder, what="as this node"):  # two would spend one budget twice
+        limits = remembered(folder, Limits(secure, epsilon, delta))
+        attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, limits))

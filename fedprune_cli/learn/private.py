@@ -71,9 +71,16 @@ def sample_gradients(
 
 
 def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: Draws) -> tuple[Tensor, ...]:
-    """Returns what a step descends: the sum of the samples' gradients, each at most `clip` long, and the noise, over the planned batch."""
+    """Returns what a step descends: the sum of the samples' gradients, each at most `clip` long, and the noise, over the planned batch.
+
+    A gradient that is not finite is none: where it is not would tell what its sample holds, and no noise hides what is not a number.
+    """
     squares = torch.stack([grad.flatten(1).square().sum(1) for grad in of_each])
-    factor = (noised.clip / squares.sum(0).sqrt().clamp(min=1e-30)).clamp(max=1.0)
+    norms = squares.sum(0).sqrt()
+    factor = (noised.clip / norms.clamp(min=1e-30)).clamp(max=1.0)
+    if not (finite := torch.isfinite(norms)).all():
+        factor = torch.where(finite, factor, 0.0)
+        of_each = [grad.where(finite.view(-1, *[1] * (grad.dim() - 1)), torch.zeros(())) for grad in of_each]
     scale = noised.clip * noised.noise
     return tuple(
         (torch.tensordot(factor, grad, 1) + scale * torch.from_numpy(rng.standard_normal(grad.shape[1:], np.float32)))

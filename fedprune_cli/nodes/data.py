@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fedprune_cli.world.datasets.roster import Card
 from fedprune_cli.world.partition import Partition
 
 SAMPLES = "samples.safetensors"
-RUN = re.compile(r"[0-9a-f]{12}-s\d{1,19}")
+RUN = re.compile(r"[0-9a-f]{12}-s[0-9]{1,19}")
 PART = "personal-{}.safetensors"
 
 
@@ -42,6 +43,15 @@ class Samples:
             self.training, len(self.labels) - self.training, tuple(self.inputs.shape[1:]), str(self.inputs.dtype), self.scale,
             self.classes, None if counts is None else tuple(counts),
         )  # fmt: skip
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of all of it."""
+        head = self.training, self.classes, self.scale, self.mean, self.std, self.inputs.shape, str(self.inputs.dtype)
+        digest = hashlib.sha256(repr((*head, str(self.labels.dtype))).encode())
+        for array in (self.inputs, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def owned_by(self, device: int) -> tuple[Ragged, Ragged]:
         """Returns who trains and who is tested on which of them: this device on its own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +14,13 @@ import torch
 from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
-from fedprune_cli.errors import DeviceError
+from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import train_some
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
 from fedprune_cli.learn.private import Noised
-from fedprune_cli.nodes.data import Place, Versions, versions_of
+from fedprune_cli.nodes.data import Place, Samples, Versions, versions_of
 from fedprune_cli.nodes.energy import SYS, metering, spent_between
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
 from fedprune_cli.nodes.protocol import failed, refused
@@ -31,6 +33,7 @@ from fedprune_cli.round.protect import sound_or_old
 from fedprune_cli.round.setup import build_blueprint
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
+from fedprune_cli.store.state import Array
 from fedprune_cli.wire.quantize import BITS_PER_PARAM
 
 
@@ -38,7 +41,7 @@ from fedprune_cli.wire.quantize import BITS_PER_PARAM
 class Node:
     """A device of one run: its number, what it computes with, its v_k by round, and what of it is protected, in how many rounds.
 
-    sys: where its machine says what it draws.
+    of: the SHA-256 of the run's configuration and of its samples, where they are protected; sys: where its machine says what it draws.
     """
 
     device: int
@@ -46,6 +49,7 @@ class Node:
     versions: Versions
     privacy: Privacy
     rounds: int
+    of: str = ""
     sys: Path = SYS
 
     @property
@@ -56,7 +60,7 @@ class Node:
     @property
     def purse(self) -> Purse:
         """What it has to spend of its privacy budget."""
-        return Purse(self.versions.folder, self.privacy, self.rounds)
+        return Purse(self.versions.folder, self.privacy, self.rounds, self.of)
 
     def read(self, message: Sealed, heard: Heard | None) -> tuple[Order | Question, Heard | None]:
         """Returns the task in a message, or the question of a secure sum, and what of u is heard by then.
@@ -105,7 +109,11 @@ class Node:
 
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
         task = replace(order.task, personal=self.versions.read(order.base))
+        if self.privacy.dp:
+            task = replace(task, may_diverge=True)  # that it did is of its data, and no error tells it
         if order.work == "test":
+            if self.privacy.dp:
+                self.purse.allow_test(self._content(order, task.personal))
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
             # of a device that never trained, whose start is its own now, unless no step may be without noise
@@ -117,25 +125,32 @@ class Node:
         if self.privacy.secure and (open_ or task.bits != BITS_PER_PARAM):
             raise RefusedSumError(f"device {self.device}: is to hand in an update without masks")
         if self.privacy.dp == "example":
-            task = replace(task, noised=self._noised(order))
+            task = replace(task, noised=self._noised(order, task.personal))
         together = order.work == "block" and task.noised is None
         (update,) = train_some(self.learner, [task] if together else task)
-        moved = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
+        finite = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
+        update = update if finite else _diverged(update, task)
+        moved = finite or self.privacy.dp is not None  # where that is of its data too, the old v_k is the new one
         if moved:
             self.versions.write(task.round + 1, update.personal)
         self.versions.keep((order.base, task.round + 1))
-        update = update if moved else _diverged(update, task)
+        if self.privacy.dp == "client" and not order.attempt:  # nothing is handed in or paid for, so nothing is told
+            update = replace(update, train_loss=None)
         masks = self.privacy.secure and order.attempt is not None  # else there is nothing to hand in
         return (self._under_masks(order, update) if masks else update), moved
 
-    def _noised(self, order: Order) -> Noised:
+    def _content(self, order: Order, personal: Array) -> bytes:
+        """Returns what the values decide that come of a task: all that it says, whoever else has one, and v_k."""
+        alone = replace(order, attempt=None, levels=None)
+        return alone.encode(self.learner.layout, None)[0] + hashlib.sha256(personal.tobytes()).digest()
+
+    def _noised(self, order: Order, personal: Array) -> Noised:
         """Returns how the steps of a task are noised; raises RefusedSumError where that is not enough, or the budget is spent."""
         clip, phases = self.privacy.clip, [phase for phase in order.task.schedule if phase.steps]
         if order.noise is None or clip is None:
             raise RefusedSumError(f"device {self.device}: is to train without noise")
-        alone = replace(order, attempt=None, levels=None)  # the same whoever else is there
-        what, _ = alone.encode(self.learner.layout, None)
-        key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + what)
+        content = self._content(order, personal)
+        key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + content)
         rate = max((phase.batch / len(self.learner.train[self.device]) for phase in phases), default=1.0)
         if phases:
             self.purse.spend(Release(order.noise, rate, sum(phase.steps for phase in phases)), key)
@@ -170,7 +185,14 @@ def _diverged(update: Update, task: Task) -> Update:
 def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
     """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
     torch.set_num_threads(1)  # two threads sum in another order and give other bits
-    experiment, samples = build_experiment(OmegaConf.create(dict(config))), place.samples
+    execution = {
+        **_section(config, "execution"),
+        "kind": "nodes",
+    }  # what goes with no nodes is refused, whatever the server calls it
+    told = {**config, "execution": execution}
+    if "${" in json.dumps(told):  # of this machine's environment, which is none of the server's
+        raise ConfigError("the run's configuration refers to something outside it (${...})")
+    experiment, samples = build_experiment(OmegaConf.create(told)), place.samples
     shape = samples.inputs.shape[1:]
     parts = split_model(
         build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part
@@ -182,4 +204,17 @@ def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
         experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
         samples.scale, samples.mean, samples.std, train, test, layout,
     )  # fmt: skip
-    return Node(place.device, learner, versions, experiment.privacy, experiment.rounds)
+    of = "" if experiment.privacy.dp is None else _identity(config, samples)
+    return Node(place.device, learner, versions, experiment.privacy, experiment.rounds, of)
+
+
+def _identity(config: Mapping[str, Plain], samples: Samples) -> str:
+    """Returns the SHA-256 of what a run's noise is for: its configuration but for how and where it is executed, and the node's samples."""
+    decides = {key: value for key, value in config.items() if key not in ("execution", "tracking", "out")}
+    decides["data"] = {key: value for key, value in _section(config, "data").items() if key not in ("root", "file")}
+    return hashlib.sha256(json.dumps([decides, samples.sha256], sort_keys=True).encode()).hexdigest()
+
+
+def _section(config: Mapping[str, Plain], name: str) -> dict[str, Plain]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}

@@ -19,7 +19,7 @@ from fedprune_cli.store.files import Plain
 from fedprune_cli.store.sealed import Sealed
 from fedprune_cli.store.state import Array
 from fedprune_cli.wire.masks import decode_mask, encode_mask
-from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK, dequantize
+from fedprune_cli.wire.quantize import BITS_PER_PARAM, BLOCK, QUANTIZED_BITS, dequantize
 
 WORKS = ("block", "train", "test")  # what `learn.batched.train_block`, `learn.client.train` and `evaluate` do
 
@@ -93,6 +93,8 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
         str(header["stage"]), after.round, int(str(header["device"])), shared, np.zeros(0, np.float32), kept, schedule,
         int(str(header["bits"])), header["may_diverge"] is True, coded=True,
     )  # fmt: skip
+    if min(task.round, int(str(header["base"]))) < 0 or task.bits not in (*QUANTIZED_BITS, BITS_PER_PARAM):
+        raise ValueError("not a task")
     levels = arrays.get("levels")
     if levels is not None and (levels.dtype.kind != "u" or len(levels) != (size if mask is None else int(mask.sum()))):
         raise ValueError("levels of another number or type")
@@ -107,7 +109,12 @@ def _read_phase(of: list[Plain]) -> LocalPhase:
         isinstance(number, int) for number in (samples, batch, epoch)
     ):
         raise ValueError("not a phase of a schedule")
-    return LocalPhase(cast(Kind, kind), int(str(samples)), int(str(batch)), int(str(epoch)))
+    phase = LocalPhase(cast(Kind, kind), int(str(samples)), int(str(batch)), int(str(epoch)))
+    if (
+        min(phase.samples, phase.batch - 1, phase.epoch) < 0
+    ):  # else steps could be taken back, which nobody would pay for
+        raise ValueError("not a phase of a schedule")
+    return phase
 
 
 def _list(value: Plain) -> list[list[Plain]]:

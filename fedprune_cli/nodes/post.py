@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedprune_cli.errors import ConfigError
 from fedprune_cli.nodes.data import Place
+from fedprune_cli.nodes.limits import NO_LIMITS, Limits
 from fedprune_cli.store.sealed import Sealed
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 class Post:
     """Where a node stands: at which server, as whom, and what it is told in one line each. labels: whether their counts are told.
 
-    secure: whether it takes part in secure sums only, whatever the server asks for; epsilon: what all its runs together may spend of its
-    privacy, None: no run is refused for that.
+    limits: what it asks of every run, whatever the server says.
     """
 
     address: str
@@ -28,8 +27,7 @@ class Post:
     place: Place
     labels: bool
     say: Callable[[str], None]
-    secure: bool = False
-    epsilon: float | None = None
+    limits: Limits = NO_LIMITS
 
 
 def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
@@ -40,11 +38,7 @@ def node_for(post: Post, order: Sealed, node: Node | None) -> Node:
     from fedprune_cli.nodes.node import build_node  # PyTorch with it: who waits for this node sees it meanwhile
 
     node = build_node(post.place, run, config if isinstance(config, dict) else {})
-    if post.secure and not node.privacy.secure:
-        raise ConfigError(f"device-{node.device}: {run} has no privacy.secure=true, and this node joined with --secure")
-    if post.epsilon is not None:
-        from fedprune_cli.nodes.spent import refuse_beyond
-
-        refuse_beyond(post.epsilon, node.device, node.purse)
+    post.limits.refuse(node.device, node.purse)
+    node.purse.open()
     post.say(f"device-{node.device}: works on {run}")
     return node

@@ -1,8 +1,8 @@
 """A node's own noise, and how much of its privacy budget it has spent: both on its disk before it answers, whatever a server says.
 
-The key of the noise comes from a secret of the node's and from all that it was asked. So the same task has the same noise again, after
-either side was killed, and tells nothing more; another task has other noise, and is paid for. What is spent is counted by run: whoever
-takes part in several runs has spent the sum of what they may spend.
+The key of the noise comes from a secret of the node's and from all that decides what the noise is added to: the run's configuration, the
+node's samples, its v_k, and what it was asked. So the same task has the same noise again, after either side was killed, and tells nothing
+more; another task has other noise, and is paid for. A test, which nothing noises, is answered for as many models as the run has rounds.
 """
 
 from __future__ import annotations
@@ -11,20 +11,30 @@ import hashlib
 import hmac
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedprune_cli.errors import CheckpointError, ConfigError
-from fedprune_cli.privacy.accounting import Release, draws_for, epsilon
+from fedprune_cli.errors import CheckpointError
+from fedprune_cli.privacy.accounting import LARGEST, SMALLEST_NOISE, Release, draws_for, epsilon
 from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.store.files import fits, read_bytes, read_json
-from fedprune_cli.store.write import private_folder, write_whole
+from fedprune_cli.store.write import private_folder, write_durable
 
 PRIVATE, SECRET = "private", "noise.key"  # a folder that its owner alone can look into
 SPENT = "spent.json"
 SECRET_BYTES = 32
-FORM = {"release": {"noise": float, "rate": float, "times": int}, "rounds": int, "epsilon": float, "tasks": [str]}
+RELEASE = {"noise": float, "rate": float, "times": int}
+FORM = {
+    "of": str,
+    "epsilon": float,
+    "delta": float,
+    "release": (RELEASE, None),
+    "rounds": int,
+    "tasks": [str],
+    "tests": [str],
+}
 
 
 class SpentError(RefusedSumError):
@@ -32,35 +42,88 @@ class SpentError(RefusedSumError):
 
 
 @dataclass(frozen=True)
+class Ledger:
+    """What a run may spend, epsilon at delta, and has spent.
+
+    of: the SHA-256 of its configuration and of the node's samples; release: what a round of the device's releases, None before the first;
+    rounds: how many the budget allows; tasks, tests: what was paid for, and the models that were tested, by their SHA-256.
+    """
+
+    of: str
+    epsilon: float
+    delta: float
+    release: Release | None = None
+    rounds: int = 0
+    tasks: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Purse:
-    """What a node has to spend in a run. folder: the run's on the node; rounds: as many as the run has, which it need not afford."""
+    """What a node has to spend in a run. folder: the run's on the node; rounds: as many as the run has, which it need not afford.
+
+    of: the SHA-256 of the run's configuration and of the node's samples.
+    """
 
     folder: Path
     privacy: Privacy
     rounds: int
+    of: str = ""
+
+    def open(self) -> None:
+        """Makes the ledger of a run that begins; nothing where nothing is differentially private.
+
+        Raises CheckpointError where the run began with another configuration or other samples, and where its ledger is gone.
+        """
+        path = self.folder / SPENT
+        if self.privacy.epsilon is None or self.privacy.delta is None or self.privacy.dp is None:
+            return
+        if not path.exists():
+            if any(self.folder.iterdir()):
+                gone = "missing, though this run has begun: without it the node forgets what it has spent"
+                raise CheckpointError(f"{path}: {gone}; bring it back, or leave this run by removing {self.folder}")
+            _write(path, Ledger(self.of, self.privacy.epsilon, self.privacy.delta))
+        elif _read(path).of != self.of:
+            other = "this run began with another configuration or other samples, and its noise is for those"
+            raise CheckpointError(f"{path}: {other}; have the server begin a run of another seed")
 
     def key(self, what: bytes) -> bytes:
         """Returns the key of the node's draws for one task, which `what` tells from all others of the run."""
         secret = _secret(self.folder.parent / PRIVATE)
-        return hmac.digest(secret, self.folder.name.encode() + b"\0" + what, "sha256")
+        return hmac.digest(secret, f"{self.folder.name}\0{self.of}\0".encode() + what, "sha256")
 
     def spend(self, one: Release, key: bytes) -> None:
         """Notes that a task's noise, of this key, is about to be used; nothing where it was before.
 
         one: what a round of the device's releases. Raises SpentError where the budget does not allow it, or releases differ within the run.
         """
+        if not (SMALLEST_NOISE <= one.noise <= LARGEST and 0 < one.rate <= 1 and 1 <= one.times <= LARGEST):
+            raise SpentError(f"{_words(one)}, is nothing that it can reckon with")
         entry, path = hashlib.sha256(key).hexdigest(), self.folder / SPENT
-        release, most, tasks, _ = _read(path) if path.exists() else (one, self._affords(one), [], 0.0)
-        if entry in tasks:
+        ledger = _read(path)
+        if ledger.release is None:
+            ledger = replace(ledger, release=one, rounds=self._affords(one))
+        if entry in ledger.tasks:
             return
-        if release != one:
-            before, now = _words(release), _words(one)
+        if ledger.release != one:
+            before, now = _words(ledger.release or one), _words(one)
             raise SpentError(f"its rounds so far were of {before}, and this one is of {now}: no sum is known of both")
-        if len(tasks) >= most:
-            budget = f"epsilon {self.privacy.epsilon:g} at delta {self.privacy.delta:g} with {_words(one)}"
-            raise SpentError(f"its privacy budget, {budget}, allows {most} rounds of this run, and this is another one")
-        ledger = {"release": asdict(one), "rounds": most, "epsilon": self.privacy.epsilon, "tasks": [*tasks, entry]}
-        write_whole(path, (json.dumps(ledger) + "\n").encode())
+        if len(ledger.tasks) >= ledger.rounds:
+            budget = f"epsilon {ledger.epsilon:g} at delta {ledger.delta:g} with {_words(one)}"
+            raise SpentError(
+                f"its privacy budget, {budget}, allows {ledger.rounds} rounds of this run, and this is another one"
+            )
+        _write(path, replace(ledger, tasks=(*ledger.tasks, entry)))
+
+    def allow_test(self, what: bytes) -> None:
+        """Notes that a model is about to be tested, which `what` tells from all others; raises SpentError for one more than the run has."""
+        entry, path = hashlib.sha256(what).hexdigest(), self.folder / SPENT
+        ledger = _read(path)
+        if entry in ledger.tests:
+            return
+        if len(ledger.tests) > self.rounds:  # one more than there are rounds: the model that they began with
+            raise SpentError(f"it has tested {len(ledger.tests)} models of a run of {self.rounds} rounds, and no more")
+        _write(path, replace(ledger, tests=(*ledger.tests, entry)))
 
     def _affords(self, one: Release) -> int:
         """Returns how many rounds the budget allows, at most all of the run's. It takes seconds where samples are drawn."""
@@ -70,19 +133,9 @@ class Purse:
         return draws_for(budget, delta, one, self.rounds)
 
 
-def refuse_beyond(most: float, device: int, purse: Purse) -> None:
-    """Raises ConfigError where a run, with all others that the node has been in, may spend more than epsilon `most`.
-
-    Each counts with its whole budget, whatever it protects and at whatever delta.
-    """
-    run, own = f"device-{device}: {purse.folder.name}", purse.privacy.epsilon
-    if purse.privacy.dp is None or own is None:
-        raise ConfigError(f"{run} has no privacy.dp, and this node joined with --epsilon {most:g}")
-    before = sum(_read(path)[3] for path in purse.folder.parent.glob(f"*/{SPENT}") if path.parent != purse.folder)
-    if before + own > most:
-        raise ConfigError(
-            f"{run} may spend epsilon {own:g}, and earlier runs {before:g}: together more than this node's --epsilon {most:g}"
-        )
+def ledgers(node: Path, but: Path) -> Iterator[Ledger]:
+    """Yields what the runs of a node have spent, of those whose folder is not `but`; raises CheckpointError for a damaged one."""
+    yield from (_read(path) for path in sorted(node.glob(f"*/{SPENT}")) if path.parent != but)
 
 
 def _secret(place: Path) -> bytes:
@@ -90,7 +143,7 @@ def _secret(place: Path) -> bytes:
     path = place / SECRET
     if not path.exists():
         private_folder(place)
-        write_whole(path, os.urandom(SECRET_BYTES))
+        write_durable(path, os.urandom(SECRET_BYTES))
     secret = read_bytes(path, SECRET_BYTES, CheckpointError)
     if len(secret) != SECRET_BYTES:
         raise CheckpointError(f"{path}: damaged (must be {SECRET_BYTES} bytes); remove it to have a new one")
@@ -101,8 +154,14 @@ def _words(one: Release) -> str:
     return f"noise {one.noise:g}, {one.times} draws with probability {one.rate:.4g}"
 
 
-def _read(path: Path) -> tuple[Release, int, list[str], float]:
+def _write(path: Path, ledger: Ledger) -> None:
+    write_durable(path, (json.dumps(asdict(ledger)) + "\n").encode())
+
+
+def _read(path: Path) -> Ledger:
     value = read_json(path, CheckpointError)
-    if not fits(value, FORM):
+    if not (fits(value, FORM) and {*value} == {*FORM} and value["epsilon"] > 0 and value["delta"] > 0):
         raise CheckpointError(f"{path}: damaged (not what a node has spent of its privacy budget)")
-    return Release(**value["release"]), value["rounds"], value["tasks"], value["epsilon"]
+    one = value["release"]
+    release = None if one is None else Release(one["noise"], one["rate"], one["times"])
+    return Ledger(**value | {"release": release, "tasks": tuple(value["tasks"]), "tests": tuple(value["tests"])})

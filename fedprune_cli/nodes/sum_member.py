@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from fedprune_cli.nodes.spent import Purse
 from fedprune_cli.nodes.sum_keys import checked_keys, sign_keys
 from fedprune_cli.nodes.sum_messages import KEYS, Parcels, Question, keys_of_parcels
 from fedprune_cli.privacy.accounting import Release
-from fedprune_cli.privacy.fixed import LEAST_NOISE, FixedPoint
+from fedprune_cli.privacy.fixed import LEAST_NOISE, SIGMAS, WORD, FixedPoint
 from fedprune_cli.privacy.noised import clipped, noise_steps, with_share
 from fedprune_cli.privacy.secure import (
     Member,
@@ -34,7 +35,7 @@ from fedprune_cli.rng import SecretStream
 from fedprune_cli.store.files import Plain, read_bytes
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.store.state import Array
-from fedprune_cli.store.write import private_folder, write_whole
+from fedprune_cli.store.write import private_folder, write_durable
 
 FOLDER, FILE = "sum", "secrets.safetensors"  # a folder that its owner alone can look into
 MAX_BYTES = 2**26
@@ -174,8 +175,16 @@ def _whole(memory: Memory, part: Part) -> Array:
         raise RefusedSumError(
             f"device {part.device}: its share of the noise is below {LEAST_NOISE:g} steps of the fixed point"
         )
+    count = len(memory.terms.devices)
+    if (
+        not point.most * count + SIGMAS * float(steps.max(initial=0.0)) * math.sqrt(count) <= WORD
+    ):  # it would wrap to nothing
+        raise RefusedSumError(f"device {part.device}: the noise of the sum does not fit the sum's whole numbers")
     change = clipped(part.change, privacy.clip)
-    key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(change.tobytes()).digest())
+    told = (
+        f"{memory.noise!r} {privacy.clip!r} {point}".encode()
+    )  # what else decides what its noise is added to, and how wide it is
+    key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(told + steps.tobytes() + change.tobytes()).digest())
     part.purse.spend(Release(memory.noise, 1.0, 1), key)
     return with_share(point, change, steps, SecretStream(key))
 
@@ -230,7 +239,7 @@ def write_memory(folder: Path, memory: Memory) -> None:
         "keys": np.array([_bytes(memory.keys[device]) for device in terms.devices if device in memory.keys], dtype=np.uint8),
     }  # fmt: skip
     private_folder(place)
-    write_whole(place / FILE, Sealed(header, arrays).encode())
+    write_durable(place / FILE, Sealed(header, arrays).encode())
 
 
 def _bytes(value: bytes) -> Array:

@@ -97,7 +97,7 @@ def epsilon(release: Release, delta: float, grid: float = GRID) -> float:
         return 0.0
     if release.rate >= 1:
         return _gaussian(math.sqrt(release.times) / release.noise, delta)
-    return float(_one(release.noise, release.rate, grid).self_compose(release.times).get_epsilon_for_delta(delta))
+    return _sampled(release, delta, grid)
 
 
 def noise_for(budget: float, delta: float, rate: float, times: int) -> float:
@@ -151,6 +151,12 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+@functools.lru_cache(maxsize=1000)
+def _sampled(release: Release, delta: float, grid: float) -> float:
+    """As `epsilon`, where draws are sampled. All arms, runs and nodes of one process that have one privacy ask the same again."""
+    return float(_one(release.noise, release.rate, grid).self_compose(release.times).get_epsilon_for_delta(delta))
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,8 +15,11 @@ LOCK_TRIES = 5
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the folder for this process; raises CheckpointError when it is not there, or another one has it and `wait` is not wanted."""
+def locked(run_dir: Path, *, wait: bool = False, what: str = "this run") -> Iterator[None]:
+    """Holds the folder for this process; raises CheckpointError when it is not there, or another one has it and `wait` is not wanted.
+
+    what: what the other one writes, in words.
+    """
     try:
         descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -25,7 +28,7 @@ def locked(run_dir: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             _lock(descriptor, wait=wait)
         except BlockingIOError:
-            raise CheckpointError(f"{run_dir}: another process is writing this run") from None
+            raise CheckpointError(f"{run_dir}: another process is writing {what}") from None
         except OSError as error:
             raise CheckpointError(f"{run_dir}: cannot be locked ({error.strerror})") from None
         yield

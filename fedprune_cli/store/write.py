@@ -36,6 +36,17 @@ def write_whole(path: Path, data: bytes) -> None:
             raise
 
 
+def write_durable(path: Path, data: bytes) -> None:
+    """As `write_whole`, and so that a power cut does not bring the old file back: what is said afterwards has it for a ground."""
+    write_whole(path, data)
+    with writing(path.parent):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def private_folder(path: Path) -> None:
     """Makes a folder that its owner alone can look into, also of one that was there before."""
     with writing(path):

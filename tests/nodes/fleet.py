@@ -72,6 +72,8 @@ class InProcessSite:
         self.carrier.nodes = {
             device: replace(build_node(place, run, self.config), sys=self.sys) for device, place in self.places.items()
         }
+        for node in self.carrier.nodes.values():
+            node.purse.open()
         policy = setup.experiment.failsafe.policy
         yield NodeExecutor(self.carrier, setup.blueprint.layout, not (policy.waits or policy.defers), self.done)
 

@@ -24,6 +24,7 @@ from fedprune_cli.audit.verify import verify_run
 from fedprune_cli.errors import CheckpointError, ConfigError, DeviceError
 from fedprune_cli.nodes import certificates, sum_member
 from fedprune_cli.nodes.executor import Reply, Request
+from fedprune_cli.nodes.limits import Limits
 from fedprune_cli.nodes.pilot import Pilot
 from fedprune_cli.nodes.post import Post, node_for
 from fedprune_cli.nodes.protocol import read_from_server
@@ -118,7 +119,7 @@ def test_over_grpc_too_and_a_node_that_wants_no_other_run_says_so(made: Made) ->
     list(life.run(setup, made.home / "run", site=site))
     assert result(made.home / "run") == result(made.home / "simulated")
     places = places_of(made.home / "pilot")
-    post = Post("", places[0].folder, places[0], True, said.append, secure=True)
+    post = Post("", places[0].folder, places[0], True, said.append, Limits(secure=True))
     for override, told in (("privacy.secure=true", ""), ("privacy.secure=false", "this node joined with --secure")):
         _, other = begin(made.home / "pilot", made.home / override, [*made.overrides, override])
         with pytest.raises(ConfigError, match=told) if told else contextlib.nullcontext():
