@@ -105,7 +105,8 @@ def test_a_secure_run_on_nodes_has_the_simulators_bytes(tmp_path: Path, more: tu
         assert records[0]["mean_ratio"] > 0 or "allocator=dense" in more
         timings = [json.loads(line) for line in (made.home / "run" / folder.TIMINGS).read_text().splitlines()]
         summed = [node["sum_s"] for one in timings for node in one["nodes"] if "sum_s" in node]
-        assert set(summed) == {15.0}  # three exchanges of five seconds each, as the carrier says
+        lost = {10.0} if "faults.die=0.1" in more else set()  # of whom nobody asks who is left
+        assert set(summed) == {15.0} | lost  # three exchanges of five seconds each, as the carrier says
 
 
 @pytest.mark.slow
