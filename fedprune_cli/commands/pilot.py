@@ -152,6 +152,12 @@ def join(
     delta: Annotated[
         float | None, typer.Option(help="What the deltas of all its runs together may be.", min=0.0, max=1.0)
     ] = None,
+    tests: Annotated[
+        int | None,
+        typer.Option(
+            help="In no more runs with privacy.dp than test this many models together: no noise hides scores.", min=1
+        ),
+    ] = None,
     flower: Annotated[
         bool,
         typer.Option("--flower", help="Tasks come by Flower: start a SuperNode, and do what it brings until stopped."),
@@ -162,7 +168,7 @@ def join(
     """Take part as a node: data and personalized part stay in its folder, tasks come from the server.
 
     The first time the overrides say what its data are (data=table data.file=...), of which it writes samples.safetensors; later
-    they are read from there. What --secure, --epsilon and --delta ask for is kept there too, and a later join can only narrow it.
+    they are read from there. What --secure, --epsilon, --delta and --tests ask for is kept there too, and a later join can only narrow it.
     """
     from fedprune_cli.nodes.certificates import device_in
     from fedprune_cli.nodes.data import SAMPLES, Place, read_samples, write_samples
@@ -186,5 +192,5 @@ def join(
     elif overrides:
         raise ConfigError(f"{overrides[0]}: this node has its data, {folder / SAMPLES}; remove it to give it others")
     with locked(folder, what="as this node"):  # two would spend one budget twice
-        limits = remembered(folder, Limits(secure, epsilon, delta))
+        limits = remembered(folder, Limits(secure, epsilon, delta, tests))
         attend(Post(server, folder, Place(device, folder, read_samples(folder)), labels, note, limits))

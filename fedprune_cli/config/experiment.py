@@ -200,6 +200,8 @@ class Experiment:
             "evaluation_batch": EVALUATION_BATCH,
             "arithmetic": ARITHMETIC,
         }
+        if self.privacy.dp == "example":
+            numerics["noise"] = "float64, on a lattice"  # was float32 before
         return fields | {"numerics": numerics}
 
     def _identity_of(self, entry: MeasuredClass) -> dict[str, Plain]:

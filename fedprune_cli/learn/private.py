@@ -5,6 +5,7 @@ Both parts' steps are noised: v_k never leaves its device, but the gradients of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,11 +83,20 @@ def noised_mean(of_each: Sequence[Tensor], batch: int, noised: Noised, rng: Draw
         factor = torch.where(finite, factor, 0.0)
         of_each = [grad.where(finite.view(-1, *[1] * (grad.dim() - 1)), torch.zeros(())) for grad in of_each]
     scale = noised.clip * noised.noise
-    return tuple(
-        (torch.tensordot(factor, grad, 1) + scale * torch.from_numpy(rng.standard_normal(grad.shape[1:], np.float32)))
-        / batch
-        for grad in of_each
-    )
+    return tuple(_on_lattice(torch.tensordot(factor, grad, 1), scale, rng) / batch for grad in of_each)
+
+
+def _on_lattice(total: Tensor, scale: float, rng: Draws) -> Tensor:
+    """Returns the sum with noise of the standard deviation `scale`, rounded to whole multiples of a millionth of it.
+
+    Which float32 numbers a product of float32 noise can be depends on `scale`, so that one which cannot be would tell that there was
+    more than noise (Mironov, CCS 2012). On the lattice every number can come of noise alone.
+    """
+    if not scale:
+        return total
+    step = 2.0 ** (math.floor(math.log2(scale)) - 20)
+    noisy = total.double() + scale * torch.from_numpy(rng.standard_normal(total.shape, np.float64))
+    return (torch.round(noisy / step) * step).float()
 
 
 def require_sample_gradients(parts: Parts, shape: Sequence[int], name: str) -> None:

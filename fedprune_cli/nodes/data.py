@@ -137,9 +137,20 @@ class Versions:
             raise CheckpointError(f"{path}: of another model")
         return values
 
-    def write(self, number: int, values: Array) -> None:
-        """Writes v_k as it is after a round."""
-        write_whole(self.folder / PART.format(number), Sealed({"round": number}, {"personal": values}).encode())
+    def origin(self, number: int) -> str:
+        """Returns what v_k came of after a round, as `write` was told, empty for that of round 0; raises as `read` does."""
+        if number == 0:
+            return ""
+        path = self.folder / PART.format(number)
+        try:
+            return str(unseal(read_bytes(path, MAX_BYTES, CheckpointError)).header.get("origin", ""))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def write(self, number: int, values: Array, origin: str = "") -> None:
+        """Writes v_k as it is after a round. origin: the SHA-256 of all that it was asked to become it, which a server knows."""
+        header: dict[str, Plain] = {"round": number, "origin": origin}
+        write_whole(self.folder / PART.format(number), Sealed(header, {"personal": values}).encode())
 
     def keep(self, numbers: Iterable[int]) -> None:
         """Removes those of all other rounds: the server has accepted what came of the one that it takes for its base."""

@@ -161,7 +161,9 @@ class Desk:
         if isinstance(score, Score):
             self.began[device] = f"a newcomer, {what}: {score.correct} of {score.total} test samples are right"
         else:
-            self.began[device] = f"a newcomer, cannot {what.replace('begins', 'begin')}: {reply.failure}"
+            self.began[device] = (
+                f"a newcomer, cannot {what.replace('begins', 'begin')}: {reply.failure or reply.refusal}"
+            )
         self.terms.say(f"device-{device}: {self.began[device]}")
         if self.invite and self.invite(device, self.links[device].hello.card).round > ask.request.round:
             self._greet(device)

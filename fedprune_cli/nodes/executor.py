@@ -145,7 +145,8 @@ class NodeExecutor:
         if self.fresh and todo:
             self._welcome(todo[0], self.fresh)
         self._note_tests(scores)
-        return cast(list[Result], [scores[task.device].result for task in todo if task.device in scores])
+        tested = {device: reply.result for device, reply in scores.items() if not reply.refusal}
+        return cast(list[Result], [tested[task.device] for task in todo if task.device in tested])
 
     def _welcome(self, tested: Task, fresh: Callable[[int], tuple[LocalPhase, ...]]) -> None:
         """Has newcomers begin as the run's fresh devices do, with the shared part that was tested."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fedprune_cli.errors import CheckpointError, ConfigError
 from fedprune_cli.nodes.spent import PRIVATE, Purse, ledgers
@@ -12,16 +13,21 @@ from fedprune_cli.store.files import fits, read_json
 from fedprune_cli.store.write import private_folder, write_durable
 
 FILE = "limits.json"
-FORM = {"secure": bool, "epsilon": (float, None), "delta": (float, None)}
+Bound = TypeVar("Bound", int, float)
+FORM = {"secure": bool, "epsilon": (float, None), "delta": (float, None), "tests": (int, None)}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """secure: it takes part in secure sums only; epsilon, delta: what all its runs together may spend of its privacy, None: no bound."""
+    """secure: it takes part in secure sums only; the others, of all its runs together, None: no bound.
+
+    epsilon, delta: what they may spend of its privacy; tests: how many models they may have tested, which tells of its data without noise.
+    """
 
     secure: bool = False
     epsilon: float | None = None
     delta: float | None = None
+    tests: int | None = None
 
     def refuse(self, device: int, purse: Purse) -> None:
         """Raises ConfigError where a run does not keep to them.
@@ -29,18 +35,23 @@ class Limits:
         Runs add up, each with its whole budget, whatever it protects.
         """
         run, privacy = f"device-{device}: {purse.folder.name}", purse.privacy
+        asked = (
+            ("epsilon", self.epsilon, privacy.epsilon),
+            ("delta", self.delta, privacy.delta),
+            ("tests", self.tests, purse.may_test),
+        )
         if self.secure and not privacy.secure:
             raise ConfigError(f"{run} has no privacy.secure=true, and this node joined with --secure")
-        for key, most in (("epsilon", self.epsilon), ("delta", self.delta)):
+        earlier = [*ledgers(purse.folder.parent, purse.folder)]
+        for key, most, own in asked:
             if most is None:
                 continue
-            own = getattr(privacy, key)
             if privacy.dp is None or own is None:
                 raise ConfigError(f"{run} has no privacy.dp, and this node joined with --{key} {most:g}")
-            before = sum(getattr(ledger, key) for ledger in ledgers(purse.folder.parent, purse.folder))
+            before = sum(getattr(ledger, "may_test" if key == "tests" else key) for ledger in earlier)
             if before + own > most:
                 raise ConfigError(
-                    f"{run} may spend {key} {own:g}, and earlier runs {before:g}: together more than this node's --{key} {most:g}"
+                    f"{run} may have {key} {own:g}, and earlier runs {before:g}: together more than this node's --{key} {most:g}"
                 )
 
 
@@ -55,15 +66,16 @@ def remembered(node: Path, given: Limits) -> Limits:
     path = node / PRIVATE / FILE
     before = _read(path) if path.exists() else NO_LIMITS
     narrow = Limits(
-        before.secure or given.secure, _least(before.epsilon, given.epsilon), _least(before.delta, given.delta)
-    )
+        before.secure or given.secure, _least(before.epsilon, given.epsilon), _least(before.delta, given.delta),
+        _least(before.tests, given.tests),
+    )  # fmt: skip
     if narrow != before:
         private_folder(path.parent)
         write_durable(path, (json.dumps(asdict(narrow)) + "\n").encode())
     return narrow
 
 
-def _least(*bounds: float | None) -> float | None:
+def _least(*bounds: Bound | None) -> Bound | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
+from fedprune_cli.config.experiment import Experiment
 from fedprune_cli.errors import ConfigError, DeviceError
 from fedprune_cli.learn.batched import train_some
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate
 from fedprune_cli.learn.models import build_model
 from fedprune_cli.learn.parts import split_model, to_device
-from fedprune_cli.learn.private import Noised
+from fedprune_cli.learn.private import Noised, require_sample_gradients
 from fedprune_cli.nodes.data import Place, Samples, Versions, versions_of
 from fedprune_cli.nodes.energy import SYS, metering, spent_between
 from fedprune_cli.nodes.orders import Answer, Heard, Order, read_order, sent_mask
@@ -106,19 +108,26 @@ class Node:
             return refused(of, str(error))
         except DeviceError as error:
             return failed(of, str(error))
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if self.privacy.dp is None:
+                raise
+            print(f"device-{self.device}: {type(error).__name__}: {error}", file=sys.stderr)
+            return refused(of, f"device {self.device}: cannot do this task")  # what went wrong may be of its data
 
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
-        task = replace(order.task, personal=self.versions.read(order.base))
+        task, origin = replace(order.task, personal=self.versions.read(order.base)), self._origin(order)
         if self.privacy.dp:
             task = replace(task, may_diverge=True)  # that it did is of its data, and no error tells it
         if order.work == "test":
+            if self.privacy.dp and any(phase.kind != "personal" for phase in task.schedule):
+                raise RefusedSumError(f"device {self.device}: is to train the shared part for a test")
             if self.privacy.dp:
-                self.purse.allow_test(self._content(order, task.personal))
+                self.purse.allow_test(origin)
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
             # of a device that never trained, whose start is its own now, unless no step may be without noise
             if task.schedule and np.isfinite(personal).all() and self.privacy.dp != "example":
-                self.versions.write(task.round, personal)
+                self.versions.write(task.round, personal, origin)
                 self.versions.keep((task.round,))
             return score, False
         open_ = order.attempt is None and task.shared.size > 0
@@ -132,31 +141,42 @@ class Node:
         update = update if finite else _diverged(update, task)
         moved = finite or self.privacy.dp is not None  # where that is of its data too, the old v_k is the new one
         if moved:
-            self.versions.write(task.round + 1, update.personal)
+            self.versions.write(task.round + 1, update.personal, origin)
         self.versions.keep((order.base, task.round + 1))
-        if self.privacy.dp == "client" and not order.attempt:  # nothing is handed in or paid for, so nothing is told
+        if self.privacy.dp == "client":  # which no noise hides
             update = replace(update, train_loss=None)
         masks = self.privacy.secure and order.attempt is not None  # else there is nothing to hand in
-        return (self._under_masks(order, update) if masks else update), moved
+        return (self._under_masks(order, update, origin) if masks else update), moved
 
-    def _content(self, order: Order, personal: Array) -> bytes:
-        """Returns what the values decide that come of a task: all that it says, whoever else has one, and v_k."""
-        alone = replace(order, attempt=None, levels=None)
-        return alone.encode(self.learner.layout, None)[0] + hashlib.sha256(personal.tobytes()).digest()
+    def _content(self, order: Order) -> bytes:
+        """Returns all that a task says, whoever else has one."""
+        return replace(order, attempt=None, levels=None).encode(self.learner.layout, None)[0]
+
+    def _origin(self, order: Order) -> str:
+        """Returns what comes of a task, by what it and those before it asked: the SHA-256 of it and of the origin of v_k.
+
+        What is paid for and counted goes by it, and not by values, which no noise hides: that two of them are the same would tell of them.
+        Empty where nothing is protected.
+        """
+        if self.privacy.none:
+            return ""
+        return hashlib.sha256(self.versions.origin(order.base).encode() + b"\0" + self._content(order)).hexdigest()
 
     def _noised(self, order: Order, personal: Array) -> Noised:
         """Returns how the steps of a task are noised; raises RefusedSumError where that is not enough, or the budget is spent."""
         clip, phases = self.privacy.clip, [phase for phase in order.task.schedule if phase.steps]
         if order.noise is None or clip is None:
             raise RefusedSumError(f"device {self.device}: is to train without noise")
-        content = self._content(order, personal)
+        content = self._content(order) + hashlib.sha256(personal.tobytes()).digest()  # v_k is of noised steps itself
         key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + content)
         rate = max((phase.batch / len(self.learner.train[self.device]) for phase in phases), default=1.0)
         if phases:
-            self.purse.spend(Release(order.noise, rate, sum(phase.steps for phase in phases)), key)
+            self.purse.spend(
+                Release(order.noise, rate, sum(phase.steps for phase in phases)), hashlib.sha256(key).hexdigest()
+            )
         return Noised(clip, order.noise, key)
 
-    def _under_masks(self, order: Order, update: Update) -> Update:
+    def _under_masks(self, order: Order, update: Update, origin: str) -> Update:
         """Returns the update with whole numbers under the masks of the round's sum in the place of its values [n_k]; none without a sum.
 
         What it counts by is the number of its own samples, and not what a server says.
@@ -173,7 +193,7 @@ class Node:
         if order.levels is not None:
             change = change[np.argsort(order.levels, kind="stable")]
         samples = len(self.learner.train[self.device])
-        part = sum_member.Part(self.device, task.round, order.attempt, change, samples, self.purse)
+        part = sum_member.Part(self.device, task.round, order.attempt, change, samples, self.purse, origin)
         return replace(bare, shared=sum_member.masked_change(self.versions.folder, part))
 
 
@@ -204,14 +224,23 @@ def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
         experiment.seed, experiment.training, to_device(parts, experiment.training.device), samples.inputs, samples.labels,
         samples.scale, samples.mean, samples.std, train, test, layout,
     )  # fmt: skip
-    of = "" if experiment.privacy.dp is None else _identity(config, samples)
+    if experiment.privacy.dp == "example":
+        require_sample_gradients(parts, shape, experiment.model.name)
+    of = "" if experiment.privacy.dp is None else _identity(experiment, samples)
     return Node(place.device, learner, versions, experiment.privacy, experiment.rounds, of)
 
 
-def _identity(config: Mapping[str, Plain], samples: Samples) -> str:
+def _identity(experiment: Experiment, samples: Samples) -> str:
     """Returns the SHA-256 of what a run's noise is for: its configuration but for how and where it is executed, and the node's samples."""
-    decides = {key: value for key, value in config.items() if key not in ("execution", "tracking", "out")}
-    decides["data"] = {key: value for key, value in _section(config, "data").items() if key not in ("root", "file")}
+    fields = json.loads(json.dumps(asdict(experiment)))
+    around = ("out", "execution", "tracking", *(() if experiment.faulty else ("faults", "failsafe")))
+    decides = {
+        section: {key: value for key, value in of.items() if key not in ("root", "file")}
+        if isinstance(of, dict)
+        else of
+        for section, of in fields.items()
+        if section not in around
+    }
     return hashlib.sha256(json.dumps([decides, samples.sha256], sort_keys=True).encode()).hexdigest()
 
 

@@ -2,12 +2,11 @@
 
 The key of the noise comes from a secret of the node's and from all that decides what the noise is added to: the run's configuration, the
 node's samples, its v_k, and what it was asked. So the same task has the same noise again, after either side was killed, and tells nothing
-more; another task has other noise, and is paid for. A test, which nothing noises, is answered for as many models as the run has rounds.
+more; another task has other noise, and is paid for. Tests, which nothing noises, are counted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedprune_cli.errors import CheckpointError
-from fedprune_cli.privacy.accounting import LARGEST, SMALLEST_NOISE, Release, draws_for, epsilon
+from fedprune_cli.privacy.accounting import LARGEST, SMALLEST_NOISE, Release, draws_for, epsilon, require_accountant
 from fedprune_cli.privacy.secure import RefusedSumError
 from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.store.files import fits, read_bytes, read_json
@@ -26,15 +25,10 @@ PRIVATE, SECRET = "private", "noise.key"  # a folder that its owner alone can lo
 SPENT = "spent.json"
 SECRET_BYTES = 32
 RELEASE = {"noise": float, "rate": float, "times": int}
+SPARE_TESTS = 10  # of rounds that are made again with other survivors
 FORM = {
-    "of": str,
-    "epsilon": float,
-    "delta": float,
-    "release": (RELEASE, None),
-    "rounds": int,
-    "tasks": [str],
-    "tests": [str],
-}
+    "of": str, "epsilon": float, "delta": float, "may_test": int, "release": (RELEASE, None), "rounds": int, "tasks": [str], "tests": [str]
+}  # fmt: skip
 
 
 class SpentError(RefusedSumError):
@@ -45,13 +39,15 @@ class SpentError(RefusedSumError):
 class Ledger:
     """What a run may spend, epsilon at delta, and has spent.
 
-    of: the SHA-256 of its configuration and of the node's samples; release: what a round of the device's releases, None before the first;
-    rounds: how many the budget allows; tasks, tests: what was paid for, and the models that were tested, by their SHA-256.
+    of: the SHA-256 of its configuration and of the node's samples; may_test: how many models it may have tested; release: what a round of
+    the device's releases, None before the first; rounds: how many the budget allows; tasks, tests: what was paid for and tested, by the
+    SHA-256 of what was asked.
     """
 
     of: str
     epsilon: float
     delta: float
+    may_test: int
     release: Release | None = None
     rounds: int = 0
     tasks: tuple[str, ...] = ()
@@ -70,6 +66,11 @@ class Purse:
     rounds: int
     of: str = ""
 
+    @property
+    def may_test(self) -> int:
+        """How many models of the run may be tested: those of its rounds, and of some that are made again."""
+        return self.rounds + SPARE_TESTS
+
     def open(self) -> None:
         """Makes the ledger of a run that begins; nothing where nothing is differentially private.
 
@@ -78,11 +79,15 @@ class Purse:
         path = self.folder / SPENT
         if self.privacy.epsilon is None or self.privacy.delta is None or self.privacy.dp is None:
             return
+        if self.privacy.dp == "example":
+            require_accountant(0.5)
         if not path.exists():
-            if any(self.folder.iterdir()):
+            if any(
+                not file.name.startswith(".") for file in self.folder.iterdir()
+            ):  # a file that was never whole is none
                 gone = "missing, though this run has begun: without it the node forgets what it has spent"
                 raise CheckpointError(f"{path}: {gone}; bring it back, or leave this run by removing {self.folder}")
-            _write(path, Ledger(self.of, self.privacy.epsilon, self.privacy.delta))
+            _write(path, Ledger(self.of, self.privacy.epsilon, self.privacy.delta, self.may_test))
         elif _read(path).of != self.of:
             other = "this run began with another configuration or other samples, and its noise is for those"
             raise CheckpointError(f"{path}: {other}; have the server begin a run of another seed")
@@ -92,14 +97,14 @@ class Purse:
         secret = _secret(self.folder.parent / PRIVATE)
         return hmac.digest(secret, f"{self.folder.name}\0{self.of}\0".encode() + what, "sha256")
 
-    def spend(self, one: Release, key: bytes) -> None:
-        """Notes that a task's noise, of this key, is about to be used; nothing where it was before.
+    def spend(self, one: Release, entry: str) -> None:
+        """Notes that noise is about to be used for what `entry` names; nothing where it was before.
 
         one: what a round of the device's releases. Raises SpentError where the budget does not allow it, or releases differ within the run.
         """
         if not (SMALLEST_NOISE <= one.noise <= LARGEST and 0 < one.rate <= 1 and 1 <= one.times <= LARGEST):
             raise SpentError(f"{_words(one)}, is nothing that it can reckon with")
-        entry, path = hashlib.sha256(key).hexdigest(), self.folder / SPENT
+        path = self.folder / SPENT
         ledger = _read(path)
         if ledger.release is None:
             ledger = replace(ledger, release=one, rounds=self._affords(one))
@@ -115,13 +120,13 @@ class Purse:
             )
         _write(path, replace(ledger, tasks=(*ledger.tasks, entry)))
 
-    def allow_test(self, what: bytes) -> None:
-        """Notes that a model is about to be tested, which `what` tells from all others; raises SpentError for one more than the run has."""
-        entry, path = hashlib.sha256(what).hexdigest(), self.folder / SPENT
+    def allow_test(self, entry: str) -> None:
+        """Notes that a model is about to be tested, which `entry` names; raises SpentError for one more than the run may have tested."""
+        path = self.folder / SPENT
         ledger = _read(path)
         if entry in ledger.tests:
             return
-        if len(ledger.tests) > self.rounds:  # one more than there are rounds: the model that they began with
+        if len(ledger.tests) >= ledger.may_test:
             raise SpentError(f"it has tested {len(ledger.tests)} models of a run of {self.rounds} rounds, and no more")
         _write(path, replace(ledger, tests=(*ledger.tests, entry)))
 

@@ -78,7 +78,8 @@ class Memory:
 class Part:
     """What a device has to hand in: its change in rank order, float64 [n_k], and the samples it has; for which round and attempt.
 
-    purse: what of it the run's configuration protects, which decides what the change counts, and how it is clipped and noised.
+    purse: what of it the run's configuration protects, which decides what the change counts, and how it is clipped and noised; origin: by
+    what the change was asked for.
     """
 
     device: int
@@ -87,6 +88,7 @@ class Part:
     change: Array
     samples: int
     purse: Purse
+    origin: str = ""
 
 
 def answer(folder: Path, question: Question) -> Parcels:
@@ -152,7 +154,7 @@ def masked_change(folder: Path, part: Part) -> Array:
     if memory is None or not begun or not memory.keys:
         raise RefusedSumError(f"device {device}: is to hand in a change for a sum that it has not begun")
     values = _whole(memory, part)
-    digest = hashlib.sha256(f"{memory.point}".encode() + values.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{memory.point}, {part.origin}: ".encode() + values.tobytes()).hexdigest()
     if {memory.masked, memory.helped.masked if memory.helped else ""} - {"", digest}:
         raise RefusedSumError(f"device {device}: is asked for other values of round {part.number + 1} than before")
     masked = mask_values(memory.member(device), values)
@@ -181,11 +183,11 @@ def _whole(memory: Memory, part: Part) -> Array:
     ):  # it would wrap to nothing
         raise RefusedSumError(f"device {part.device}: the noise of the sum does not fit the sum's whole numbers")
     change = clipped(part.change, privacy.clip)
-    told = (
-        f"{memory.noise!r} {privacy.clip!r} {point}".encode()
-    )  # what else decides what its noise is added to, and how wide it is
-    key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(told + steps.tobytes() + change.tobytes()).digest())
-    part.purse.spend(Release(memory.noise, 1.0, 1), key)
+    told = f"{memory.noise!r} {privacy.clip!r} {point} {replace(memory.terms, context=b'')} {part.origin}".encode()
+    part.purse.spend(
+        Release(memory.noise, 1.0, 1), hashlib.sha256(told).hexdigest()
+    )  # by what is asked, and not by what comes of it
+    key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(told + change.tobytes()).digest())
     return with_share(point, change, steps, SecretStream(key))
 
 

@@ -49,12 +49,11 @@ class Privacy:
         require(0 < self.max_change < math.inf, "max_change", self.max_change, "> 0 and finite")
         require(self.dp in (None, "client", "example"), "dp", self.dp, "'client', 'example' or null")
         given = "with privacy.dp" if self.dp else "or null"
-        for key, most in (("epsilon", 1000.0), ("delta", 0.5)):
+        # the least epsilon is nothing that anybody needs; the least clip is far above where a float32 gradient's square, and its norm, is 0
+        for key, least, most in (("epsilon", 1e-3, 1000.0), ("delta", 0.0, 0.5), ("clip", 1e-6, 1e6)):
             value = getattr(self, key)
-            allowed = value is None if value is None else 0 < value <= most
-            require(allowed and (value is not None or not self.dp), key, value, f"in (0, {most:g}] {given}")
-        clip = self.clip  # far above where a float32 gradient's square is zero, and its norm with it
-        require(1e-6 <= clip <= 1e6 if clip is not None else not self.dp, "clip", clip, f"in [1e-06, 1e+06] {given}")
+            allowed = not self.dp if value is None else least <= value <= most and value > 0
+            require(allowed, key, value, f"in {'[' if least else '('}{least:g}, {most:g}] {given}")
         noise = self.noise
         require(noise is None or 0.1 <= noise <= 1e6, "noise", noise, "in [0.1, 1000000] or null")
 

@@ -37,14 +37,15 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_durable(path: Path, data: bytes) -> None:
-    """As `write_whole`, and so that a power cut does not bring the old file back: what is said afterwards has it for a ground."""
+    """As `write_whole`, and so that no power cut brings the old file back or takes the folder: what is said next rests on it."""
     write_whole(path, data)
-    with writing(path.parent):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    for place in (path.parent, path.parent.parent):
+        with writing(place):
+            folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def private_folder(path: Path) -> None:

@@ -136,7 +136,7 @@ def test_noise_that_is_none_is_not_trained_with(place: Path, noise: float) -> No
         node.answer("", order(node, LocalPhase("both", count, count), noise=noise))
     assert paid(place) == 0
     with pytest.raises(SpentError, match="is nothing that it can reckon with"):
-        node.purse.spend(Release(float("nan"), 1.0, 1), b"key")
+        node.purse.spend(Release(float("nan"), 1.0, 1), "entry")
 
 
 def test_noise_that_wraps_around_in_the_sum_is_refused(place: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_run_keeps_the_configuration_and_the_samples_that_it_began_with(place:
     node_of(place, (*EXAMPLE, "out=elsewhere"))  # where and how it is executed decides nothing
     for other in (
         (*EXAMPLE, "seed=7"),
-        (*EXAMPLE, "privacy.epsilon=1e-9"),
+        (*EXAMPLE, "privacy.epsilon=0.002"),
         (*EXAMPLE, "training.lr=0.3"),
         (*EXAMPLE, "privacy.clip=2"),
     ):
@@ -247,18 +247,104 @@ def test_no_loss_is_told_where_nothing_is_paid_and_tests_are_counted(place: Path
     assert made_of(node, order(node, LocalPhase("shared", 1, 1), noise=None, attempt="")).train_loss is None
     u = node.learner.parts.shared.numpy().copy()
     for _ in range(2):
-        for number in range(4):  # of three rounds, and the model that they began with
+        for number in range(13):  # of three rounds, and ten that are made again
             node.answer("", order(node, noise=None, work="test", u=u + number))
-    for schedule in ((), (LocalPhase("both", 50, 10),)):
-        with pytest.raises(SpentError, match="has tested 4 models of a run of 3 rounds, and no more"):
-            node.answer("", order(node, *schedule, noise=None, work="test", u=u + 9))
+    for schedule in ((), (LocalPhase("personal", 50, 10),)):
+        with pytest.raises(SpentError, match="has tested 13 models of a run of 3 rounds, and no more"):
+            node.answer("", order(node, *schedule, noise=None, work="test", u=u + 99))
+    with pytest.raises(RefusedSumError, match="is to train the shared part for a test"):
+        node.answer("", order(node, LocalPhase("both", 50, 10), noise=None, work="test"))
     assert paid(place) == 0
+
+
+def test_no_loss_of_a_protected_device_is_told_even_for_nothing_that_it_hands_in(place: Path) -> None:
+    node = node_of(place, CLIENT)
+    for schedule in ((LocalPhase("personal", 50, 10),), (LocalPhase("both", 50, 10),)):
+        made = node.answer("", order(node, *schedule, noise=None, attempt=""))
+        assert unseal(made.encode()).header["train_loss"] is None
+
+
+def test_whether_a_node_answers_does_not_depend_on_its_data(place: Path, tmp_path: Path) -> None:
+    """Else a server could ask until it does not, and learn of a gradient whether it is zero: two nodes of other samples say the same."""
+    shutil.copytree(place, tmp_path / "other" / "device-0")
+    samples = read_samples(place)
+    write_samples(tmp_path / "other" / "device-0", replace(samples, inputs=np.zeros_like(samples.inputs)))
+    nodes = [node_of(where, CLIENT) for where in (place, tmp_path / "other" / "device-0")]
+    start = nodes[0].learner.parts.shared.numpy().copy()
+    answers: list[list[str]] = [[], []]
+    for told, node in zip(answers, nodes, strict=True):
+        rng = np.random.default_rng(1)
+        for number in range(60):
+            u = start * (number % 7 if rng.random() < 0.7 else 0)
+            if rng.random() < 0.5:
+                asked = order(node, noise=None, work="test", u=u, base=int(number > 5), round=1)
+            else:
+                asked = order(node, LocalPhase("personal", 50, 10), noise=None, attempt="", u=u)
+            told.append(str(unseal(node.respond("", asked)).header["kind"]))
+    assert answers[0] == answers[1]
+    assert {"score", "refused", "update"} == {*answers[0]}
+    terms = Terms((0, 1, 2, 3, 4, 5), (9,) * 6, 4, 3, b"")
+    memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
+    spent = []
+    for change, node in zip((np.zeros(9), np.ones(9)), nodes, strict=True):
+        for asked_for in ("a", "b", "c", "a", "d"):
+            part = sum_member.Part(0, 0, "a", change, 10, node.purse, asked_for)
+            try:
+                sum_member._whole(memory, part)
+                spent.append("made")
+            except SpentError:
+                spent.append("refused")
+    assert spent == ["made", "made", "made", "made", "refused"] * 2
+
+
+def test_a_sum_with_other_devices_has_other_noise_and_is_paid_for(place: Path) -> None:
+    """Else the others' noise could be averaged over many of one round."""
+    node = node_of(place, CLIENT)
+    terms, part = Terms((0, 1, 2), (9,) * 3, 2, 3, b""), sum_member.Part(0, 0, "a", np.full(9, 0.01), 10, node.purse)
+    memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
+    shares = [
+        sum_member._whole(replace(memory, terms=replace(terms, devices=devices)), part)
+        for devices in ((0, 1, 2), (0, 3, 4))
+    ]
+    assert paid(place) == 2
+    assert abs(np.corrcoef(*shares)[0, 1]) < 0.99
+
+
+def test_what_went_wrong_is_no_answer_and_its_words_stay_here(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    node = node_of(place, CLIENT)
+    wide = order(node, LocalPhase("both", 5000, 5000), noise=None, attempt="", work="block")
+    message = unseal(node.respond("", wide)).header
+    assert (message["kind"], message["why"]) == ("refused", "device 0: cannot do this task")
+    assert "device-0: " in capfd.readouterr().err
+
+
+def test_one_number_written_in_two_ways_is_one_configuration(place: Path) -> None:
+    config = plain(composed(*TINY, *EXAMPLE), resolve=True)
+    told(place, config | {"privacy": {**config["privacy"], "epsilon": 50}})  # type: ignore[dict-item]
+    told(
+        place,
+        config
+        | {"privacy": {**config["privacy"], "epsilon": 50.0}, "failsafe": {**config["failsafe"], "wait_factor": 3.0}},
+    )  # type: ignore[dict-item]
+    (place / RUN / SPENT).unlink()
+    (place / RUN / ".spent.json.new").write_text("cut off")
+    told(place, config)
+
+
+def test_noised_gradients_lie_on_a_lattice_that_is_of_the_noise_alone() -> None:
+    total = torch.linspace(-1e-3, 1e-3, 15).view(1, 3, 5)
+    for noise in (24.0, 0.37):
+        step = 2.0 ** (np.floor(np.log2(noise)) - 20)
+        got = noised_mean([total], 1, Noised(1.0, noise), stream(0, "privacy_noise"))[0].double().numpy()
+        np.testing.assert_array_equal(got, np.rint(got / step) * step)
+        draws = stream(0, "privacy_noise").standard_normal((3, 5), np.float64)
+        np.testing.assert_allclose(got, total[0].double().numpy() + noise * draws, atol=step)
 
 
 def test_limits_are_told_once_and_only_narrowed(place: Path) -> None:
     assert remembered(place, Limits(epsilon=8.0, delta=0.01)) == Limits(epsilon=8.0, delta=0.01)
     assert remembered(place, Limits()) == Limits(epsilon=8.0, delta=0.01)
-    assert remembered(place, Limits(True, 20.0, 0.002)) == Limits(True, 8.0, 0.002)
+    assert remembered(place, Limits(True, 20.0, 0.002, 40)) == Limits(True, 8.0, 0.002, 40)
     again = remembered(place, Limits())
     with pytest.raises(ConfigError, match=r"has no privacy\.secure=true, and this node joined with --secure"):
         node_of(place, EXAMPLE, limits=again)
@@ -267,11 +353,15 @@ def test_limits_are_told_once_and_only_narrowed(place: Path) -> None:
     node_of(place, small, "bbbbbbbbbbbb-s0", again)
     with pytest.raises(
         ConfigError,
-        match=r"may spend delta 0\.001, and earlier runs 0\.002: together more than this node's --delta 0\.002",
+        match=r"may have delta 0\.001, and earlier runs 0\.002: together more than this node's --delta 0\.002",
     ):
         node_of(place, small, "cccccccccccc-s0", again)
     assert not (place / "cccccccccccc-s0" / SPENT).exists()  # what is refused spends nothing
     node_of(place, small, "aaaaaaaaaaaa-s0", again)
+    with pytest.raises(
+        ConfigError, match="may have tests 13, and earlier runs 26: together more than this node's --tests 30"
+    ):
+        node_of(place, small, "dddddddddddd-s0", Limits(tests=30))
     (place / "private" / "limits.json").write_text('{"secure": 1}')
     with pytest.raises(CheckpointError, match="not what a node asks of every run"):
         remembered(place, Limits())
