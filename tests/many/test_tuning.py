@@ -168,7 +168,7 @@ def test_a_setting_that_fails_loses_and_an_arm_of_which_all_fail_is_refused() ->
     assert some.returncode == 0, some.stderr
     assert f"error: kkt, {fails}, seed 9: " in some.stderr
     first, second = json.loads(some.stdout)["tuning"]["trials"]
-    assert (first["taken"], first["run"], second["taken"], second["failure"]) == (False, None, True, None)
+    assert (first["taken"], first["runs"], second["taken"], second["failure"]) == (False, [], True, None)
     assert "too early" in first["failure"]
     none = fedprune("compare", *TINY, ARMS, tuned.format(fails, fails.replace("6", "7")), "--jobs", "1")
     assert none.returncode == 3
