@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from fedprune_cli.config.build import build_experiment
 from fedprune_cli.config.experiment import Experiment
-from fedprune_cli.errors import ConfigError, DeviceError
+from fedprune_cli.errors import ConfigError, DeviceError, FedpruneError
 from fedprune_cli.learn.batched import train_some
 from fedprune_cli.learn.client import Learner, Score, Task, Update, evaluate
 from fedprune_cli.learn.models import build_model
@@ -108,7 +108,7 @@ class Node:
             return refused(of, str(error))
         except DeviceError as error:
             return failed(of, str(error))
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, FedpruneError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if self.privacy.dp is None:
                 raise
             print(f"device-{self.device}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -126,7 +126,9 @@ class Node:
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
             # of a device that never trained, whose start is its own now, unless no step may be without noise
-            if task.schedule and np.isfinite(personal).all() and self.privacy.dp != "example":
+            finite = bool(np.isfinite(personal).all())
+            if task.schedule and (finite or self.privacy.dp) and self.privacy.dp != "example":
+                personal = personal if finite else task.personal  # whether it was is of its data
                 self.versions.write(task.round, personal, origin)
                 self.versions.keep((task.round,))
             return score, False
@@ -192,6 +194,9 @@ class Node:
         change = sound_or_old(update.shared, before).astype(np.float64) - before
         if order.levels is not None:
             change = change[np.argsort(order.levels, kind="stable")]
+            origin = hashlib.sha256(
+                origin.encode() + str(order.levels.dtype).encode() + order.levels.tobytes()
+            ).hexdigest()
         samples = len(self.learner.train[self.device])
         part = sum_member.Part(self.device, task.round, order.attempt, change, samples, self.purse, origin)
         return replace(bare, shared=sum_member.masked_change(self.versions.folder, part))
@@ -213,6 +218,12 @@ def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
     if "${" in json.dumps(told):  # of this machine's environment, which is none of the server's
         raise ConfigError("the run's configuration refers to something outside it (${...})")
     experiment, samples = build_experiment(OmegaConf.create(told)), place.samples
+    if (
+        experiment.privacy.dp and (kind := experiment.training.device) != "cpu"
+    ):  # one task would have two values, and two noises
+        raise ConfigError(
+            f"training.device={kind}: not with privacy.dp on nodes: it is not the same bits twice; take cpu"
+        )
     shape = samples.inputs.shape[1:]
     parts = split_model(
         build_model(experiment.model, shape, samples.classes, experiment.seed), experiment.method.personal_part

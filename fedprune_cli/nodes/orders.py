@@ -85,6 +85,10 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     values, wanted = arrays["values"], ~before.known if mask is None else mask & ~before.known
     if values.dtype != np.float32 or values.shape != (int(wanted.sum()),) or header["work"] not in WORKS:
         raise ValueError("not a task")
+    if not np.isfinite(
+        values
+    ).all():  # a dropped entry would be 0 * inf, which is no number, and nothing that the task says
+        raise ValueError("of a u that is not finite")
     after = Heard(before.round, before.known | wanted, before.shared.copy())
     after.shared[wanted] = values
     shared = after.shared if mask is None else after.shared * mask
@@ -96,7 +100,9 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     if min(task.round, int(str(header["base"]))) < 0 or task.bits not in (*QUANTIZED_BITS, BITS_PER_PARAM):
         raise ValueError("not a task")
     levels = arrays.get("levels")
-    if levels is not None and (levels.dtype.kind != "u" or len(levels) != (size if mask is None else int(mask.sum()))):
+    if levels is not None and (
+        levels.dtype.kind != "u" or levels.shape != (size if mask is None else int(mask.sum()),)
+    ):
         raise ValueError("levels of another number or type")
     attempt = None if header["attempt"] is None else str(header["attempt"])
     noise = None if header["noise"] is None else float(str(header["noise"]))

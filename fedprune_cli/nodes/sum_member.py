@@ -56,7 +56,8 @@ class Memory:
     """What a node remembers of the last sum that it took part in.
 
     number: its round, from 0; keys: everybody's, once they are checked; masked: the SHA-256 of what it has put under its masks, empty
-    before it has; helped: the first sum of this round that it has helped to unmask; noise: of the sum over the clip, None: none.
+    before it has; earlier: the same of another sum of this round that was begun before; helped: the first sum of this round that it has
+    helped to unmask; noise: of the sum over the clip, None: none.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Memory:
     masked: str = ""
     helped: Helped | None = None
     noise: float | None = None
+    earlier: str = ""
 
     def member(self, device: int) -> Member:
         """Returns the device with everybody's keys; raises RefusedSumError where it has none yet."""
@@ -135,19 +137,22 @@ def _begun(memory: Memory | None, question: Question) -> Memory:
         )
     if memory is not None and (memory.terms, memory.number) == (terms, number):
         return memory
-    helped = memory.helped if memory is not None and memory.number == number else None
+    same_round = memory if memory is not None and memory.number == number else None
+    helped, earlier = (same_round.helped, same_round.masked or same_round.earlier) if same_round else (None, "")
     same = helped and (terms.devices, terms.threshold) == (helped.devices, helped.threshold)
     if helped and not same and terms.devices != helped.survivors:
         raise RefusedSumError(f"device {device}: has helped with a sum of other devices of round {number + 1} already")
     secrets = draw_secrets(terms.threshold, os.urandom)
-    return Memory(number, question.attempt, terms, question.point, secrets, helped=helped, noise=question.noise)
+    return Memory(
+        number, question.attempt, terms, question.point, secrets, helped=helped, noise=question.noise, earlier=earlier
+    )
 
 
 def masked_change(folder: Path, part: Part) -> Array:
     """Returns what a device hands in, uint32 [n_k]: its change in fixed point times what it counts, or with its noise, under its masks.
 
-    Raises RefusedSumError for other values than before under the same masks, or in a round with whose sum it has helped: the difference
-    would lay both open.
+    Raises RefusedSumError for other values than before in the same round, under the same masks or others: where the others' values are
+    what they were, the difference would lay both open.
     """
     memory, device = read_memory(folder), part.device
     begun = memory is not None and (memory.attempt, memory.number) == (part.attempt, part.number)
@@ -155,7 +160,7 @@ def masked_change(folder: Path, part: Part) -> Array:
         raise RefusedSumError(f"device {device}: is to hand in a change for a sum that it has not begun")
     values = _whole(memory, part)
     digest = hashlib.sha256(f"{memory.point}, {part.origin}: ".encode() + values.tobytes()).hexdigest()
-    if {memory.masked, memory.helped.masked if memory.helped else ""} - {"", digest}:
+    if {memory.masked, memory.earlier, memory.helped.masked if memory.helped else ""} - {"", digest}:
         raise RefusedSumError(f"device {device}: is asked for other values of round {part.number + 1} than before")
     masked = mask_values(memory.member(device), values)
     write_memory(folder, replace(memory, masked=digest))
@@ -221,7 +226,17 @@ def _memory(header: Mapping[str, Plain], arrays: Mapping[str, Array]) -> Memory:
     if numbers["helped_survivors"]:
         helped = Helped(numbers["helped_survivors"], numbers["helped_devices"], whole["helped_threshold"], own_part)
     noise = None if header.get("noise") is None else float(str(header["noise"]))
-    of = str(header["attempt"]), terms, point, secrets, keys, str(header["masked"]), helped, noise
+    of = (
+        str(header["attempt"]),
+        terms,
+        point,
+        secrets,
+        keys,
+        str(header["masked"]),
+        helped,
+        noise,
+        str(header["earlier"]),
+    )
     return Memory(whole["number"], *of)
 
 
@@ -232,7 +247,7 @@ def write_memory(folder: Path, memory: Memory) -> None:
     header: dict[str, Plain] = {
         "number": memory.number, "attempt": memory.attempt, "context": terms.context.hex(), "threshold": terms.threshold,
         "least": terms.least, "bits": memory.point.bits, "largest": memory.point.largest, "masked": memory.masked,
-        "helped_threshold": helped.threshold, "helped_masked": helped.masked, "noise": memory.noise,
+        "helped_threshold": helped.threshold, "helped_masked": helped.masked, "noise": memory.noise, "earlier": memory.earlier,
     }  # fmt: skip
     arrays = {
         "devices": np.array(terms.devices), "counts": np.array(terms.counts),

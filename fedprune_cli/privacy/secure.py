@@ -197,7 +197,7 @@ def hold(member: Member, messages: Mapping[int, bytes]) -> Holder:
 def mask_values(member: Member, values: Array) -> Array:
     """Returns what the device sends: its whole numbers [n_k] modulo 2^32 under all its masks, uint32 [n_k]."""
     device, terms = member.device, member.terms
-    if len(values) != terms.count(device):
+    if values.shape != (terms.count(device),):  # of more than one row, all would be under the same masks
         raise RefusedSumError(f"device {device}: announced {terms.count(device)} entries and has {len(values)}")
     masked = values.astype(np.int64).astype(np.uint32)
     masked += _own_mask(member.secrets.own[0], terms, device)

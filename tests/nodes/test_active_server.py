@@ -97,12 +97,17 @@ def paid(place: Path, run: str = RUN) -> int:
     return len(json.loads((place / run / SPENT).read_text())["tasks"])
 
 
-def test_a_server_that_calls_itself_a_simulation_is_held_to_what_nodes_may_be_asked(place: Path) -> None:
+def test_a_server_that_calls_itself_a_simulation_is_held_to_what_nodes_may_be_asked(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clear = [one for one in CLIENT if not one.startswith("privacy.secure")]
     with pytest.raises(ConfigError, match="the server's noise would follow from the seed"):
         node_of(place, clear)
     with pytest.raises(ConfigError, match="each node's test reaches the server by itself"):
         node_of(place, [*CLIENT, "privacy.public_scores=false"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"training\.device=cuda: not with privacy\.dp on nodes"):
+        node_of(place, [*CLIENT, "training.device=cuda"])
     config = plain(composed(*TINY, *EXAMPLE), resolve=True)
     with pytest.raises(ConfigError, match="refers to something outside it"):
         told(place, config | {"name": "${oc.env:HOME}"})
@@ -295,6 +300,22 @@ def test_whether_a_node_answers_does_not_depend_on_its_data(place: Path, tmp_pat
             except SpentError:
                 spent.append("refused")
     assert spent == ["made", "made", "made", "made", "refused"] * 2
+
+
+def test_the_order_of_a_sum_is_part_of_what_is_paid_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a server could change the order of two entries until the noise is gone, or ask whether they are equal."""
+    origins = []
+    monkeypatch.setattr(
+        sum_member, "masked_change", lambda _, part: origins.append(part.origin) or np.zeros(0, np.uint32)
+    )
+    node = node_of(place, CLIENT)
+    plain_order = order(node, LocalPhase("both", 50, 10), noise=None, attempt="a")
+    levels = np.zeros(plain_order.task.shared.size, np.uint8)
+    other = np.arange(len(levels)).astype(np.uint16)
+    for given in (None, levels, other, other[::-1].copy(), levels, None):
+        node.answer("", replace(plain_order, levels=given))
+    assert len({*origins}) == 4
+    assert origins[0] == origins[-1]
 
 
 def test_a_sum_with_other_devices_has_other_noise_and_is_paid_for(place: Path) -> None:

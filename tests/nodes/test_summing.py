@@ -364,6 +364,31 @@ def test_a_task_that_wants_more_than_masked_values_gets_none(made: Made) -> None
     assert told({}, {}).arrays["values"].tobytes() == right.arrays["values"].tobytes()
     assert "other values of round 1 than before" in str(told({"schedule": []}, {}).header["why"])
     assert "other values of round 1 than before" in str(told({}, reversed_).header["why"])
+    levels = sealed.arrays["levels"]
+    for arrays, why in (
+        (
+            {"levels": np.stack([levels] * len(levels))},
+            "levels of another number",
+        ),  # each row would be under the same masks
+        ({"values": sealed.arrays["values"] * np.float32(np.inf)}, "of a u that is not finite"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            told({}, arrays)
+
+
+def test_a_node_hands_in_nothing_else_in_a_round_also_in_another_of_its_sums(made: Made) -> None:
+    """Which it need not have helped to unmask: with the others' values as they were, the difference would be its own."""
+    place, question = begun(made, "block")
+    for attempt in ("another", "third"):
+        terms = dataclasses.replace(question.terms, context=attempt.encode())
+        sum_member.answer(place, dataclasses.replace(question, step="keys", attempt=attempt, terms=terms, parcels={}))
+        memory = sum_member.read_memory(place)
+        assert memory
+        assert (memory.masked, bool(memory.earlier), memory.helped) == ("", True, None)
+        sum_member.write_memory(place, dataclasses.replace(memory, keys=dict.fromkeys(memory.terms.devices, bytes(64))))
+        part = sum_member.Part(2, 0, attempt, np.full(memory.terms.count(2), 0.5), 1, open_purse(place))
+        with pytest.raises(RefusedSumError, match="other values of round 1 than before"):
+            sum_member.masked_change(place, part)
 
 
 def test_a_node_that_lost_its_secrets_is_out_of_the_sum_and_nobody_else(made: Made) -> None:
