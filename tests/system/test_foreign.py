@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -172,6 +173,35 @@ def outside() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", plugins.VARIABLE)}
 
 
+def a_pilot(program: str) -> dict[str, tuple[str, ...]]:
+    """Makes a run of two nodes, of whom a third is enrolled and revoked; returns the commands that it took."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    data = ("data=digits", "devices.count=2", "devices.fresh=0")
+    first = ("pilot", "init", "site", "0", "1", "--host", "127.0.0.1")
+    enroll = ("enroll", "site", "1", "--revoke")
+    join = ("join", "site/device-0", at, "--part", "0", *data)
+    serve = ("serve", "site", "--listen", at, "rounds=1", "out=piloted")
+    run([program, *first], env=outside())
+    nodes = [
+        subprocess.Popen(
+            [program, "join", f"site/device-{part}", at, "--part", f"{part}", *data],
+            env=outside(),
+            stderr=subprocess.PIPE,
+        )
+        for part in (0, 1)
+    ]
+    try:
+        run([program, *serve], env=outside())
+        assert [node.wait(60) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    run([program, *enroll], env=outside())
+    return {"pilot": first, "enroll": enroll, "join": join, "serve": serve}
+
+
 def test_every_command_works_from_a_wheel(bare: Path, tmp_path: Path) -> None:
     where = "import fedprune_cli; print(fedprune_cli.__file__)"
     assert str(bare.parent) in run([str(bare / "python"), "-c", where], env=outside(), cwd=tmp_path).stdout
@@ -181,6 +211,7 @@ def test_every_command_works_from_a_wheel(bare: Path, tmp_path: Path) -> None:
         spread = [str(path) for text in arguments for path in (sorted(Path().glob(text)) if "*" in text else [text])]
         run([str(bare / "fedprune"), *spread], env=outside())
         done[name.split()[0]] = arguments
+    done |= a_pilot(str(bare / "fedprune"))
     assert {*done} >= {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
