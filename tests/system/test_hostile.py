@@ -344,7 +344,7 @@ def test_some_bad_inputs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.slow
 def test_ten_thousand_bad_inputs_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    counts = fuzz(600, 5700, 500, 4600, 150, capsys)
+    counts = fuzz(600, 5800, 500, 4600, 150, capsys)
     assert sum(number for ended, number in counts.items() if not ended.endswith("sound")) >= 10_000
     with capsys.disabled():
         print(json.dumps(counts, indent=1))
