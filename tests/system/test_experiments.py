@@ -24,11 +24,13 @@ NATURAL = {  # experiments whose small round needs something else, such as those
     "watch": ("partition=dirichlet",),
     "shakespeare": ("partition=dirichlet", "data.roles=4", "devices.per_round=null"),
     "privacy_cost": ("devices.count=5",),  # of whose devices an entry of a secure sum must be five
+    "privacy_cost_fmnist": ("devices.count=5",),
     "privacy_cost_watch": ("partition=dirichlet", "devices.count=5"),
 }
 HEAVY = (
     "colour",
     "headline_fmnist",
+    "privacy_cost_fmnist",
     "shakespeare",
 )  # whose data and models are large: slow tests, with `headline`'s arms
 LIGHT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in HEAVY)
