@@ -60,7 +60,7 @@ def test_sums_refuse_what_needs_each(privacy: tuple[str, ...], override: str, to
         ((*EXAMPLE, "participation.freeze_below=0.1"), "participation.freeze_below"),
         ((*EXAMPLE, "pruner.granularity=channel"), "pruner.granularity=channel"),
         ((*EXAMPLE, "training.precision=bfloat16"), "training.precision=bfloat16"),
-        (("privacy.dp=client",), "privacy.epsilon=None: must be in (0, 1000] with privacy.dp"),
+        (("privacy.dp=client",), "privacy.epsilon=None: must be in [0.001, 1000] with privacy.dp"),
         (("privacy.least=2", "privacy.secure=true"), "privacy.least=2: must be in 3..1000000"),
     ],
 )
