@@ -179,17 +179,25 @@ class Crew:
     def map(
         self, f: Callable[[Context, Task], Result], tasks: Iterable[Task], cost: Callable[[Task], float] = _same
     ) -> list[Result]:
-        """As execute.Executor.map; when a worker dies, names it on stderr and does its task again on another."""
-        todo, results, losses = list(tasks), dict[int, Result](), Counter[int]()
+        """As execute.Executor.map; when a worker dies, names it on stderr and does its task again on another.
+
+        Raises what the first task in their order raised that did, whichever is heard of first.
+        """
+        todo, results, losses, failed = list(tasks), dict[int, Result](), Counter[int](), dict[int, Exception]()
         letters = self._letters([(f, task) for task in todo])
         waiting = deque(sorted(range(len(todo)), key=lambda at: -cost(todo[at])))
         try:
-            while len(results) < len(todo):
+            while len(results) < (count := min(failed, default=len(todo))):  # of the tasks before the first that failed
                 while waiting and self.idle:
                     hand, at = self.idle.pop(), waiting.popleft()
                     self.busy[hand.actor.work.remote(*letters[at])] = (hand, at)
                 for done, result in self._finished():
-                    if done is None:
+                    if done is None or done >= count:
+                        continue
+                    if isinstance(result, Exception):
+                        failed[done] = result
+                        results = {at: made for at, made in results.items() if at < done}
+                        waiting = deque(at for at in waiting if at < done)
                         continue
                     if result is not None:
                         results[done] = pickle.loads(result)
@@ -201,6 +209,8 @@ class Crew:
                     waiting.appendleft(done)
         finally:
             self.busy = {ref: (hand, None) for ref, (hand, _) in self.busy.items()}  # nobody waits for these now
+        if failed:
+            raise failed[min(failed)]
         return [results[at] for at in range(len(todo))]
 
     def hire_one(self) -> None:
@@ -239,8 +249,11 @@ class Crew:
             else:
                 self.idle.append(_welcome(actor, about))
 
-    def _finished(self) -> Iterator[tuple[int | None, bytes | None]]:
-        """Waits; yields the task that is done and its pickled result, None where its worker died; no task for who just came."""
+    def _finished(self) -> Iterator[tuple[int | None, bytes | Exception | None]]:
+        """Waits; yields the task that is done and its pickled result, or what it raised, None where its worker died.
+
+        No task for a worker that just came.
+        """
         import ray
 
         if not self.busy:  # all have died
@@ -256,8 +269,7 @@ class Crew:
             result = ray.get(ended[0])
         except ray.exceptions.RayTaskError as error:  # the work's own
             self.idle.append(hand)
-            if at is not None:
-                raise error.cause from None
+            yield at, error.cause
         except ray.exceptions.RayError:
             print(f"warning: {hand.name} died; the work of its task is done again", file=sys.stderr, flush=True)
             ray.kill(hand.actor)  # it may only be out of reach
