@@ -128,11 +128,7 @@ class Versions:
         if number == 0:
             return self.initial.copy()
         path = self.folder / PART.format(number)
-        data = read_bytes(path, MAX_BYTES, CheckpointError)
-        try:
-            values = unseal(data).arrays["personal"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        values = _unsealed(path).arrays.get("personal", np.zeros(0))
         if values.shape != self.initial.shape or values.dtype != np.float32:
             raise CheckpointError(f"{path}: of another model")
         return values
@@ -141,11 +137,7 @@ class Versions:
         """Returns what v_k came of after a round, as `write` was told, empty for that of round 0; raises as `read` does."""
         if number == 0:
             return ""
-        path = self.folder / PART.format(number)
-        try:
-            return str(unseal(read_bytes(path, MAX_BYTES, CheckpointError)).header.get("origin", ""))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        return str(_unsealed(self.folder / PART.format(number)).header.get("origin", ""))
 
     def write(self, number: int, values: Array, origin: str = "") -> None:
         """Writes v_k as it is after a round. origin: the SHA-256 of all that it was asked to become it, which a server knows."""
@@ -159,6 +151,14 @@ class Versions:
             for path in self.folder.glob(PART.format("*")):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
+
+
+def _unsealed(path: Path) -> Sealed:
+    data = read_bytes(path, MAX_BYTES, CheckpointError)
+    try:
+        return unseal(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def versions_of(folder: Path, run: str, initial: Array) -> Versions:

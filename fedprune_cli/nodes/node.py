@@ -115,13 +115,17 @@ class Node:
             return refused(of, f"device {self.device}: cannot do this task")  # what went wrong may be of its data
 
     def _work(self, order: Order) -> tuple[Update | Score, bool]:
-        task, origin = replace(order.task, personal=self.versions.read(order.base)), self._origin(order)
+        task = replace(order.task, personal=self.versions.read(order.base))
+        content = (
+            b"" if self.privacy.none else replace(order, attempt=None, levels=None).encode(self.learner.layout, None)[0]
+        )
+        origin = self._origin(order.base, content)
         if self.privacy.dp:
             task = replace(task, may_diverge=True)  # that it did is of its data, and no error tells it
         if order.work == "test":
-            if self.privacy.dp and any(phase.kind != "personal" for phase in task.schedule):
-                raise RefusedSumError(f"device {self.device}: is to train the shared part for a test")
             if self.privacy.dp:
+                if any(phase.kind != "personal" for phase in task.schedule):
+                    raise RefusedSumError(f"device {self.device}: is to train the shared part for a test")
                 self.purse.allow_test(origin)
             score = evaluate(self.learner, task)
             personal = self.learner.parts.personal.cpu().numpy().copy()
@@ -136,7 +140,7 @@ class Node:
         if self.privacy.secure and (open_ or task.bits != BITS_PER_PARAM):
             raise RefusedSumError(f"device {self.device}: is to hand in an update without masks")
         if self.privacy.dp == "example":
-            task = replace(task, noised=self._noised(order, task.personal))
+            task = replace(task, noised=self._noised(order, content, task.personal))
         together = order.work == "block" and task.noised is None
         (update,) = train_some(self.learner, [task] if together else task)
         finite = bool(np.isfinite(update.personal).all() and np.isfinite(update.shared).all())
@@ -150,27 +154,26 @@ class Node:
         masks = self.privacy.secure and order.attempt is not None  # else there is nothing to hand in
         return (self._under_masks(order, update, origin) if masks else update), moved
 
-    def _content(self, order: Order) -> bytes:
-        """Returns all that a task says, whoever else has one."""
-        return replace(order, attempt=None, levels=None).encode(self.learner.layout, None)[0]
-
-    def _origin(self, order: Order) -> str:
-        """Returns what comes of a task, by what it and those before it asked: the SHA-256 of it and of the origin of v_k.
+    def _origin(self, base: int, content: bytes) -> str:
+        """Returns what comes of a task, by what it and those before it asked: the SHA-256 of its content and of the origin of v_k.
 
         What is paid for and counted goes by it, and not by values, which no noise hides: that two of them are the same would tell of them.
         Empty where nothing is protected.
         """
         if self.privacy.none:
             return ""
-        return hashlib.sha256(self.versions.origin(order.base).encode() + b"\0" + self._content(order)).hexdigest()
+        return hashlib.sha256(self.versions.origin(base).encode() + b"\0" + content).hexdigest()
 
-    def _noised(self, order: Order, personal: Array) -> Noised:
-        """Returns how the steps of a task are noised; raises RefusedSumError where that is not enough, or the budget is spent."""
+    def _noised(self, order: Order, content: bytes, personal: Array) -> Noised:
+        """Returns how the steps of a task are noised; raises RefusedSumError where that is not enough, or the budget is spent.
+
+        content: all that the task says, whoever else has one.
+        """
         clip, phases = self.privacy.clip, [phase for phase in order.task.schedule if phase.steps]
         if order.noise is None or clip is None:
             raise RefusedSumError(f"device {self.device}: is to train without noise")
-        content = self._content(order) + hashlib.sha256(personal.tobytes()).digest()  # v_k is of noised steps itself
-        key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + content)
+        v_sha256 = hashlib.sha256(personal.tobytes()).digest()  # which tells nothing: v_k is of noised steps itself
+        key = self.purse.key(f"steps of noise {order.noise!r} over {clip!r}: ".encode() + content + v_sha256)
         rate = max((phase.batch / len(self.learner.train[self.device]) for phase in phases), default=1.0)
         if phases:
             self.purse.spend(
@@ -210,17 +213,14 @@ def _diverged(update: Update, task: Task) -> Update:
 def build_node(place: Place, run: str, config: Mapping[str, Plain]) -> Node:
     """Returns the node for a run; raises ConfigError or CheckpointError when it cannot do its work."""
     torch.set_num_threads(1)  # two threads sum in another order and give other bits
-    execution = {
-        **_section(config, "execution"),
-        "kind": "nodes",
-    }  # what goes with no nodes is refused, whatever the server calls it
+    # what goes with no nodes is refused, whatever the server calls it
+    execution = {**_section(config, "execution"), "kind": "nodes"}
     told = {**config, "execution": execution}
     if "${" in json.dumps(told):  # of this machine's environment, which is none of the server's
         raise ConfigError("the run's configuration refers to something outside it (${...})")
     experiment, samples = build_experiment(OmegaConf.create(told)), place.samples
-    if (
-        experiment.privacy.dp and (kind := experiment.training.device) != "cpu"
-    ):  # one task would have two values, and two noises
+    if experiment.privacy.dp and (kind := experiment.training.device) != "cpu":
+        # one task would have two values, and two noises
         raise ConfigError(
             f"training.device={kind}: not with privacy.dp on nodes: it is not the same bits twice; take cpu"
         )

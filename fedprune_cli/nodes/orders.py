@@ -85,9 +85,8 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     values, wanted = arrays["values"], ~before.known if mask is None else mask & ~before.known
     if values.dtype != np.float32 or values.shape != (int(wanted.sum()),) or header["work"] not in WORKS:
         raise ValueError("not a task")
-    if not np.isfinite(
-        values
-    ).all():  # a dropped entry would be 0 * inf, which is no number, and nothing that the task says
+    if not np.isfinite(values).all():
+        # a dropped entry would be 0 * inf, which is no number, and nothing that the task says
         raise ValueError("of a u that is not finite")
     after = Heard(before.round, before.known | wanted, before.shared.copy())
     after.shared[wanted] = values
@@ -99,10 +98,8 @@ def read_order(message: Sealed, layout: Layout, heard: Heard | None) -> tuple[Or
     )  # fmt: skip
     if min(task.round, int(str(header["base"]))) < 0 or task.bits not in (*QUANTIZED_BITS, BITS_PER_PARAM):
         raise ValueError("not a task")
-    levels = arrays.get("levels")
-    if levels is not None and (
-        levels.dtype.kind != "u" or levels.shape != (size if mask is None else int(mask.sum()),)
-    ):
+    levels, count = arrays.get("levels"), size if mask is None else int(mask.sum())
+    if levels is not None and (levels.dtype.kind != "u" or levels.shape != (count,)):
         raise ValueError("levels of another number or type")
     attempt = None if header["attempt"] is None else str(header["attempt"])
     noise = None if header["noise"] is None else float(str(header["noise"]))
@@ -116,9 +113,8 @@ def _read_phase(of: list[Plain]) -> LocalPhase:
     ):
         raise ValueError("not a phase of a schedule")
     phase = LocalPhase(cast(Kind, kind), int(str(samples)), int(str(batch)), int(str(epoch)))
-    if (
-        min(phase.samples, phase.batch - 1, phase.epoch) < 0
-    ):  # else steps could be taken back, which nobody would pay for
+    if min(phase.samples, phase.batch - 1, phase.epoch) < 0:
+        # else steps could be taken back, which nobody would pay for
         raise ValueError("not a phase of a schedule")
     return phase
 

@@ -82,9 +82,8 @@ class Purse:
         if self.privacy.dp == "example":
             require_accountant(0.5)
         if not path.exists():
-            if any(
-                not file.name.startswith(".") for file in self.folder.iterdir()
-            ):  # a file that was never whole is none
+            if any(not file.name.startswith(".") for file in self.folder.iterdir()):
+                # a file that was never whole, whose name begins with a dot, is none
                 gone = "missing, though this run has begun: without it the node forgets what it has spent"
                 raise CheckpointError(f"{path}: {gone}; bring it back, or leave this run by removing {self.folder}")
             _write(path, Ledger(self.of, self.privacy.epsilon, self.privacy.delta, self.may_test))

@@ -144,12 +144,8 @@ def _packed(header: Mapping[str, Plain], parcels: Parcels) -> Sealed:
 
 
 def _parcels(message: Sealed) -> dict[str, bytes]:
-    none = np.zeros(0, dtype=np.uint8)
-    packed, names, lengths = (
-        message.arrays.get("parcels", none),
-        message.header["names"],
-        _wholes(message.header["lengths"]),
-    )
+    packed = message.arrays.get("parcels", np.zeros(0, dtype=np.uint8))
+    names, lengths = message.header["names"], _wholes(message.header["lengths"])
     ends = [0, *itertools.accumulate(lengths)]
     if packed.dtype != np.uint8 or packed.ndim != 1 or ends[-1] != packed.size or min(lengths, default=0) < 0:
         raise ValueError("not the bytes of a secure sum")

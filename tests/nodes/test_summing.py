@@ -366,10 +366,8 @@ def test_a_task_that_wants_more_than_masked_values_gets_none(made: Made) -> None
     assert "other values of round 1 than before" in str(told({}, reversed_).header["why"])
     levels = sealed.arrays["levels"]
     for arrays, why in (
-        (
-            {"levels": np.stack([levels] * len(levels))},
-            "levels of another number",
-        ),  # each row would be under the same masks
+        # of which each row would be under the same masks
+        ({"levels": np.stack([levels] * len(levels))}, "levels of another number"),
         ({"values": sealed.arrays["values"] * np.float32(np.inf)}, "of a u that is not finite"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ import foreign_parts
 import numpy as np
 import pytest
 from conftest import TINY, extra, results
+from nodes.fleet import free_port
 from test_surface import JSON_OF, write_samples
 
 from fedprune_cli import plugins
@@ -174,10 +174,8 @@ def outside() -> dict[str, str]:
 
 
 def a_pilot(program: str) -> dict[str, tuple[str, ...]]:
-    """Makes a run of two nodes, of whom a third is enrolled and revoked; returns the commands that it took."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
+    """Makes a run of two nodes, and revokes one of them; returns the commands that it took."""
+    at = f"127.0.0.1:{free_port()}"
     data = ("data=digits", "devices.count=2", "devices.fresh=0")
     first = ("pilot", "init", "site", "0", "1", "--host", "127.0.0.1")
     enroll = ("enroll", "site", "1", "--revoke")
