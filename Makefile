@@ -3,6 +3,7 @@ PYTHON ?= python3
 DATA ?= digits
 ARGS ?=
 BASE ?= HEAD
+TESTS ?=
 ALLOW ?=
 BIN := .venv/bin
 # Packages whose data files the tests read. They are not imported, and what they say they need (numpy 1.23.3, Pylons) is not wanted.
@@ -36,8 +37,8 @@ type: .venv/installed ## mypy, strict
 test: .venv/installed ## the default tests, some five minutes on two quiet cores; also as outputs/tests.xml (JUnit)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --junitxml=outputs/tests.xml
 
-test-all: .venv/installed lint type ## everything, with the slow proofs
-	$(BIN)/python -m pytest -n 2 --junitxml=outputs/tests.xml
+test-all: .venv/installed lint type ## everything, with the slow proofs, hours of them; TESTS=tests/nodes: of one area
+	$(BIN)/python -m pytest -n 2 $(TESTS) --junitxml=outputs/tests.xml
 
 reference: .venv/installed ## write docs/reference/ from the program itself
 	$(BIN)/python .ci/reference.py
