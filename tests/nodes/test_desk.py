@@ -219,8 +219,11 @@ def _speak(fleet: Fleet, identity: Identity, messages: list[bytes]) -> tuple[obj
     return None, ""
 
 
-def test_a_revoked_node_is_turned_out_and_one_with_a_new_certificate_taken(fleet: Fleet) -> None:
+def test_a_revoked_node_is_turned_out_and_one_with_a_new_certificate_taken(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The runbook's `a node is removed`: it dies in each round from then on, until it has a new certificate."""
+    monkeypatch.setattr(desk, "FIRST_S", 3.0)
     waits = [fleet.start(device) for device in range(3)]
     run = rounds(fleet, "execution.patience_s=0.5", "failsafe.late=drop")
     assert next(run).faults.died == []  # type: ignore[attr-defined]
