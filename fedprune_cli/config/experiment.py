@@ -202,6 +202,8 @@ class Experiment:
         }
         if self.privacy.dp == "example":
             numerics["noise"] = "float64, on a lattice"  # was float32 before
+        if self.privacy.secure:
+            numerics["shares"] = "2^127 - 1"  # the field was of 2^255 - 19 before, in twice the bytes
         return fields | {"numerics": numerics}
 
     def _identity_of(self, entry: MeasuredClass) -> dict[str, Plain]:

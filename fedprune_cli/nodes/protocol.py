@@ -4,7 +4,7 @@
     server -> node   run                      the configuration that the node builds its model from
     server -> node   task                     the mask's code, the kept entries of u that are not there yet, the schedule, v_k's round
     both             sum                      keys and shares of a secure sum (`sum_messages`), in which updates are under masks
-    node -> server   got                      the task is there: download is over
+    node -> server   got                      the task is there: download is over; of a sum the answer says so
     node -> server   update, score, failed    the kept entries of u or their code; correct predictions; why there is neither
     node -> server   refused                  why the device does not take part: in a secure sum, or beyond its privacy budget
     server -> node   end                      the run has had its last round
@@ -29,7 +29,7 @@ from fedprune_cli.store.files import Plain, fits
 from fedprune_cli.store.sealed import Sealed, unseal
 from fedprune_cli.world.datasets.roster import Card, read_card
 
-PROTOCOL = 4  # raised by a change that an older node or server would misread
+PROTOCOL = 5  # raised by a change that an older node or server would misread
 SPARE_BYTES = 2**20  # of a message for what is not values
 
 
@@ -140,10 +140,9 @@ TASK = {
     "work": str, "stage": str, "round": int, "device": int, "base": int, "bits": int, "may_diverge": bool, "size": int, "keep": str,
     "onto": bool, "schedule": [[(str, int)]], "attempt": (str, None), "noise": (float, None),
 }  # fmt: skip
-PARCELS: dict[str, object] = {"names": [str], "lengths": [int]}
 SUM = {
-    **PARCELS, "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
-    "largest": float, "bits": int, "survivors": [int], "noise": (float, None),
+    "step": str, "device": int, "round": int, "attempt": str, "devices": [int], "counts": [int], "threshold": int, "least": int,
+    "largest": float, "bits": int, "survivors": [int], "noise": (float, None), "curious": int, "lengths": [int],
 }  # fmt: skip
 
 
@@ -174,7 +173,7 @@ ANSWERS: dict[str, dict[str, object]] = {
     "got": {"of": str},
     "failed": {"of": str, "why": str},
     "refused": {"of": str, "why": str},
-    "sum": {"of": str, "compute_s": float, "step": str, **PARCELS},
+    "sum": {"of": str, "compute_s": float, "step": str, "lengths": [int]},
     "score": {"of": str, "compute_s": float, "correct": int, "total": int, **ENERGY},
     "update": {
         "of": str,

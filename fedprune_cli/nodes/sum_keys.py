@@ -20,7 +20,7 @@ def sign_keys(identity: Identity, terms: Terms, keys: bytes) -> SignedKeys:
     """Returns the keys as the device announces them that an identity is of; raises RefusedSumError where the sum has no such device.
 
     Signed is what they are for: the run, the round and the fixed point, the device, all devices with how many entries each keeps, how
-    many must answer, and the keys.
+    many must answer, how many may be curious, and the keys.
     """
     peer = peer_of(identity.own)
     device = peer.device
@@ -61,6 +61,6 @@ def _wrong(ca: bytes, terms: Terms, device: int, one: SignedKeys, refused: froze
 
 def _message(terms: Terms, device: int, keys: bytes) -> bytes:
     """Returns what is signed: all that the device was told, for two that were told of different devices have no sum in common."""
-    told = device, terms.threshold, terms.least, len(terms.devices), *terms.devices, *terms.counts
+    told = device, terms.threshold, terms.least, terms.curious, len(terms.devices), *terms.devices, *terms.counts
     numbers = b"".join(number.to_bytes(8, "little") for number in told)
     return PURPOSE + numbers + len(keys).to_bytes(8, "little") + keys + terms.context

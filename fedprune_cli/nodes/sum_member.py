@@ -17,6 +17,7 @@ from fedprune_cli.nodes.spent import Purse
 from fedprune_cli.nodes.sum_keys import checked_keys, sign_keys
 from fedprune_cli.nodes.sum_messages import KEYS, Parcels, Question, keys_of_parcels
 from fedprune_cli.privacy.accounting import Release
+from fedprune_cli.privacy.field import ELEMENT
 from fedprune_cli.privacy.fixed import LEAST_NOISE, SIGMAS, WORD, FixedPoint
 from fedprune_cli.privacy.noised import clipped, noise_steps, with_share
 from fedprune_cli.privacy.secure import (
@@ -177,6 +178,10 @@ def _whole(memory: Memory, part: Part) -> Array:
         return point.whole(part.change) * int(privacy.weight(part.samples))
     if memory.noise is None or privacy.clip is None or point.largest != privacy.clip:
         raise RefusedSumError(f"device {part.device}: is to hand in a change without noise, or of another clip")
+    if memory.terms.curious != privacy.curious:
+        raise RefusedSumError(
+            f"device {part.device}: is to add the noise of a sum with {memory.terms.curious} curious devices"
+        )
     steps = noise_steps(memory.terms, point, memory.noise)[: len(part.change)]
     if (steps < LEAST_NOISE).any():
         raise RefusedSumError(
@@ -213,9 +218,11 @@ def read_memory(folder: Path) -> Memory | None:
 def _memory(header: Mapping[str, Plain], arrays: Mapping[str, Array]) -> Memory:
     kept = ("devices", "counts", "helped_survivors", "helped_devices")
     numbers = {name: tuple(int(value) for value in arrays[name]) for name in kept}
-    whole = {name: int(str(header[name])) for name in ("number", "threshold", "least", "bits", "helped_threshold")}
+    whole = {
+        name: int(str(header[name])) for name in ("number", "threshold", "least", "bits", "helped_threshold", "curious")
+    }
     context = bytes.fromhex(str(header["context"]))
-    terms = Terms(numbers["devices"], numbers["counts"], whole["threshold"], whole["least"], context)
+    terms = Terms(numbers["devices"], numbers["counts"], whole["threshold"], whole["least"], context, whole["curious"])
     masking, own = (
         tuple(int.from_bytes(row.tobytes(), "little") for row in arrays[name]) for name in ("masking", "own")
     )
@@ -246,7 +253,7 @@ def write_memory(folder: Path, memory: Memory) -> None:
     helped = memory.helped or Helped((), (), 0, "")
     header: dict[str, Plain] = {
         "number": memory.number, "attempt": memory.attempt, "context": terms.context.hex(), "threshold": terms.threshold,
-        "least": terms.least, "bits": memory.point.bits, "largest": memory.point.largest, "masked": memory.masked,
+        "least": terms.least, "curious": terms.curious, "bits": memory.point.bits, "largest": memory.point.largest, "masked": memory.masked,
         "helped_threshold": helped.threshold, "helped_masked": helped.masked, "noise": memory.noise, "earlier": memory.earlier,
     }  # fmt: skip
     arrays = {
@@ -264,4 +271,4 @@ def _bytes(value: bytes) -> Array:
 
 
 def _elements(values: tuple[int, ...]) -> Array:
-    return np.array([_bytes(value.to_bytes(32, "little")) for value in values])
+    return np.array([_bytes(value.to_bytes(ELEMENT, "little")) for value in values])

@@ -61,8 +61,9 @@ class Question:
             "kind": "sum", "step": self.step, "device": self.device, "round": self.number, "attempt": self.attempt,
             "devices": [*terms.devices], "counts": [*terms.counts], "threshold": terms.threshold, "least": terms.least,
             "largest": point.largest, "bits": point.bits, "survivors": [*self.survivors], "noise": self.noise,
+            "curious": terms.curious,
         }  # fmt: skip
-        return _packed(header, self.parcels).encode()
+        return _packed(header, _names_asked(self.step, self.device, terms.devices), self.parcels).encode()
 
 
 def read_question(message: Sealed, run: str) -> Question:
@@ -73,18 +74,19 @@ def read_question(message: Sealed, run: str) -> Question:
     header = message.header
     step, attempt, number = str(header["step"]), str(header["attempt"]), _whole(header["round"])
     point = FixedPoint(float(str(header["largest"])), _whole(header["bits"]))
-    devices, counts = _wholes(header["devices"]), _wholes(header["counts"])
+    devices, counts, curious = _wholes(header["devices"]), _wholes(header["counts"]), _whole(header["curious"])
     if step not in STEPS or len(attempt) > 64 or not 8 <= point.bits <= 24 or not 0 < point.largest < np.inf:
         raise ValueError("not a question of a secure sum")
-    if len(devices) != len(counts) or min(number, *devices, *counts) < 0:
+    if len(devices) != len(counts) or min(number, *devices, *counts) < 0 or not 0 <= curious <= len(devices):
         raise ValueError("not the devices of a secure sum")
     noise = None if header["noise"] is None else float(str(header["noise"]))
     terms = Terms(
         devices, counts, _whole(header["threshold"]), _whole(header["least"]),
-        context_of(f"{run}, round {number + 1}".encode(), attempt, point, noise),
+        context_of(f"{run}, round {number + 1}".encode(), attempt, point, noise), curious,
     )  # fmt: skip
-    survivors = _wholes(header["survivors"])
-    return Question(step, _whole(header["device"]), number, attempt, terms, point, survivors, _parcels(message), noise)
+    survivors, device = _wholes(header["survivors"]), _whole(header["device"])
+    parcels = _parcels(message, _names_asked(step, device, devices))
+    return Question(step, device, number, attempt, terms, point, survivors, parcels, noise)
 
 
 def context_of(of_round: bytes, attempt: str, point: FixedPoint, noise: float | None) -> bytes:
@@ -95,7 +97,10 @@ def context_of(of_round: bytes, attempt: str, point: FixedPoint, noise: float | 
 
 @dataclass(frozen=True)
 class SumAnswer:
-    """What a device answers. of: the SHA-256 of the question's message; compute_s: how long it worked on it, by its own clock."""
+    """What a device answers. of: the SHA-256 of the question's message; compute_s: how long it worked on it, by its own clock.
+
+    parcels: in the order in which they are sent, which the question decides.
+    """
 
     of: str
     step: str
@@ -105,12 +110,12 @@ class SumAnswer:
     def encode(self) -> bytes:
         """Returns the message."""
         header: dict[str, Plain] = {"kind": "sum", "of": self.of, "step": self.step, "compute_s": self.compute_s}
-        return _packed(header, self.parcels).encode()
+        return _packed(header, [*self.parcels], self.parcels).encode()
 
 
 def read_answer(message: Sealed, question: Question) -> dict[str, bytes]:
     """Returns what a device answered to a question; raises ValueError for what cannot be an answer to it."""
-    header, parcels, devices = message.header, _parcels(message), question.terms.devices
+    header, devices = message.header, question.terms.devices
     if header["kind"] != "sum" or header["step"] != question.step:
         raise ValueError(f"{str(header['kind'])[:20]} is no answer to the {question.step} of a sum")
     lengths: dict[str, dict[str, int | None]] = {
@@ -119,7 +124,8 @@ def read_answer(message: Sealed, question: Question) -> dict[str, bytes]:
         "unmask": {"answer": ELEMENT * len(devices)},
     }
     wanted = lengths[question.step]
-    if {*parcels} != {*wanted} or any(length not in (None, len(parcels[name])) for name, length in wanted.items()):
+    parcels = _parcels(message, [*wanted])
+    if any(length not in (None, len(parcels[name])) for name, length in wanted.items()):
         raise ValueError(f"the {question.step} of a sum are not those that were asked for")
     return parcels
 
@@ -130,28 +136,33 @@ def keys_as_parcels(announced: Mapping[int, SignedKeys]) -> Parcels:
 
 
 def keys_of_parcels(parcels: Parcels, devices: Sequence[int]) -> dict[int, SignedKeys]:
-    """Returns everybody's signed keys; raises ValueError where they are not those of these devices."""
-    if {*parcels} != {f"{device}/{name}" for device in devices for name in KEYS}:
-        raise ValueError("not the keys of a secure sum")
+    """Returns everybody's signed keys."""
     return {device: SignedKeys(*(parcels[f"{device}/{name}"] for name in KEYS)) for device in devices}
 
 
-def _packed(header: Mapping[str, Plain], parcels: Parcels) -> Sealed:
+def _names_asked(step: str, device: int, devices: Sequence[int]) -> list[str]:
+    """Returns what comes with a question, in the order in which it is sent: names on the way would cost as much as a share."""
+    if step == "shares":
+        return [f"{one}/{name}" for one in devices for name in KEYS]
+    return [str(one) for one in devices if one != device] if step == "unmask" else []
+
+
+def _packed(header: Mapping[str, Plain], names: Sequence[str], parcels: Parcels) -> Sealed:
     """Returns a message with parcels in one array: as arrays of their own, those of one device would cost more than its shares."""
-    names = sorted(parcels)
     packed = np.frombuffer(b"".join(parcels[name] for name in names), dtype=np.uint8)
-    return Sealed({**header, "names": [*names], "lengths": [len(parcels[name]) for name in names]}, {"parcels": packed})
+    lengths = [len(parcels[name]) for name in names]
+    return Sealed({**header, "lengths": [*lengths] if len({*lengths}) > 1 else []}, {"parcels": packed})
 
 
-def _parcels(message: Sealed) -> dict[str, bytes]:
+def _parcels(message: Sealed, names: Sequence[str]) -> dict[str, bytes]:
     packed = message.arrays.get("parcels", np.zeros(0, dtype=np.uint8))
-    names, lengths = message.header["names"], _wholes(message.header["lengths"])
+    lengths = _wholes(message.header["lengths"]) or (packed.size // max(len(names), 1),) * len(names)  # all alike
     ends = [0, *itertools.accumulate(lengths)]
     if packed.dtype != np.uint8 or packed.ndim != 1 or ends[-1] != packed.size or min(lengths, default=0) < 0:
         raise ValueError("not the bytes of a secure sum")
-    if not isinstance(names, list) or not len({*map(str, names)}) == len(names) == len(lengths):
-        raise ValueError("not the names of a secure sum")
-    return {str(name): packed[start:end].tobytes() for name, start, end in zip(names, ends, ends[1:], strict=False)}
+    if not len({*names}) == len(names) == len(lengths):
+        raise ValueError("not the parcels of a secure sum")
+    return {name: packed[start:end].tobytes() for name, start, end in zip(names, ends, ends[1:], strict=False)}
 
 
 def _whole(value: Plain) -> int:

@@ -1,4 +1,6 @@
-"""Shamir's secret sharing in the prime field of 2^255 - 19: any `threshold` shares give a secret, fewer say nothing about it.
+"""Shamir's secret sharing in the prime field of 2^127 - 1: any `threshold` shares give a secret, fewer say nothing about it.
+
+A secret is a seed, and 127 bits of one are as hard to guess as the X25519 keys that are derived of it: a longer one would be more to send.
 
 Shares of many secrets that the same devices hold need the same Lagrange coefficients, so these are computed once (Shamir, 1979).
 """
@@ -7,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-PRIME = 2**255 - 19
-ELEMENT = 32  # bytes of an element of the field
+PRIME = 2**127 - 1
+ELEMENT = 16  # bytes of an element of the field
 
 
 def element(random: bytes) -> int:
-    """Returns an element drawn from 64 random bytes, so many that what modulo favours is below 2^-256."""
+    """Returns an element drawn from 32 random bytes, so many that what modulo favours is below 2^-128."""
     return int.from_bytes(random, "little") % PRIME
 
 

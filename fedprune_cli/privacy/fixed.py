@@ -75,7 +75,9 @@ def point_of(privacy: Privacy, samples: Sequence[int], noise: float | None) -> F
     if privacy.dp != "client" or noise is None or privacy.clip is None:
         return widest(privacy.max_change, privacy.bits, sum(privacy.weight(size) for size in samples))
     count = len(samples)
-    point = widest(privacy.clip, privacy.bits, count + SIGMAS * noise * math.sqrt(count / privacy.least))
+    point = widest(
+        privacy.clip, privacy.bits, count + SIGMAS * noise * math.sqrt(count / (privacy.least - privacy.curious))
+    )
     share = point.most * noise / math.sqrt(count)
     if share < LEAST_NOISE:
         why = (

@@ -18,10 +18,13 @@ def clipped(change: Array, bound: float | None) -> Array:
 
 
 def noise_steps(told: Terms, point: FixedPoint, noise: float) -> Array:
-    """Returns how wide a device's share of a sum's noise is, in steps of the fixed point, float64 [the most that any keeps]."""
+    """Returns how wide a device's share of a sum's noise is, in steps of the fixed point, float64 [the most that any keeps].
+
+    The shares of those who are sure to be left have `noise` times the clip together, without those of the curious, who know theirs.
+    """
     gone = len(told.devices) - told.threshold
     sure = np.maximum(keepers_by_rank(told.counts) - gone, told.least)
-    steps: Array = noise * point.most / np.sqrt(sure)  # clip is `most` steps
+    steps: Array = noise * point.most / np.sqrt(sure - told.curious)  # clip is `most` steps
     return steps
 
 

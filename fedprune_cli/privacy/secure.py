@@ -35,7 +35,8 @@ class Terms:
     """What the devices of a sum are told before it.
 
     devices: their ids, ascending; counts: how many entries each keeps, in rank order the first ones; threshold: how many must answer
-    in the end; least: the fewest devices of which an entry may be the sum; context: names the run and the round, as no other sum's.
+    in the end; least: the fewest devices of which an entry may be the sum; context: names the run and the round, as no other sum's;
+    curious: how many may tell the server what they know, for whose noise the others make up.
     """
 
     devices: tuple[int, ...]
@@ -43,6 +44,7 @@ class Terms:
     threshold: int
     least: int
     context: bytes
+    curious: int = 0
 
     def place(self, device: int) -> int:
         """Returns the place of a device's shares, from 1."""
@@ -119,7 +121,7 @@ def exchanged_bytes(num_devices: int) -> tuple[int, int]:
     survived, broadcast, and the shares, each to its holder.
 
     >>> exchanged_bytes(20)
-    (2228, 31763)
+    (1300, 19603)
     """
     one = 2 * ELEMENT + TAG
     up = COUNT + 2 * KEY + one * (num_devices - 1) + ELEMENT * num_devices

@@ -19,8 +19,9 @@ class Privacy:
     """What a run protects; with neither `secure` nor `dp` it is the run that it would be without this section.
 
     secure: the server learns sums only. threshold: a sum is made where more than this share of its devices is left at the end; least:
-    the fewest devices of which an entry may be the sum; spare: how many more keep each, so that so many may drop out; bits, max_change:
-    of a device's change of an entry, in fixed point.
+    the fewest devices of which an entry may be the sum; spare: how many more keep each, so that so many may drop out; curious: how many
+    may tell the server what they know, without whose noise the others' suffices; bits, max_change: of a device's change of an entry, in
+    fixed point.
     dp: `client` protects all data of a device, `example` each sample, at (epsilon, delta); clip: the norm to which a device's change, or
     a sample's gradient, is shortened; noise: the noise's standard deviation over clip, None: the least with which the budget lasts.
     public_samples: how many samples a device has is no secret; public_scores: nor are accuracies and losses, which nothing noises.
@@ -30,6 +31,7 @@ class Privacy:
     threshold: float = field(default=0.67, metadata=LATER)
     least: int = field(default=5, metadata=LATER)
     spare: int = field(default=0, metadata=LATER)
+    curious: int = field(default=0, metadata=LATER)
     bits: int = field(default=18, metadata=LATER)
     max_change: float = field(default=1.0, metadata=LATER)
     dp: str | None = field(default=None, metadata=LATER)
@@ -45,6 +47,14 @@ class Privacy:
         few = f"in {LEAST}..1000000: of a sum of two devices each knows the other's part"
         require(LEAST <= self.least <= 10**6, "least", self.least, few)
         require(0 <= self.spare <= 10**6, "spare", self.spare, "in 0..1000000")
+        noised = self.secure and self.dp == "client"
+        honest = self.least - 2 if noised else 0
+        of_whom = (
+            f"in 0..{honest}, least - 2"
+            if noised
+            else "0 unless secure=true and dp=client: no other noise is of devices"
+        )
+        require(0 <= self.curious <= honest, "curious", self.curious, of_whom)
         require(8 <= self.bits <= 24, "bits", self.bits, "in 8..24")
         require(0 < self.max_change < math.inf, "max_change", self.max_change, "> 0 and finite")
         require(self.dp in (None, "client", "example"), "dp", self.dp, "'client', 'example' or null")

@@ -123,7 +123,7 @@ def terms(setup: Setup, number: int, devices: Sequence[int], counts: Sequence[in
     settings, experiment = setup.experiment.privacy, setup.experiment
     context = f"{experiment.config_hash}-s{experiment.seed}, round {number + 1}".encode()
     needed = settings.needed(len(devices))
-    return Terms(tuple(devices), tuple(counts), needed, settings.least, context)
+    return Terms(tuple(devices), tuple(counts), needed, settings.least, context, settings.curious)
 
 
 def sum_order(setup: Setup, number: int, masks: Masks, devices: Sequence[int]) -> SumOrder | None:
@@ -153,7 +153,8 @@ def _whole(setup: Setup, number: int, ranked: Ranked, point: FixedPoint) -> dict
     """Returns what each device puts under its masks: its change as whole numbers, times what it counts, or with its share of the noise.
 
     Clipped changes are rounded towards zero, which leaves none longer than it was. Of the noise each device adds as much that those
-    who are left in the end have enough: its variance is divided by the fewest that may be left of those that keep the entry.
+    who are left in the end have enough: its variance is divided by the fewest that may be left of those that keep the entry and tell the
+    server nothing.
     """
     settings, budget = setup.experiment.privacy, setup.budget
     if settings.dp != "client" or budget is None:

@@ -19,6 +19,7 @@ pytest.importorskip("cryptography")
 from nodes.fleet import begin, enrolled, free_port, result, simulate, stand
 
 from fedprune_cli.nodes.pilot import Pilot
+from fedprune_cli.privacy.secure import exchanged_bytes
 from fedprune_cli.runs import life
 from fedprune_cli.store import folder
 
@@ -77,6 +78,27 @@ def test_the_wire_carries_the_meters_bytes_within_a_hundredth(tmp_path: Path, bi
         f"{bits} bits up: wire {wire.up}, meter {metered}: {100 * (wire.up / metered - 1):+.2f} %; down: wire {wire.down}"
     )
     assert metered <= wire.up <= 1.01 * metered
+
+
+@pytest.mark.slow
+def test_a_secure_sum_of_twenty_takes_less_than_three_kilobytes_up(tmp_path: Path) -> None:
+    """On the wire, TLS and HTTP/2 included, and above what a round without one takes: nothing else differs."""
+    overrides = ("devices.count=20", "devices.fresh=0", "rounds=4", "evaluation.every=4", "deadline.fraction=0.9")
+    more_than_metered = {}
+    for secure in (False, True):
+        home, more = tmp_path / str(secure), (f"privacy.secure={secure}", "privacy.public_scores=true")
+        pilot = enrolled(home, simulate(home / "simulated", *overrides, *more))
+        setup, config = begin(pilot, home / "run", (*overrides, *more))
+        wire = Wire(free_port(), free_port())
+        wire.lay()
+        _process(pilot, wire.port, [*range(20)])
+        records = list(life.run(setup, home / "run", site=Pilot(pilot, f"127.0.0.1:{wire.to}", print, config)))
+        assert result(home / "run") == result(home / "simulated")
+        more_than_metered[secure] = wire.up - sum(record.bytes_up for record in records)
+    metered = exchanged_bytes(20)[0]
+    each = metered + (more_than_metered[True] - more_than_metered[False]) / (20 * 4)
+    print(f"a secure sum takes a device {each:.0f} bytes up on the wire, {metered} of which are metered")
+    assert metered < each < 3000
 
 
 @pytest.mark.slow

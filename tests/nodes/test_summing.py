@@ -466,10 +466,12 @@ def test_a_question_of_another_form_is_refused(made: Made) -> None:
         {"counts": [1]},
         {"devices": [-1, 0, 1, 2, 3, 4]},
         {"attempt": "a" * 65},
-        {"names": ["0"]},
+        {"curious": -1},
+        {"curious": 2**40},
         {"lengths": [1]},
-        {"names": ["0", "1"], "lengths": [1, -1]},
-        {"names": ["0", "0"], "lengths": [0, 0]},
+        {"lengths": [1, -1]},
+        {"lengths": [0, 0]},
+        {"step": "unmask", "devices": [0, 0], "counts": [1, 1], "device": 1, "lengths": [0, 0]},
     ):
         with pytest.raises(ValueError, match="of a secure sum"):
             read_question(

@@ -182,6 +182,34 @@ def test_devices_together_add_the_noise_even_when_as_many_are_gone_as_may_be() -
     assert total[20_000:].std() == pytest.approx(wanted * np.sqrt(4 / 3), rel=0.03)  # four of at least three
 
 
+@pytest.mark.parametrize("curious", [1, 2])
+def test_the_noise_is_enough_without_that_of_curious_devices_when_as_many_are_gone_as_may_be(curious: int) -> None:
+    options = (*CLIENT, "privacy.secure=true", "privacy.least=4", "privacy.threshold=0.6")
+    setup = make_setup(*options, f"privacy.curious={curious}")
+    assert setup.budget is not None
+    assert setup.budget.one.noise == make_setup(*options).budget.one.noise  # type: ignore[union-attr]
+    counts = [30_000] * 4 + [20_000] * 4
+    honest = [*range(5 - curious)]  # of eight, three are gone and `curious` have told what they added
+    ranked = Ranked(np.arange(30_000), range(8), counts, {device: np.zeros(counts[device]) for device in honest})
+    point = protect.fixed_point(setup, range(8))
+    whole = protect._whole(setup, 0, ranked, point)
+    total = sum(np.pad(mine, (0, 30_000 - len(mine))) for mine in whole.values()) * point.step / 0.5
+    assert total[:20_000].std() == pytest.approx(setup.budget.one.noise, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        (("privacy.secure=true", "privacy.least=4", "privacy.curious=3"), r"3: must be in 0\.\.2"),
+        (("privacy.secure=true", "privacy.curious=-1"), r"-1: must be in 0\.\.3"),
+        (("privacy.curious=1",), "1: must be 0 unless secure=true and dp=client"),
+    ],
+)
+def test_a_number_of_curious_devices_that_means_nothing_is_refused(options: tuple[str, ...], allowed: str) -> None:
+    with pytest.raises(ConfigError, match=f"privacy.curious={allowed}"):
+        make_setup(*CLIENT, *options)
+
+
 def test_a_spent_budget_ends_the_training_by_name(tmp_path: Path) -> None:
     options = (*CLIENT, "rounds=4", "privacy.noise=1.2", "privacy.epsilon=4")
     lines = run_to_end(tmp_path / "run", *options)
