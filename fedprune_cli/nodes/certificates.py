@@ -25,7 +25,7 @@ from fedprune_cli.store.write import write_whole, writing
 
 try:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -123,9 +123,9 @@ def signer(ca: bytes, own: bytes, message: bytes, signature: bytes) -> Peer | No
     authority = _parse(ca, CA)
     try:
         certificate = x509.load_der_x509_certificate(own)
-    except ValueError:
+        key = certificate.public_key()
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm):
         raise CheckpointError("not a certificate in DER") from None
-    key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return None
     try:

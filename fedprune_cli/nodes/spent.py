@@ -77,6 +77,9 @@ class Purse:
         Raises CheckpointError where the run began with another configuration or other samples, and where its ledger is gone.
         """
         path = self.folder / SPENT
+        if path.exists() and (self.privacy.dp is None or _read(path).of != self.of):
+            other = "this run began with another configuration or other samples, and its noise is for those"
+            raise CheckpointError(f"{path}: {other}; have the server begin a run of another seed")
         if self.privacy.epsilon is None or self.privacy.delta is None or self.privacy.dp is None:
             return
         if self.privacy.dp == "example":
@@ -87,9 +90,6 @@ class Purse:
                 gone = "missing, though this run has begun: without it the node forgets what it has spent"
                 raise CheckpointError(f"{path}: {gone}; bring it back, or leave this run by removing {self.folder}")
             _write(path, Ledger(self.of, self.privacy.epsilon, self.privacy.delta, self.may_test))
-        elif _read(path).of != self.of:
-            other = "this run began with another configuration or other samples, and its noise is for those"
-            raise CheckpointError(f"{path}: {other}; have the server begin a run of another seed")
 
     def key(self, what: bytes) -> bytes:
         """Returns the key of the node's draws for one task, which `what` tells from all others of the run."""

@@ -173,27 +173,30 @@ def _whole(memory: Memory, part: Part) -> Array:
 
     Raises RefusedSumError where the noise would not hide it, or its budget is spent.
     """
-    point, privacy = memory.point, part.purse.privacy
+    point, privacy, terms = memory.point, part.purse.privacy, memory.terms
+    weaker = terms.threshold < privacy.needed(len(terms.devices)) or terms.least < privacy.least
+    other = terms.curious != privacy.curious or (memory.noise is None) == (privacy.dp == "client")
+    if weaker or other:  # what all have signed is what they were told, and not what their run promises
+        raise RefusedSumError(f"device {part.device}: is to hand in a change for a sum that is not its run's")
     if privacy.dp != "client":
         return point.whole(part.change) * int(privacy.weight(part.samples))
     if memory.noise is None or privacy.clip is None or point.largest != privacy.clip:
-        raise RefusedSumError(f"device {part.device}: is to hand in a change without noise, or of another clip")
-    if memory.terms.curious != privacy.curious:
-        raise RefusedSumError(
-            f"device {part.device}: is to add the noise of a sum with {memory.terms.curious} curious devices"
-        )
-    steps = noise_steps(memory.terms, point, memory.noise)[: len(part.change)]
+        raise RefusedSumError(f"device {part.device}: is to hand in a change of another clip")
+    counts = tuple(
+        min(count, len(part.change)) for count in terms.counts
+    )  # of further entries nothing is of this device
+    steps = noise_steps(replace(terms, counts=counts), point, memory.noise)
     if (steps < LEAST_NOISE).any():
         raise RefusedSumError(
             f"device {part.device}: its share of the noise is below {LEAST_NOISE:g} steps of the fixed point"
         )
-    count = len(memory.terms.devices)
+    count = len(terms.devices)
     if (
         not point.most * count + SIGMAS * float(steps.max(initial=0.0)) * math.sqrt(count) <= WORD
     ):  # it would wrap to nothing
         raise RefusedSumError(f"device {part.device}: the noise of the sum does not fit the sum's whole numbers")
     change = clipped(part.change, privacy.clip)
-    told = f"{memory.noise!r} {privacy.clip!r} {point} {replace(memory.terms, context=b'')} {part.origin}".encode()
+    told = f"{memory.noise!r} {privacy.clip!r} {point} {replace(terms, context=b'')} {part.origin}".encode()
     part.purse.spend(
         Release(memory.noise, 1.0, 1), hashlib.sha256(told).hexdigest()
     )  # by what is asked, and not by what comes of it

@@ -1,6 +1,6 @@
 """Shamir's secret sharing in the prime field of 2^127 - 1: any `threshold` shares give a secret, fewer say nothing about it.
 
-A secret is a seed, and 127 bits of one are as hard to guess as the X25519 keys that are derived of it: a longer one would be more to send.
+A secret is a seed, and one of 127 bits is as hard to guess as the X25519 key that is derived of it: a longer one would be more to send.
 
 Shares of many secrets that the same devices hold need the same Lagrange coefficients, so these are computed once (Shamir, 1979).
 """

@@ -62,9 +62,10 @@ class Terms:
         named = {*survivors}
         if not named <= known or len(named) != len(survivors) or device not in {None, *named}:
             raise RefusedSumError("the announced devices are not those of this sum")
-        if self.least < LEAST or 2 * self.threshold <= len(ids):
+        if self.least < LEAST or 2 * self.threshold <= len(ids) + self.curious:
+            known_to = f", of whom {self.curious} are curious," if self.curious else ""
             raise RefusedSumError(
-                f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices hides nobody"
+                f"a sum of at least {self.least} by {self.threshold} of {len(ids)} devices{known_to} hides nobody"
             )
         if len(survivors) < self.threshold:
             raise RefusedSumError(f"{len(survivors)} of {len(ids)} devices are left, the threshold is {self.threshold}")
@@ -86,7 +87,7 @@ class Secrets:
 
     def masking_key(self, context: bytes) -> bytes:
         """Returns the private key of the pairwise masks."""
-        return masking_key(self.masking[0], context)
+        return masking_key(self.masking[0], context + public_key(self.sealing))
 
     def public_keys(self, context: bytes) -> bytes:
         """Returns the public keys, of messages and of masks, one after the other."""
@@ -136,9 +137,12 @@ def draw_secrets(threshold: int, draw: Draw) -> Secrets:
     return Secrets(sealing, masking, own)
 
 
-def masking_key(seed: int, context: bytes) -> bytes:
-    """Returns the private key of pairwise masks that a seed stands for."""
-    return derived(seed.to_bytes(ELEMENT, "little"), b"masking key" + context)
+def masking_key(seed: int, use: bytes) -> bytes:
+    """Returns the private key of pairwise masks that a seed stands for; use: the sum's context and the device's public key of messages.
+
+    With that key a guessed seed is a guess at one device's, and not at those of all.
+    """
+    return derived(_element_bytes(seed), b"masking key" + use)
 
 
 def _pair(context: bytes, use: bytes, first: int, second: int) -> bytes:
@@ -261,7 +265,9 @@ def unmasked_sum(
         if device in masked:
             total[: terms.count(device)] -= _own_mask(seed, terms, device)
             continue
-        secrets = agreed(masking_key(seed, terms.context), {other: keys[other][KEY:] for other in masked})
+        secrets = agreed(
+            masking_key(seed, terms.context + keys[device][:KEY]), {other: keys[other][KEY:] for other in masked}
+        )
         for (
             other,
             secret,

@@ -162,6 +162,10 @@ def _require_sums(experiment: Experiment, scenario: Scenario, budget: Budget | N
         raise ConfigError(
             f"participation.rate={rate:g}: not with privacy.secure=true: {few}, {come}; let more take part"
         )
+    together = experiment.devices.per_round or scenario.num_devices
+    if 2 * privacy.needed(together) <= together + privacy.curious:
+        could = f"with {privacy.needed(together)} of {together} devices asked in the end they could lay another's change open"
+        raise ConfigError(f"privacy.curious={privacy.curious}: {could}; take fewer, or a larger privacy.threshold")
     sizes = scenario.partition.train.sizes[: scenario.num_devices].tolist()
     point_of(privacy, sizes, budget.one.noise if budget else None)
 

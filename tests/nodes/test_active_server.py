@@ -31,10 +31,11 @@ from fedprune_cli.nodes.node import Node
 from fedprune_cli.nodes.orders import Order
 from fedprune_cli.nodes.post import Post, node_for
 from fedprune_cli.nodes.protocol import read_from_server
-from fedprune_cli.nodes.spent import SPENT, SpentError
+from fedprune_cli.nodes.spent import SPENT, Purse, SpentError
 from fedprune_cli.privacy.accounting import Release
 from fedprune_cli.privacy.fixed import FixedPoint
 from fedprune_cli.privacy.secure import RefusedSumError, Secrets, Terms
+from fedprune_cli.privacy.settings import Privacy
 from fedprune_cli.rng import stream
 from fedprune_cli.store.files import Plain
 from fedprune_cli.store.lock import locked
@@ -158,7 +159,7 @@ def test_the_noise_of_a_sum_is_another_one_where_anything_about_it_is(place: Pat
     """Two sums of one round, with shares of the noise of another width, would otherwise tell the sum without noise."""
     node = node_of(place, CLIENT)
     terms, part = (
-        Terms((0, 1, 2, 3, 4, 5), (9,) * 6, 4, 3, b""),
+        Terms((0, 1, 2, 3, 4, 5), (9,) * 6, 5, 3, b""),
         sum_member.Part(0, 0, "a", np.full(9, 0.01), 10, node.purse),
     )
     memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
@@ -167,7 +168,7 @@ def test_the_noise_of_a_sum_is_another_one_where_anything_about_it_is(place: Pat
     assert paid(place) == 1
     scale = [
         sum_member._whole(replace(memory, terms=replace(terms, **other)), part)
-        for other in ({"least": 5}, {"threshold": 5, "least": 6})
+        for other in ({"least": 6}, {"threshold": 6, "least": 6})
     ]
     assert paid(place) == 3
     for other in scale:
@@ -288,7 +289,7 @@ def test_whether_a_node_answers_does_not_depend_on_its_data(place: Path, tmp_pat
             told.append(str(unseal(node.respond("", asked)).header["kind"]))
     assert answers[0] == answers[1]
     assert {"score", "refused", "update"} == {*answers[0]}
-    terms = Terms((0, 1, 2, 3, 4, 5), (9,) * 6, 4, 3, b"")
+    terms = Terms((0, 1, 2, 3, 4, 5), (9,) * 6, 5, 3, b"")
     memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
     spent = []
     for change, node in zip((np.zeros(9), np.ones(9)), nodes, strict=True):
@@ -321,7 +322,7 @@ def test_the_order_of_a_sum_is_part_of_what_is_paid_for(place: Path, monkeypatch
 def test_a_sum_with_other_devices_has_other_noise_and_is_paid_for(place: Path) -> None:
     """Else the others' noise could be averaged over many of one round."""
     node = node_of(place, CLIENT)
-    terms, part = Terms((0, 1, 2), (9,) * 3, 2, 3, b""), sum_member.Part(0, 0, "a", np.full(9, 0.01), 10, node.purse)
+    terms, part = Terms((0, 1, 2), (9,) * 3, 3, 3, b""), sum_member.Part(0, 0, "a", np.full(9, 0.01), 10, node.purse)
     memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
     shares = [
         sum_member._whole(replace(memory, terms=replace(terms, devices=devices)), part)
@@ -329,6 +330,36 @@ def test_a_sum_with_other_devices_has_other_noise_and_is_paid_for(place: Path) -
     ]
     assert paid(place) == 2
     assert abs(np.corrcoef(*shares)[0, 1]) < 0.99
+
+
+def test_a_sum_that_is_not_the_runs_gets_nothing(place: Path) -> None:
+    """What all have signed is what they were told: by fewer devices, without those that know theirs, or noised by some of them only."""
+    node, plain_node = (
+        node_of(place, (*CLIENT, "privacy.curious=1")),
+        Purse(place / "other-s0", Privacy(secure=True, least=3), 3),
+    )
+    terms = Terms((0, 1, 2, 3, 4, 5), (9, 9, 9, 2**40, 9, 9), 5, 3, b"", 1)
+    memory = sum_member.Memory(0, "a", terms, FixedPoint(0.5, 18), Secrets(b"", (), ()), noise=4.0)
+    part = sum_member.Part(0, 0, "a", np.full(9, 0.01), 10, node.purse)
+    for wrong in ({"threshold": 4}, {"least": 2}, {"curious": 0}, {"curious": 2}):
+        with pytest.raises(RefusedSumError, match="a sum that is not its run's"):
+            sum_member._whole(replace(memory, terms=replace(terms, **wrong)), part)  # type: ignore[arg-type]
+    unprotected = replace(part, purse=plain_node)  # for the server told this one of another configuration
+    for unequal, by in (
+        (replace(memory, noise=None), part),
+        (replace(memory, terms=replace(terms, curious=0)), unprotected),
+    ):
+        with pytest.raises(RefusedSumError, match="a sum that is not its run's"):
+            sum_member._whole(unequal, by)
+    assert paid(place) == 0
+    assert len(sum_member._whole(memory, part)) == 9  # whatever the others' counts are
+    assert paid(place) == 1
+
+
+def test_a_run_that_began_with_noise_is_not_gone_on_with_without(place: Path) -> None:
+    node_of(place, EXAMPLE)
+    with pytest.raises(CheckpointError, match="began with another configuration"):
+        node_of(place, ("devices.count=3",))
 
 
 def test_what_went_wrong_is_no_answer_and_its_words_stay_here(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -229,10 +229,9 @@ def test_a_node_hands_in_no_change_that_its_noise_does_not_hide(
     part = sum_member.Part(1, memory.number, memory.attempt, np.full(200, 0.01), 10, node.purse)
     new = dataclasses.replace(memory, masked="", helped=None)
     for wrong, told in (
-        (dataclasses.replace(new, noise=None), "without noise, or of another clip"),
+        (dataclasses.replace(new, noise=None), "a sum that is not its run's"),
         (dataclasses.replace(new, point=dataclasses.replace(new.point, largest=5.0)), "of another clip"),
         (dataclasses.replace(new, point=dataclasses.replace(new.point, bits=2)), "below 4 steps"),
-        (dataclasses.replace(new, terms=dataclasses.replace(new.terms, curious=1)), "a sum with 1 curious devices"),
         (dataclasses.replace(new, noise=memory.noise / 2), "no sum is known of both"),
         (new, "allows 3 rounds of this run, and this is another"),
     ):

@@ -100,6 +100,25 @@ def test_a_server_that_stands_between_the_devices_is_found_out(pilots: dict[str,
                 checked_keys(own[1].ca, TERMS, right | {0: one}, frozenset())
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("2a8648ce3d0201", "2a8648ce3d0209"),  # a key of an unknown kind
+        ("2a8648ce3d030107", "2a8648ce3d030177"),  # an unknown curve
+        ("a003020102", "a003020107"),  # version 8
+        ("2a8648ce3d040302", "2a8648ce3d040399"),  # signed by an unknown algorithm
+        ("3082", "3002"),
+    ],
+)
+def test_a_made_up_certificate_is_one_line(pilots: dict[str, dict[int, Identity]], right: str, wrong: str) -> None:
+    announced_ = announced(pilots["own"])
+    own = announced_[0].certificate
+    false = replace(announced_[0], certificate=own.replace(bytes.fromhex(right), bytes.fromhex(wrong)))
+    assert false.certificate != own
+    with pytest.raises(FalseKeysError, match="device-0 are not its own: they come without a certificate"):
+        checked_keys(pilots["own"][1].ca, TERMS, announced_ | {0: false}, frozenset())
+
+
 def test_a_device_cannot_sign_for_another(pilots: dict[str, dict[int, Identity]]) -> None:
     own = pilots["own"]
     right, terms = announced(own), TERMS

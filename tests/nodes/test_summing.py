@@ -129,7 +129,7 @@ def test_over_grpc_too_and_a_node_that_wants_no_other_run_says_so(made: Made) ->
 
 def open_purse(run: Path) -> Purse:
     """Returns what a node of a run without noise has to spend."""
-    return Purse(run, Privacy(secure=True), 3)
+    return Purse(run, Privacy(secure=True, least=3), 3)
 
 
 def updates_on(wire: list[bytes]) -> Iterator[np.ndarray]:

@@ -184,12 +184,12 @@ def test_devices_together_add_the_noise_even_when_as_many_are_gone_as_may_be() -
 
 @pytest.mark.parametrize("curious", [1, 2])
 def test_the_noise_is_enough_without_that_of_curious_devices_when_as_many_are_gone_as_may_be(curious: int) -> None:
-    options = (*CLIENT, "privacy.secure=true", "privacy.least=4", "privacy.threshold=0.6")
+    options = (*CLIENT, "privacy.secure=true", "privacy.least=4", "privacy.threshold=0.65")
     setup = make_setup(*options, f"privacy.curious={curious}")
     assert setup.budget is not None
     assert setup.budget.one.noise == make_setup(*options).budget.one.noise  # type: ignore[union-attr]
     counts = [30_000] * 4 + [20_000] * 4
-    honest = [*range(5 - curious)]  # of eight, three are gone and `curious` have told what they added
+    honest = [*range(6 - curious)]  # of eight, two are gone and `curious` have told what they added
     ranked = Ranked(np.arange(30_000), range(8), counts, {device: np.zeros(counts[device]) for device in honest})
     point = protect.fixed_point(setup, range(8))
     whole = protect._whole(setup, 0, ranked, point)
@@ -202,6 +202,7 @@ def test_the_noise_is_enough_without_that_of_curious_devices_when_as_many_are_go
     [
         (("privacy.secure=true", "privacy.least=4", "privacy.curious=3"), r"3: must be in 0\.\.2"),
         (("privacy.secure=true", "privacy.curious=-1"), r"-1: must be in 0\.\.3"),
+        (("privacy.secure=true", "privacy.least=8", "privacy.curious=4"), "4: with 6 of 8 devices asked in the end"),
         (("privacy.curious=1",), "1: must be 0 unless secure=true and dp=client"),
     ],
 )

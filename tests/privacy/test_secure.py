@@ -115,6 +115,7 @@ def test_a_device_never_gives_both_shares_of_another() -> None:
         ({"counts": (9, 9, 8, 4, 8)}, None, "sum of 2 devices"),
         ({"threshold": 2}, None, "hides nobody"),
         ({"least": 2}, None, "hides nobody"),
+        ({"curious": 3}, None, "of whom 3 are curious, hides nobody"),
         ({"threshold": 6}, None, "threshold is 6"),
         ({"counts": (9, 9, 9, 4)}, None, "do not fit"),
         ({}, (0, 1, 2, 3), None),
