@@ -30,6 +30,7 @@ NATURAL = {  # experiments whose small round needs something else, such as those
 HEAVY = (
     "colour",
     "headline_fmnist",
+    "privacy_by_devices",
     "privacy_cost_fmnist",
     "shakespeare",
 )  # whose data and models are large: slow tests, with `headline`'s arms
