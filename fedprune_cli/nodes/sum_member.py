@@ -182,9 +182,8 @@ def _whole(memory: Memory, part: Part) -> Array:
         return point.whole(part.change) * int(privacy.weight(part.samples))
     if memory.noise is None or privacy.clip is None or point.largest != privacy.clip:
         raise RefusedSumError(f"device {part.device}: is to hand in a change of another clip")
-    counts = tuple(
-        min(count, len(part.change)) for count in terms.counts
-    )  # of further entries nothing is of this device
+    # of further entries, however many others are said to keep, nothing is of this device
+    counts = tuple(min(count, len(part.change)) for count in terms.counts)
     steps = noise_steps(replace(terms, counts=counts), point, memory.noise)
     if (steps < LEAST_NOISE).any():
         raise RefusedSumError(

@@ -48,13 +48,13 @@ class Privacy:
         require(LEAST <= self.least <= 10**6, "least", self.least, few)
         require(0 <= self.spare <= 10**6, "spare", self.spare, "in 0..1000000")
         noised = self.secure and self.dp == "client"
-        honest = self.least - 2 if noised else 0
+        bearable = self.least - 2 if noised else 0
         of_whom = (
-            f"in 0..{honest}, least - 2"
+            f"in 0..{bearable}, least - 2"
             if noised
             else "0 unless secure=true and dp=client: no other noise is of devices"
         )
-        require(0 <= self.curious <= honest, "curious", self.curious, of_whom)
+        require(0 <= self.curious <= bearable, "curious", self.curious, of_whom)
         require(8 <= self.bits <= 24, "bits", self.bits, "in 8..24")
         require(0 < self.max_change < math.inf, "max_change", self.max_change, "> 0 and finite")
         require(self.dp in (None, "client", "example"), "dp", self.dp, "'client', 'example' or null")
