@@ -190,15 +190,13 @@ def _whole(memory: Memory, part: Part) -> Array:
             f"device {part.device}: its share of the noise is below {LEAST_NOISE:g} steps of the fixed point"
         )
     count = len(terms.devices)
-    if (
-        not point.most * count + SIGMAS * float(steps.max(initial=0.0)) * math.sqrt(count) <= WORD
-    ):  # it would wrap to nothing
+    # else it would wrap to nothing
+    if not point.most * count + SIGMAS * float(steps.max(initial=0.0)) * math.sqrt(count) <= WORD:
         raise RefusedSumError(f"device {part.device}: the noise of the sum does not fit the sum's whole numbers")
     change = clipped(part.change, privacy.clip)
     told = f"{memory.noise!r} {privacy.clip!r} {point} {replace(terms, context=b'')} {part.origin}".encode()
-    part.purse.spend(
-        Release(memory.noise, 1.0, 1), hashlib.sha256(told).hexdigest()
-    )  # by what is asked, and not by what comes of it
+    # by what is asked, and not by what comes of it
+    part.purse.spend(Release(memory.noise, 1.0, 1), hashlib.sha256(told).hexdigest())
     key = part.purse.key(b"sum %d" % part.number + hashlib.sha256(told + change.tobytes()).digest())
     return with_share(point, change, steps, SecretStream(key))
 

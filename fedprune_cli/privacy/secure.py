@@ -265,13 +265,9 @@ def unmasked_sum(
         if device in masked:
             total[: terms.count(device)] -= _own_mask(seed, terms, device)
             continue
-        secrets = agreed(
-            masking_key(seed, terms.context + keys[device][:KEY]), {other: keys[other][KEY:] for other in masked}
-        )
-        for (
-            other,
-            secret,
-        ) in secrets.items():  # what `other` added for the one that is gone, the latter would have taken away
+        gone = masking_key(seed, terms.context + keys[device][:KEY])
+        for other, secret in agreed(gone, {other: keys[other][KEY:] for other in masked}).items():
+            # what `other` added, the one that is gone would have taken away
             _add_pair(total, secret, terms, device, other)
     return total.astype(np.int32).astype(np.int64)
 
